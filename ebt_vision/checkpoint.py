@@ -1,0 +1,62 @@
+"""From a name or a folder to a model: the shipped checkpoints, local folders, hub repositories."""
+
+import hashlib
+import importlib
+from pathlib import Path
+
+from ebt_vision.models.pretrained_model import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, PretrainedModel, read_config
+
+PRETRAINED_DIR = Path(__file__).parent / "pretrained"
+
+# Where each model_type of a config.json lives; imported when asked for, because diffusers takes seconds.
+MODEL_CLASSES = {
+    "patch_ebt": ("ebt_vision.models.patch_ebt", "PatchEBT"),
+    "patch_regressor": ("ebt_vision.models.regressor", "PatchRegressor"),
+    "dit": ("ebt_vision.models.dit", "DiT"),
+}
+
+
+def list_pretrained() -> list[str]:
+    """Names of the checkpoints shipped with the package, sorted."""
+    return sorted(path.parent.name for path in PRETRAINED_DIR.glob(f"*/{CONFIG_NAME}"))
+
+
+def model_class(model_type: str) -> type[PretrainedModel]:
+    """The class of a `model_type`; CheckpointError names the known ones for another."""
+    if model_type not in MODEL_CLASSES:
+        raise CheckpointError(f"model_type={model_type!r} is unknown; known: {', '.join(MODEL_CLASSES)}")
+    module, name = MODEL_CLASSES[model_type]
+    cls: type[PretrainedModel] = getattr(importlib.import_module(module), name)
+    return cls
+
+
+def resolve(name_or_path: str) -> Path:
+    """The folder of a shipped name or a local path; CheckpointError lists what there is."""
+    for folder in (PRETRAINED_DIR / name_or_path, Path(name_or_path)):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    shipped = ", ".join(list_pretrained()) or "none"
+    raise CheckpointError(
+        f"model {name_or_path!r} is neither a shipped checkpoint ({shipped}) nor a folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
+    )
+
+
+def load_pretrained(name_or_path: str, *, device: str = "cpu") -> PretrainedModel:
+    """A model in eval mode from a shipped name, a folder, or "hub:OWNER/NAME" (which downloads).
+
+    Raises CheckpointError for a name that is not known, and for files that are missing, damaged or do not fit.
+    """
+    if name_or_path.startswith("hub:"):
+        from huggingface_hub import hf_hub_download
+
+        repository = name_or_path.removeprefix("hub:")
+        cls = model_class(read_config(Path(hf_hub_download(repository, CONFIG_NAME)))["model_type"])
+        return cls.from_pretrained(repository).to(device)
+    folder = resolve(name_or_path)
+    cls = model_class(read_config(folder / CONFIG_NAME)["model_type"])
+    return cls.from_files(folder / CONFIG_NAME, folder / WEIGHTS_NAME).to(device)
+
+
+def checkpoint_hash(name_or_path: str) -> str:
+    """First 12 hex digits of the SHA-256 of the weights, to name a checkpoint in a table."""
+    return hashlib.sha256((resolve(name_or_path) / WEIGHTS_NAME).read_bytes()).hexdigest()[:12]

@@ -1,0 +1,93 @@
+"""From a clean image to a noisy one: every corruption, its unit and its source, in one place.
+
+Every function takes images (B, C, H, W) and a generator (one for the batch or one per sample, see `rng`), never changes
+its input, and never clips unless it says so. The functions in [-1, 1] are the paper's; those in [0, 1] are the
+restoration literature's. `to_model_range` and `to_image_range` are the one place that converts between the two.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ebt_vision.rng import Generators, rand_like, randn_like
+
+NUM_TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 1e-4, 0.02
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1]; values outside map outside."""
+    return images * 2.0 - 1.0
+
+
+def to_image_range(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1]; values outside map outside."""
+    return (images + 1.0) / 2.0
+
+
+@functools.cache
+def alphas_cumprod() -> Tensor:
+    """alpha_bar_t of DDPM's linear schedule for t = 0..999, float64 (1000,) (Ho et al. 2020, sec. 4)."""
+    betas = torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def level_to_timestep(level: float) -> int:
+    """The timestep of a noise level in (0, 1]: level 0.1 is timestep 99, 0.2 is 199 (Gladstone et al. 2025, code)."""
+    if not 0.0 < level <= 1.0:
+        raise ValueError(f"noise level={level} is not in (0, 1]; the paper trains at 0.1")
+    return max(round(level * NUM_TRAIN_TIMESTEPS) - 1, 0)
+
+
+def signal_and_noise_scale(level: float) -> tuple[float, float]:
+    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at a noise level: about (0.947, 0.321) at 0.1."""
+    alpha_bar = float(alphas_cumprod()[level_to_timestep(level)])
+    return math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+
+
+def add_vp_noise(clean: Tensor, level: float, generator: Generators | None = None) -> Tensor:
+    """DDPM's forward process on images in [-1, 1]: sqrt(a) * clean + sqrt(1 - a) * N(0, 1) (Ho et al. 2020, eq. 4)."""
+    signal, noise = signal_and_noise_scale(level)
+    return signal * clean + noise * randn_like(clean, generator)
+
+
+def add_gaussian_noise(clean: Tensor, sigma: float, generator: Generators | None = None) -> Tensor:
+    """AWGN on images in [0, 1], `sigma` in the usual 0..255 units; not clipped."""
+    if sigma < 0:
+        raise ValueError(f"sigma={sigma} is negative; the restoration papers use 15, 25 and 50")
+    return clean + (sigma / 255.0) * randn_like(clean, generator)
+
+
+def sigma_to_timestep(sigma: float) -> int:
+    """The timestep whose noise-to-signal ratio is nearest to AWGN of `sigma` (0..255 units) on [0, 1] images."""
+    alpha_bar = alphas_cumprod()
+    ratio = ((1.0 - alpha_bar) / alpha_bar).sqrt()  # noise std over signal scale, on [-1, 1]
+    return int((ratio - 2.0 * sigma / 255.0).abs().argmin())
+
+
+def add_salt_and_pepper(clean: Tensor, amount: float, generator: Generators | None = None) -> Tensor:
+    """Set a share `amount` (0..1) of the pixels of images in [0, 1] to black or white, half each, all channels alike."""
+    if not 0.0 <= amount <= 1.0:
+        raise ValueError(f"amount={amount} is not in [0, 1]")
+    draw = rand_like(clean[:, :1], generator)  # (B, 1, H, W)
+    noisy = torch.where(draw < amount / 2, torch.zeros_like(clean), clean)
+    return torch.where(draw > 1.0 - amount / 2, torch.ones_like(clean), noisy)
+
+
+def add_poisson_noise(clean: Tensor, peak: float, generator: Generators | None = None) -> Tensor:
+    """Photon noise on images in [0, 1]: Poisson(clean * peak) / peak, `peak` photons at white; not clipped above."""
+    if peak <= 0:
+        raise ValueError(f"peak={peak} must be positive: the number of photons at white")
+    rate = clean.clamp(min=0.0).cpu() * peak
+    if generator is None or isinstance(generator, torch.Generator):
+        counts = torch.poisson(rate, generator=generator)
+    else:
+        counts = torch.stack([torch.poisson(r, generator=g) for r, g in zip(rate, generator, strict=True)])
+    return (counts / peak).to(clean.device)
+
+
+def add_speckle(clean: Tensor, std: float, generator: Generators | None = None) -> Tensor:
+    """Multiplicative noise on images in [0, 1]: clean * (1 + std * N(0, 1)); not clipped."""
+    return clean + clean * std * randn_like(clean, generator)

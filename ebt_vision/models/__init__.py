@@ -1,0 +1,1 @@
+"""The models; import them from their own files."""

@@ -1,0 +1,88 @@
+"""Transformer blocks that can be differentiated twice.
+
+Thinking takes the gradient of the network with respect to its input, and training differentiates that gradient again. Of
+PyTorch's attention kernels only the math path has a second derivative: the fused ones (flash, memory-efficient) raise or
+are silently cut. So these blocks call scaled_dot_product_attention and leave the choice to their caller: thinking.py
+asks for the math path when the graph of the gradient is kept, and everything else gets the fast kernels.
+
+Conditioning: the paper's code feeds adaLN one learned constant, which spends 6 * d^2 parameters a block on six vectors.
+Here they are those vectors: the norm's scale and the gate of LayerScale (Touvron et al. 2021).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def axial_rope(height: int, width: int, head_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin (height * width, head_dim // 2) of 2-D rotary positions (Su et al. 2021; axial as in Heo et al. 2024).
+
+    One half of the frequencies turns with the row, the other with the column; any grid works, so does H != W.
+    Raises ValueError unless head_dim is a multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim={head_dim} is not a multiple of 4; change num_heads or embed_dim")
+    num_freqs = head_dim // 4
+    freqs = 100.0 ** (-torch.arange(num_freqs, dtype=torch.float32, device=device) / num_freqs)
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * freqs  # (height, num_freqs)
+    cols = torch.arange(width, dtype=torch.float32, device=device)[:, None] * freqs  # (width, num_freqs)
+    angles = torch.cat(
+        [rows[:, None].expand(height, width, num_freqs), cols[None].expand(height, width, num_freqs)], dim=-1
+    ).reshape(height * width, 2 * num_freqs)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, num_heads, N, head_dim) by angles (N, head_dim // 2), pairing the two halves of head_dim."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions, (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim={dim} is not divisible by num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        B, N, dim = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, num_heads, N, head_dim)
+        return self.proj(x.transpose(1, 2).reshape(B, N, dim))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with gated residuals, (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, init_gate: float = 0.1):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.gate1 = nn.Parameter(torch.full((dim,), init_gate))
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.gate2 = nn.Parameter(torch.full((dim,), init_gate))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.gate1 * self.attn(self.norm1(x), rope)
+        return x + self.gate2 * self.mlp(self.norm2(x))

@@ -1,0 +1,91 @@
+"""PatchEBT: the bidirectional, patch-based energy-based transformer for images (Gladstone et al. 2025)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ebt_vision.models.energy_model import EnergyModel, check_energies
+from ebt_vision.models.patch_trunk import PatchTrunk, TrunkConfig, check_image_size, patchify
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchEBTConfig(TrunkConfig):
+    """A patch transformer with an energy head."""
+
+    energy_head: Literal["linear", "quadratic"] = "quadratic"
+    """linear: one linear unit a patch, as in the paper. quadratic: half the squared distance between a patch and its
+    reconstruction, the energy of Salimans & Ho 2021 (sec. 3) and of gradient-step denoisers (Hurault et al. 2022, eq. 8)."""
+    observation_context: bool = False
+    """Let the energy see the noisy observation beside the candidate: E(x, y) instead of the paper's E(y)."""
+    init_step_size: float = 1.0
+    """Where the learned step size starts. The paper's 3000 for a mean over 64 patches is 47 for this sum (linear head)."""
+
+    def __post_init__(self) -> None:
+        # An explicit class: slots=True makes a new one, which zero-argument super() does not know.
+        TrunkConfig.__post_init__(self)
+        if self.energy_head not in ("linear", "quadratic"):
+            raise ValueError(f"energy_head={self.energy_head!r} is unknown; use 'linear' or 'quadratic'")
+        if self.energy_head == "linear" and self.embed_dim < self.patch_dim:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} is below patch_size**2 * in_chans={self.patch_dim}: the gradient of a linear head "
+                "cannot leave the span of the patch embedding; use a larger embed_dim, a smaller patch or the quadratic head"
+            )
+
+
+class PatchEBT(EnergyModel):
+    """Energy of candidate images (B, in_chans, H, W) in [-1, 1], H and W multiples of patch_size, as (B,)."""
+
+    model_type = "patch_ebt"
+    config_class = PatchEBTConfig
+
+    def __init__(self, config: PatchEBTConfig):
+        super().__init__(config.init_step_size)
+        self.config = config
+        self.trunk = PatchTrunk(config, num_inputs=2 if config.observation_context else 1)
+        quadratic = config.energy_head == "quadratic"
+        self.head = nn.Linear(config.embed_dim, config.patch_dim if quadratic else 1, bias=quadratic)
+        # The linear head starts at zero, as in the paper's code; the quadratic one too: E is then |y|^2 / 2.
+        nn.init.zeros_(self.head.weight)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        """Energy of each image, (B,) float32: the sum over its patches (see EnergyModel). Raises ValueError as energy_map."""
+        return check_energies(self.energy_map(candidate, *context).flatten(1).sum(1), (candidate.shape[0],))
+
+    def energy_map(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        """Energy of each patch, (B, H / patch_size, W / patch_size) float32.
+
+        `context` is the noisy observation (B, in_chans, H, W) with observation_context, nothing without; ValueError otherwise.
+        """
+        if len(context) != int(self.config.observation_context):
+            raise ValueError(
+                f"observation_context={self.config.observation_context} takes {int(self.config.observation_context)} context "
+                f"images, got {len(context)}"
+            )
+        grid = check_image_size(candidate, self.config.patch_size)
+        output = self.head(self.trunk(candidate, *context)).float()  # (B, N, patch_dim or 1)
+        if self.config.energy_head == "quadratic":
+            output = 0.5 * (patchify(candidate, self.config.patch_size) - output).square()
+        return output.sum(-1).unflatten(1, grid)
+
+    def forward_features(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        """Final normed tokens (B, N, embed_dim)."""
+        return self.trunk(candidate, *context)
+
+    def forward_intermediates(
+        self, candidate: Tensor, *context: Tensor, indices: list[int] | None = None
+    ) -> list[Tensor]:
+        """Tokens (B, N, embed_dim) after the blocks in `indices` (default all)."""
+        return self.trunk.forward_intermediates(candidate, *context, indices=indices)
+
+    def context_of(self, noisy: Tensor) -> tuple[Tensor, ...]:
+        """What think() is given as context for noisy images (B, in_chans, H, W) in [-1, 1]."""
+        return (noisy,) if self.config.observation_context else ()
+
+
+def patch_energy_mean(energies: Tensor, image_shape: torch.Size, patch_size: int) -> Tensor:
+    """The energy to show people: the mean over patches, which compares across image sizes. Same shape as `energies`."""
+    return energies / (image_shape[-2] // patch_size * (image_shape[-1] // patch_size))

@@ -1,0 +1,118 @@
+"""The patch transformer that PatchEBT and the regressor share: image in, tokens out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ebt_vision.models.blocks import Block, axial_rope
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrunkConfig:
+    """Size of a patch transformer, in timm's names."""
+
+    img_size: int = 64
+    """Side in pixels of the training images; any other size works at inference."""
+    patch_size: int = 8
+    in_chans: int = 3
+    embed_dim: int = 256
+    depth: int = 6
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.img_size % self.patch_size:
+            low = self.img_size // self.patch_size * self.patch_size
+            remedy = " or ".join(str(size) for size in (low, low + self.patch_size) if size)
+            raise ValueError(f"img_size={self.img_size} is not divisible by patch_size={self.patch_size}; use {remedy}")
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"embed_dim={self.embed_dim} must be a multiple of 4 * num_heads={4 * self.num_heads} (2-D rotary positions)"
+            )
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one patch."""
+        return self.patch_size**2 * self.in_chans
+
+
+PRESETS: dict[str, dict[str, int | float]] = {
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+    # The size of the paper's denoising experiment: 128 px, 64 tokens (Gladstone et al. 2025, code).
+    "paper_large": dict(img_size=128, patch_size=16, embed_dim=1536, depth=24, num_heads=16, mlp_ratio=1.0),
+}
+"""The field's sizes (DeiT, ViT) and the paper's; img_size and patch_size are the caller's unless named."""
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """NCHW -> NLC: (B, C, H, W) -> (B, H/p * W/p, p * p * C)."""
+    B, C, H, W = images.shape
+    p = patch_size
+    x = images.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """NLC -> NCHW, the inverse of patchify for images of (height, width)."""
+    B, _, dim = patches.shape
+    p = patch_size
+    x = patches.reshape(B, height // p, width // p, p, p, dim // p**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, dim // p**2, height, width)
+
+
+class PatchTrunk(nn.Module):
+    """Patch embedding and transformer blocks; `num_inputs` images of in_chans each are stacked on the channels."""
+
+    def __init__(self, config: TrunkConfig, *, num_inputs: int = 1):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.patch_dim * num_inputs, config.embed_dim)
+        self.blocks = nn.ModuleList(
+            Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.apply(_init_linear)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) in [-1, 1] -> normed tokens (B, N, embed_dim)."""
+        return self.norm(self.forward_intermediates(*images, indices=[self.config.depth - 1])[0])
+
+    def forward_intermediates(self, *images: Tensor, indices: list[int] | None = None) -> list[Tensor]:
+        """Tokens (B, N, embed_dim) after the blocks in `indices` (default all), before the final norm."""
+        height, width = check_image_size(images[0], self.config.patch_size)
+        # Embed. The patches of a candidate and of its context lie on the channels.
+        x = self.embed(patchify(torch.cat(images, dim=1), self.config.patch_size))  # (B, N, embed_dim)
+        head_dim = self.config.embed_dim // self.config.num_heads
+        rope = axial_rope(height, width, head_dim, device=x.device)
+        # Blocks.
+        wanted = range(len(self.blocks)) if indices is None else indices
+        outputs = []
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = block(x, rope)
+            if i in wanted:
+                outputs.append(x)
+        return outputs
+
+
+def check_image_size(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """The patch grid (rows, columns) of images (B, C, H, W); ValueError where the patch does not divide them."""
+    height, width = images.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"image of {height}x{width} is not divisible by patch_size={patch_size}; the Denoiser pads such images"
+        )
+    return height // patch_size, width // patch_size
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,39 @@
+"""PatchRegressor: the same trunk as PatchEBT with a linear patch head, trained to give the clean image in one pass.
+
+It answers whether the energy is what helps, or only the network.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ebt_vision.models.patch_trunk import PatchTrunk, TrunkConfig, unpatchify
+from ebt_vision.models.pretrained_model import PretrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchRegressorConfig(TrunkConfig):
+    """A patch transformer with a linear head of one patch; nothing beside the trunk's own fields."""
+
+
+class PatchRegressor(PretrainedModel):
+    """Noisy images (B, in_chans, H, W) in [-1, 1] -> clean ones, same shape; H and W multiples of patch_size."""
+
+    model_type = "patch_regressor"
+    config_class = PatchRegressorConfig
+
+    def __init__(self, config: PatchRegressorConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = PatchTrunk(config)
+        self.head = nn.Linear(config.embed_dim, config.patch_dim)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        patches = self.head(self.trunk(noisy)).float()  # (B, N, patch_dim)
+        return unpatchify(patches, self.config.patch_size, *noisy.shape[-2:])
+
+    def forward_intermediates(self, noisy: Tensor, *, indices: list[int] | None = None) -> list[Tensor]:
+        """Tokens (B, N, embed_dim) after the blocks in `indices` (default all)."""
+        return self.trunk.forward_intermediates(noisy, indices=indices)

@@ -1,0 +1,391 @@
+"""Thinking: predict by gradient descent on an energy (Gladstone et al. 2025, arXiv 2507.02092, sec. 3).
+
+This file has the one thinking loop of the project. It knows an energy function and no model; training and inference, images
+and text differ by arguments alone:
+
+    y <- y - step_size * dE(y, context)/dy        once per thinking step
+
+The energy function takes `(candidate, *context)`, all batch first, and returns one energy per element, lower is better:
+(B,) for images, (B, S) for text. Elements must not depend on one another, so that the gradient of the sum is the gradient
+of each.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ebt_vision.rng import Generators, rand_like, randn_like
+
+
+class EnergyFunction(Protocol):
+    """`(candidate (B, ...), *context) -> energies (B,) or (B, S)`; lower is better."""
+
+    def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor: ...
+
+
+class ThinkingError(RuntimeError):
+    """Thinking cannot go on; the message says why and what to do."""
+
+
+class NonFiniteGradientError(ThinkingError):
+    """An energy or its gradient became infinite or NaN; `step` is the thinking step, `samples` the batch positions."""
+
+    def __init__(self, step: int, samples: Sequence[int]):
+        self.step, self.samples = step, list(samples)
+        super().__init__(
+            f"the energy or its gradient is not finite at thinking step {step} for samples {self.samples}; "
+            "check the input for NaN, or use a smaller step size"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThinkingConfig:
+    """How to think; the defaults are the plain deterministic descent of inference."""
+
+    num_steps: int = 1
+    """Updates of the candidate; the largest number of them with a random number or a tolerance."""
+    min_num_steps: int | None = None
+    """If set, each call draws its number of steps uniformly from min_num_steps..num_steps (a landscape regulariser)."""
+    step_size: float = 1.0
+    """The paper's alpha, in candidate units squared per energy unit; a model's learned one takes its place."""
+    step_size_factor: float = 1.0
+    """Each sample's step size is drawn uniformly from [step_size / factor, step_size * factor]; 1 draws nothing."""
+    langevin_std: float = 0.0
+    """Standard deviation, in candidate units, of the noise added to the candidate before each gradient."""
+    detach_between_steps: bool = True
+    """Cut the graph before every step, so that a loss on step t trains step t alone."""
+    backprop_steps: int | None = None
+    """If set, only the last so many steps are part of the graph (truncation); None keeps all of them."""
+    tolerance: float | None = None
+    """If set, a sample stops once a step lowers its energy by no more than this share of what its first step did."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_steps >= 0, "num_steps", self.num_steps, "use 1 or more, or 0 to return the start")
+        low = self.min_num_steps
+        _check(low is None or 0 <= low <= self.num_steps, "min_num_steps", low, f"use 0..{self.num_steps}")
+        _check(self.step_size > 0, "step_size", self.step_size, "use a positive number")
+        _check(self.step_size_factor >= 1, "step_size_factor", self.step_size_factor, "use 1 (off) or more")
+        _check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
+        _check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
+        _check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
+
+
+def _check(valid: bool, name: str, value: object, remedy: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value} is out of range; {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThinkingStep:
+    """What a callback sees: the candidate before the first update (index 0) or after update `index`, and its energy."""
+
+    index: int
+    candidate: Tensor  # (B, ...)
+    energies: Tensor  # (B,) or (B, S)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThinkingResult:
+    """What thinking found. T is the number of steps; E is (B,) for images, (B, S) for text."""
+
+    final: Tensor
+    """The last candidate of every sample, (B, ...)."""
+    predictions: tuple[Tensor, ...]
+    """The candidate after each update, T of (B, ...), part of the graph if create_graph; empty if not kept."""
+    energies: Tensor
+    """Energy before the first and after every update, (T + 1, *E); a stopped sample repeats its last one. The last row
+    is NaN with evaluate_final=False."""
+    gradient_norms: Tensor
+    """Norm of each element's energy gradient at each update, (T, *E); 0 where a sample had stopped."""
+    num_steps: Tensor
+    """Updates that each sample's final candidate has had, int64 (B,)."""
+    num_forward: Tensor
+    """Energy evaluations spent on each sample, the last one without a gradient included, int64 (B,)."""
+
+
+Callback = Callable[[ThinkingStep], object]
+
+
+def think(
+    energy_fn: EnergyFunction,
+    y0: Tensor,
+    config: ThinkingConfig | None = None,
+    *,
+    context: tuple[Tensor, ...] = (),
+    step_size: Tensor | float | None = None,
+    num_steps: int | None = None,
+    create_graph: bool = False,
+    generator: Generators | None = None,
+    callback: Callback | None = None,
+    keep_predictions: bool = True,
+    evaluate_final: bool = True,
+) -> ThinkingResult:
+    """Descend the energy from `y0` (B, ...); the caller's tensors are never changed, and it works under torch.no_grad().
+
+    `context` tensors (B, ...) are handed to the energy after the candidate. `step_size`, a number or a tensor () or (B,),
+    takes the config's place and may need a gradient; so does `num_steps`. `create_graph` makes the predictions differentiable with
+    respect to the energy's parameters and the step size. `generator` feeds every random draw. `callback` is called with
+    the start and after each update; if it returns True, thinking ends there. Without `evaluate_final` the last energy is
+    not computed, which saves a forward pass.
+
+    Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
+    NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph.
+    """
+    config = config or ThinkingConfig()
+    if torch.is_inference_mode_enabled() or y0.is_inference():
+        raise ThinkingError("thinking needs gradients, which inference_mode forbids; use torch.no_grad() instead")
+    if config.tolerance is not None and create_graph:
+        raise ValueError("tolerance stops samples one by one, which a training graph cannot follow; use tolerance=None")
+    steps = _draw_num_steps(config, num_steps, generator)
+    alpha = _draw_step_sizes(config, y0, step_size, generator)
+    with torch.enable_grad(), _double_backward_attention(create_graph):
+        descent = _Descent(energy_fn, y0.detach(), context, alpha, config, create_graph, generator)
+        return descent.run(steps, callback, keep_predictions, evaluate_final)
+
+
+@dataclass(slots=True)
+class _Descent:
+    """The state of one call of think(): the candidates and which samples still move."""
+
+    energy_fn: EnergyFunction
+    y: Tensor
+    context: tuple[Tensor, ...]
+    alpha: Tensor  # (B,)
+    config: ThinkingConfig
+    create_graph: bool
+    generator: Generators | None
+    active: Tensor | None = None  # indices of the moving samples; None stands for all of them
+    energies: list[Tensor] = field(default_factory=list)
+
+    def run(
+        self, num_steps: int, callback: Callback | None, keep_predictions: bool, evaluate_final: bool
+    ) -> ThinkingResult:
+        batch = self.y.shape[0]
+        used, forwards = torch.zeros(2, batch, dtype=torch.int64, device=self.y.device)
+        predictions: list[Tensor] = []
+        norms: list[Tensor] = []
+        first_graph_step = max(num_steps - (self.config.backprop_steps or num_steps), 0)
+        previous: Tensor | None = None  # the candidates one update ago, to go back to where the energy rose
+
+        for step in range(num_steps):
+            # Energy and gradient of the samples that still move.
+            in_graph = self.create_graph and step >= first_graph_step
+            start = self.y if in_graph and step > first_graph_step and not self.config.detach_between_steps else self.y.detach()
+            candidate, energy, gradient, norm = self._gradient(start, step, in_graph)
+            self._count(forwards)
+            self._record(energy)
+            if self._ended(callback, step):
+                return self._result(predictions, norms, used, forwards)
+
+            # Stop the samples that have settled; they keep the better of their last two candidates.
+            moving = self._settle(used, previous, step)
+            if moving is not None:
+                if not moving.any():
+                    return self._result(predictions, norms, used, forwards)
+                candidate, gradient, norm = candidate[moving], gradient[moving], norm[moving]
+
+            # Update.
+            previous = self.y
+            self._update(candidate - _per_sample(self._alpha(), gradient) * gradient)
+            used = self._add_one(used)
+            norms.append(self._spread(norm.detach(), torch.zeros_like(self.energies[0])))
+            if keep_predictions:
+                predictions.append(self.y)
+
+        if evaluate_final:
+            with torch.no_grad():
+                energy = self._energy(self._select(self.y.detach()))
+            self._count(forwards)
+        else:
+            energy = torch.full_like(self._select(self.energies[0]), torch.nan) if self.energies else self._nan_energy()
+        self._record(energy)
+        if evaluate_final and not self._ended(callback, num_steps):
+            self._settle(used, previous, num_steps)
+        return self._result(predictions, norms, used, forwards)
+
+    def _gradient(self, start: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(candidate, energy, gradient, gradient norm) of the moving samples, Langevin noise added to the candidate."""
+        candidate = self._select(start)
+        if self.config.langevin_std > 0:
+            candidate = candidate + self.config.langevin_std * randn_like(candidate, self._generators())
+        if not candidate.requires_grad:
+            candidate.requires_grad_()
+        energy = self._energy(candidate)
+        if not energy.requires_grad:
+            raise ThinkingError("the energy does not depend on the candidate, so there is no gradient to follow")
+        (gradient,) = torch.autograd.grad(energy.sum(), candidate, create_graph=in_graph)
+        norm = gradient.detach().flatten(energy.ndim).norm(dim=-1)
+        finite = (torch.isfinite(norm) & torch.isfinite(energy.detach())).reshape(len(norm), -1).all(1)
+        if not finite.all():
+            bad = self._index()[~finite]
+            raise NonFiniteGradientError(step, bad.tolist())
+        return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient, norm
+
+    def _energy(self, candidate: Tensor) -> Tensor:
+        return self.energy_fn(candidate, *(self._select(tensor) for tensor in self.context))
+
+    def _nan_energy(self) -> Tensor:
+        return torch.full(self.y.shape[:1], torch.nan, device=self.y.device)
+
+    def _settle(self, used: Tensor, previous: Tensor | None, step: int) -> Tensor | None:
+        """Drop the samples whose last update gained too little; returns which of the active ones go on (None: all)."""
+        if self.config.tolerance is None or previous is None or step < 1:
+            return None
+        now, before, first = (e.reshape(len(e), -1).sum(1) for e in (self.energies[-1], self.energies[-2], self.energies[0]))
+        second = self.energies[1].reshape(len(now), -1).sum(1)
+        index = self._index()
+        gain = (before - now)[index]
+        rose = index[gain < 0]
+        if len(rose):  # the update made it worse: take it back
+            self.y = self.y.index_copy(0, rose, previous[rose])
+            self.energies[-1] = self.energies[-1].index_copy(0, rose, self.energies[-2][rose])
+            used[rose] -= 1
+        moving = gain > self.config.tolerance * (first - second).clamp(min=0)[index]
+        if moving.all():
+            return None
+        self.active = index[moving]
+        return moving
+
+    def _update(self, candidate: Tensor) -> None:
+        self.y = candidate if self.active is None else self.y.index_copy(0, self.active, candidate)
+
+    def _record(self, energy: Tensor) -> None:
+        self.energies.append(self._spread(energy, self.energies[-1]) if self.active is not None else energy)
+
+    def _ended(self, callback: Callback | None, step: int) -> bool:
+        if callback is None:
+            return False
+        state = ThinkingStep(index=step, candidate=self.y.detach(), energies=self.energies[-1].detach())
+        return callback(state) is True
+
+    def _result(
+        self, predictions: list[Tensor], norms: list[Tensor], used: Tensor, forwards: Tensor
+    ) -> ThinkingResult:
+        energies = torch.stack(self.energies)
+        return ThinkingResult(
+            final=self.y,
+            predictions=tuple(predictions),
+            energies=energies,
+            gradient_norms=torch.stack(norms) if norms else energies[:0].detach(),
+            num_steps=used,
+            num_forward=forwards,
+        )
+
+    def _index(self) -> Tensor:
+        return torch.arange(len(self.y), device=self.y.device) if self.active is None else self.active
+
+    def _select(self, tensor: Tensor) -> Tensor:
+        return tensor if self.active is None else tensor[self.active]
+
+    def _spread(self, values: Tensor, full: Tensor) -> Tensor:
+        return values if self.active is None else full.index_copy(0, self.active, values)
+
+    def _alpha(self) -> Tensor:
+        return self._select(self.alpha)
+
+    def _generators(self) -> Generators | None:
+        if self.active is None or self.generator is None or isinstance(self.generator, torch.Generator):
+            return self.generator
+        return [self.generator[i] for i in self.active.tolist()]
+
+    def _count(self, forwards: Tensor) -> None:
+        forwards[self._index()] += 1
+
+    def _add_one(self, used: Tensor) -> Tensor:
+        used[self._index()] += 1
+        return used
+
+
+def _draw_num_steps(config: ThinkingConfig, num_steps: int | None, generator: Generators | None) -> int:
+    if num_steps is not None:
+        _check(num_steps >= 0, "num_steps", num_steps, "use 1 or more, or 0 to return the start")
+        return num_steps
+    if config.min_num_steps is None:
+        return config.num_steps
+    first = generator if generator is None or isinstance(generator, torch.Generator) else generator[0]
+    device = first.device if first is not None else None
+    return int(torch.randint(config.min_num_steps, config.num_steps + 1, (), generator=first, device=device))
+
+
+def _draw_step_sizes(
+    config: ThinkingConfig, y0: Tensor, step_size: Tensor | float | None, generator: Generators | None
+) -> Tensor:
+    """Each sample's step size (B,), uniform in [alpha / factor, alpha * factor] (paper, System 2 training)."""
+    alpha = torch.as_tensor(config.step_size if step_size is None else step_size, dtype=y0.dtype, device=y0.device)
+    alpha = alpha.expand(y0.shape[0])
+    factor = config.step_size_factor
+    if factor == 1.0:
+        return alpha
+    draw = rand_like(alpha.detach(), generator)
+    return alpha * (1.0 / factor + draw * (factor - 1.0 / factor))
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) to broadcast over `like`."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _double_backward_attention(create_graph: bool) -> contextlib.AbstractContextManager:
+    """PyTorch's fused attention kernels have no second derivative; its math path has (see models/blocks.py)."""
+    return sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestOfResult:
+    """The winner of N candidates by energy (self-verification), and all that were tried."""
+
+    final: Tensor
+    """The candidate of lowest energy of each element, (B, ...)."""
+    energies: Tensor
+    """Final energy of every candidate, (N, *E)."""
+    chosen: Tensor
+    """Which candidate won, int64, shape E."""
+    results: tuple[ThinkingResult, ...]
+    """How each candidate was thought, N of them, without trajectories."""
+
+    @property
+    def num_forward(self) -> Tensor:
+        """Energy evaluations over all candidates, int64 (B,)."""
+        return torch.stack([result.num_forward for result in self.results]).sum(0)
+
+
+def best_of(
+    energy_fn: EnergyFunction,
+    starts: Tensor | Iterator[Tensor] | Sequence[Tensor],
+    config: ThinkingConfig | None = None,
+    *,
+    context: tuple[Tensor, ...] = (),
+    step_size: Tensor | float | None = None,
+    generator: Generators | None = None,
+    callback: Callback | None = None,
+) -> BestOfResult:
+    """Think from each of N starts, each (B, ...), one after the other, and keep the candidate of lowest energy per element.
+
+    The generator goes on from one candidate to the next, so Langevin noise and random step sizes differ between them. Ties keep
+    the earlier one. Raises ValueError without a start, and what think() raises.
+    """
+    results = tuple(
+        think(
+            energy_fn,
+            start,
+            config,
+            context=context,
+            step_size=step_size,
+            generator=generator,
+            callback=callback,
+            keep_predictions=False,
+        )
+        for start in starts
+    )
+    if not results:
+        raise ValueError("best_of needs at least one start")
+    energies = torch.stack([result.energies[-1] for result in results])  # (N, *E)
+    finals = torch.stack([result.final for result in results])  # (N, B, ...)
+    chosen = energies.argmin(0)
+    index = chosen.reshape(1, *chosen.shape, *[1] * (finals.ndim - 1 - chosen.ndim)).expand(1, *finals.shape[1:])
+    return BestOfResult(final=finals.gather(0, index)[0], energies=energies, chosen=chosen, results=results)
