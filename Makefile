@@ -15,7 +15,7 @@ SHELL := /bin/sh
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$p && exit; done; echo python3)
-PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq $(PIP_ARGS)
 ARGS ?=
 
 demo: .venv/ready-demo

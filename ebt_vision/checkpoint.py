@@ -21,6 +21,17 @@ def list_pretrained() -> list[str]:
     return sorted(path.parent.name for path in PRETRAINED_DIR.glob(f"*/{CONFIG_NAME}"))
 
 
+def default_pretrained() -> str:
+    """The shipped checkpoint that is used where none is named: the first EBT. CheckpointError where none is shipped."""
+    names = list_pretrained()
+    if not names:
+        raise CheckpointError(f"no checkpoint is shipped in {PRETRAINED_DIR}; name a model: a folder or hub:OWNER/NAME")
+    for name in names:
+        if read_config(PRETRAINED_DIR / name / CONFIG_NAME)["model_type"] == "patch_ebt":
+            return name
+    return names[0]
+
+
 def model_class(model_type: str) -> type[PretrainedModel]:
     """The class of a `model_type`; CheckpointError names the known ones for another."""
     if model_type not in MODEL_CLASSES:
