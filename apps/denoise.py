@@ -8,36 +8,33 @@ from __future__ import annotations
 import argparse
 import functools
 import html
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_vision.checkpoint import CheckpointError, default_pretrained, list_pretrained
+from ebt_vision.checkpoint import CheckpointError, default_pretrained, list_pretrained, pick_device
 from ebt_vision.corruption import add_gaussian_noise, add_vp_noise, to_image_range, to_model_range
+from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseStep, load_denoiser
 from ebt_vision.image_files import read_image
 from ebt_vision.metrics import psnr
 from ebt_vision.rng import make_generator
 from ebt_vision.thinking import ThinkingError
 
-if TYPE_CHECKING:
-    from ebt_vision.denoiser import Denoiser
-
 EXAMPLES = Path(__file__).parent / "examples"
 MAX_SIDE = 768
 MAX_STEPS = 16
-NO_NOISE, GAUSSIAN, PAPER = "none: it is noisy already", "Gaussian", "as in the paper"
+NO_NOISE, GAUSSIAN, PAPER = "None", "Gaussian", "Paper's"
 
 
 # --- Compute
@@ -78,24 +75,22 @@ def answer(request: Request, denoiser: Denoiser, on_step: Callable[[int], object
 
     Raises ValueError (ImageFileError among them), OSError and ThinkingError with a message for the visitor.
     """
-    from ebt_vision.denoiser import DenoiseOptions
-
     clean, note = _shrink(read_image(request.path).pixels[None])  # (1, 3, H, W)
     noisy = add_noise(clean, request)
     known = request.noise != NO_NOISE
     psnrs: list[float] = []
 
-    def watch(step) -> None:
+    def watch(step: DenoiseStep) -> None:
         on_step(step.index)
         if known:
-            psnrs.append(_psnr(step.candidate, clean))
+            psnrs.append(_psnr(step.image, clean))
 
     start = time.perf_counter()
     result = denoiser.denoise(noisy, DenoiseOptions(num_steps=request.num_steps, seed=request.seed), callback=watch)
     seconds = time.perf_counter() - start
     if known and not psnrs:
         psnrs = [_psnr(noisy, clean), _psnr(result.image, clean)]
-    energies = [float(energy) for energy in result.energies[:, 0]] if len(result.energies) else []
+    energies = [float(energy) for energy in result.energies[:, 0]] if result.energies is not None else []
     return Answer(
         before=to_bytes(noisy), after=to_bytes(result.image), energies=energies, psnrs=psnrs, seconds=seconds, note=note
     )
@@ -162,6 +157,8 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
     span = high - low or abs(high) or 1.0
     low, high = low - 0.06 * span, high + 0.06 * span
 
+    decimals = min(max(1 - math.floor(math.log10(span / 3)), 0), 6)  # enough to tell the ticks apart
+
     def x(step: int) -> float:
         return left + (width - left - right) * step / max(len(values) - 1, 1)
 
@@ -170,7 +167,7 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
 
     grid = "".join(
         f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" class="grid"/>'
-        f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
+        f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.{decimals}f}</text>'
         for tick in np.linspace(low + 0.05 * span, high - 0.05 * span, 4)
     )
     every = 1 if len(values) <= 9 else 2
@@ -194,8 +191,8 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
 # --- The page
 
 INTRO = """# Denoise by thinking
-An *energy-based transformer* gives every image a number, its energy: low for clean pictures, high for noisy ones. It denoises by
-walking downhill on that energy, one **thinking step** at a time. More steps, more thought."""
+An *energy-based transformer* gives every image a number, its energy: low for clean pictures, high for noisy ones. It denoises
+by walking downhill on that energy, one **thinking step** at a time. More steps, more thought."""
 
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: 0 auto !important}
@@ -212,33 +209,29 @@ CSS = """
 """
 
 
-class ImageUpload(gr.Image):
-    """gr.Image that hands the uploaded file on as it is, so that read_image judges it and says what is wrong with it."""
-
-    is_template = True  # a gr.Image to the browser
-
-    def preprocess(self, payload):
-        """The path of the uploaded file, None where there is none."""
-        return None if payload is None else payload.path
-
-
 def theme() -> gr.themes.Base:
     """Gradio's Soft with the system's own fonts: nothing is fetched."""
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-    return gr.themes.Soft(
-        primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=("ui-monospace", "Menlo", "Consolas", "monospace")
-    )
+    mono = ("ui-monospace", "Menlo", "Consolas", "monospace")
+    plain = {"background_fill": "transparent", "text_color": "*body_text_color", "text_weight": "600"}
+    titles = {f"block_{part}_{key}": value for part in ("title", "label") for key, value in plain.items()}
+    titles |= {f"{name}_dark": value for name, value in titles.items() if not name.endswith("weight")}
+    titles |= {
+        "block_title_padding": "0",
+        "block_label_background_fill": "*block_background_fill",
+        "block_label_shadow": "none",
+    }
+    titles |= {"body_background_fill": "*neutral_50", "body_background_fill_dark": "*neutral_950"}
+    return gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono).set(**titles)
 
 
 def build_page(models: dict[str, str], load: Callable[[str], Denoiser]) -> gr.Blocks:
     """The page for models {label: name or folder}; `load` turns one into a Denoiser. Without models it says so."""
 
     def run(path, noise, sigma, level, seed, num_steps, label, progress=gr.Progress()):  # noqa: B008 (Gradio wants it so)
-        if path is None:
+        if not path:
             raise gr.Error("Upload an image or pick one of the examples first.", print_exception=False)
-        request = Request(
-            path=path, noise=noise, sigma=sigma, level=level, seed=int(seed or 0), num_steps=int(num_steps)
-        )
+        request = Request(path=path, noise=noise, sigma=sigma, level=level, seed=int(seed or 0), num_steps=int(num_steps))
         try:
             result = answer(request, load(models[label]), lambda step: progress((step, request.num_steps), unit="steps"))
         except (ValueError, OSError, ThinkingError) as error:
@@ -248,25 +241,40 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser]) -> gr.Bl
     def show_amount(noise):
         return gr.update(visible=noise == GAUSSIAN), gr.update(visible=noise == PAPER)
 
+    examples = [str(path) for path in sorted(EXAMPLES.glob("*.png"))]
     with gr.Blocks(title="Denoise by thinking", analytics_enabled=False) as page:
         gr.Markdown(INTRO)
         if not models:
             gr.Markdown("**No trained model is in this copy yet:** start the page with `--checkpoint FOLDER`.")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                upload = ImageUpload(label="Image", type="filepath", sources=["upload", "clipboard"], height=260, elem_id="upload")
-                gr.Examples([[str(path)] for path in sorted(EXAMPLES.glob("*.png"))], [upload], label="Or one of these")
+                upload = gr.Image(
+                    examples[0] if examples else None,
+                    label="Image",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    height=240,
+                    elem_id="upload",
+                )
+                # The file as it was sent: read_image judges it and says what is wrong with it. (A subclass of gr.Image would
+                # have gradio write a .pyi beside this file.)
+                upload.preprocess = lambda payload: None if payload is None else payload.path
+                gr.Examples([[path] for path in examples], [upload], label="Or one of these")
                 noise = gr.Radio([NO_NOISE, GAUSSIAN, PAPER], value=PAPER, label="Noise to add")
-                sigma = gr.Slider(0, 100, value=25, step=1, label="Strength (standard deviation, 0 to 255)", visible=False)
-                level = gr.Slider(0.02, 0.5, value=0.1, step=0.01, label="Level (trained at 0.1)")
+                sigma = gr.Slider(0, 100, value=25, step=1, label="Noise strength (0 to 255)", visible=False)
+                level = gr.Slider(0.02, 0.5, value=0.1, step=0.01, label="Noise level (training: 0.1)")
                 steps = gr.Slider(1, MAX_STEPS, value=4, step=1, label="Thinking steps", elem_id="steps")
                 with gr.Row():
                     model = gr.Dropdown(list(models), value=next(iter(models), None), label="Model", min_width=140, scale=2)
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80, scale=1)
                 button = gr.Button("Denoise", variant="primary", size="lg", interactive=bool(models), elem_id="denoise")
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(scale=3, min_width=300, elem_id="answer"):
                 slider = gr.ImageSlider(
-                    label="Before and after: drag the line", format="png", type="numpy", max_height=520, elem_id="result",
+                    label="Before | after",
+                    format="png",
+                    type="numpy",
+                    max_height=520,
+                    elem_id="result",
                     interactive=False,
                 )
                 line = gr.Markdown(elem_id="facts")
@@ -299,10 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to offer beside the shipped ones")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     args = parser.parse_args(argv)
-    from ebt_vision.denoiser import load_denoiser
-
-    load = functools.lru_cache(maxsize=4)(functools.partial(load_denoiser, device=args.device))
     try:
+        load = functools.lru_cache(maxsize=4)(functools.partial(load_denoiser, device=pick_device(args.device)))
         models = find_models(args.checkpoint)
         if models:
             load(next(iter(models.values())))
@@ -317,5 +323,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(main())

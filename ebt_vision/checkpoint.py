@@ -4,6 +4,8 @@ import hashlib
 import importlib
 from pathlib import Path
 
+import torch
+
 from ebt_vision.models.pretrained_model import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, PretrainedModel, read_config
 
 PRETRAINED_DIR = Path(__file__).parent / "pretrained"
@@ -30,6 +32,20 @@ def default_pretrained() -> str:
         if read_config(PRETRAINED_DIR / name / CONFIG_NAME)["model_type"] == "patch_ebt":
             return name
     return names[0]
+
+
+def pick_device(name: str | None = None) -> str:
+    """The device to run on: the one named, if this machine has it (ValueError otherwise), or the best there is."""
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if name is None:
+        return "cuda" if "cuda" in available else available[-1]
+    if name not in available:
+        raise ValueError(f"device={name!r} is not on this machine; use one of: {', '.join(available)}")
+    return name
 
 
 def model_class(model_type: str) -> type[PretrainedModel]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from ebt_vision.denoiser import Denoiser, DenoiseOptions, DenoiseResult
+    from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -71,7 +71,7 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=Path)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results; made if missing")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
-    parser.add_argument("--steps", metavar="N", type=_count, help="thinking steps (default: the model's own)")
+    parser.add_argument("--steps", metavar="N", type=_count, default=4, help="thinking steps (default 4)")
     parser.add_argument("--candidates", metavar="N", type=_count, default=1, help="think N times, keep the lowest energy")
     parser.add_argument("--tolerance", metavar="T", type=_not_negative, help="stop when a step gains less than this share")
     parser.add_argument("--add-noise", metavar="SIGMA", type=_not_negative, help="add Gaussian noise first, in 0..255 units")
@@ -83,7 +83,9 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Describe a checkpoint: kind, size, settings, hash of the weights. Without MODEL, list the shipped ones."
+    parser.description = (
+        "Describe a checkpoint: kind, size, settings, hash of the weights. Without MODEL, list the shipped ones."
+    )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a shipped name, a folder or hub:OWNER/NAME")
     parser.set_defaults(run=_info)
 
@@ -179,14 +181,13 @@ def _targets(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
-    from ebt_vision.checkpoint import default_pretrained
+    from ebt_vision.checkpoint import default_pretrained, pick_device
     from ebt_vision.denoiser import DenoiseOptions, load_denoiser
 
-    given = {"num_steps": args.steps, "tolerance": args.tolerance}
     options = DenoiseOptions(
-        num_candidates=args.candidates, seed=args.seed, **{name: value for name, value in given.items() if value is not None}
+        num_steps=args.steps, num_candidates=args.candidates, tolerance=args.tolerance, seed=args.seed, sigma=args.add_noise
     )
-    return load_denoiser(args.model or default_pretrained(), device=args.device), options
+    return load_denoiser(args.model or default_pretrained(), device=pick_device(args.device)), options
 
 
 def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:
@@ -216,8 +217,8 @@ def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: a
 
 
 def _energies(result: DenoiseResult) -> str:
-    if not len(result.energies):
-        return "no energy"
+    if result.energies is None:  # not an energy-based model
+        return ""
     return f"energy {float(result.energies[0, 0]):.3f} -> {float(result.energies[-1, 0]):.3f}"
 
 

@@ -81,7 +81,9 @@ def test_imports_point_down(path: Path) -> None:
         if target is None or target == path or target.name == "__init__.py":
             continue
         theirs = level_of(target)
-        assert theirs < mine or (theirs == mine and mine in SOCIABLE), f"{path.name} (level {mine}) imports {name} (level {theirs})"
+        assert theirs < mine or (theirs == mine and mine in SOCIABLE), (
+            f"{path.name} (level {mine}) imports {name} (level {theirs})"
+        )
 
 
 @pytest.mark.parametrize("path", [p for p in library_files() if level_of(p) <= 1], ids=lambda path: path.name)
