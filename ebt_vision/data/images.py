@@ -206,4 +206,5 @@ def fit_to_size(pixels: np.ndarray, img_size: int, center_crop: bool) -> np.ndar
 
 
 def _with_progress(results: Iterable, total: int) -> Iterable:
-    return track(results, "Reading images", total=total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(results, "Reading images", total=total, console=console, transient=True, disable=not console.is_terminal)
