@@ -145,8 +145,7 @@ class DiT(PretrainedModel):
         with T = 1000 that is L_t itself, the released code's MSE and RESCALED_MSE alike. The mean of L_t is detached, so that
         the term trains the variance alone.
         """
-        signal, std = self._per_image(self.signal_scale, timesteps), self._per_image(self.noise_scale, timesteps)
-        noisy = signal * clean + std * noise
+        noisy = self._table("signal_scale", timesteps) * clean + self._table("noise_scale", timesteps) * noise
         eps, variance_values = self(noisy, timesteps)
         loss = (eps - noise).square().flatten(1).mean(1)
         if variance_values is None:
@@ -157,16 +156,16 @@ class DiT(PretrainedModel):
     def _variational_term(self, clean: Tensor, noisy: Tensor, timesteps: Tensor, eps: Tensor, values: Tensor) -> Tensor:
         """L_t of Ho et al. 2020, eq. 5, in bits per dimension, (B,): a KL divergence, or at t = 0 the decoder's likelihood."""
 
-        def at_t(table: Tensor) -> Tensor:
-            return self._per_image(table, timesteps)
+        def at_t(name: str) -> Tensor:
+            return self._table(name, timesteps)
 
         # Posterior means for the true and the predicted clean image (Ho et al. 2020, eq. 7).
-        predicted = (noisy - at_t(self.noise_scale) * eps) / at_t(self.signal_scale)
-        true_mean = at_t(self.posterior_clean) * clean + at_t(self.posterior_noisy) * noisy
-        mean = at_t(self.posterior_clean) * predicted + at_t(self.posterior_noisy) * noisy
+        predicted = (noisy - at_t("noise_scale") * eps) / at_t("signal_scale")
+        true_mean = at_t("posterior_clean") * clean + at_t("posterior_noisy") * noisy
+        mean = at_t("posterior_clean") * predicted + at_t("posterior_noisy") * noisy
         # Variance: interpolated between beta-tilde and beta in the log domain (Nichol & Dhariwal 2021, eq. 15).
         share = (values + 1.0) / 2.0
-        low, high = at_t(self.log_posterior_variance), at_t(self.log_beta)
+        low, high = at_t("log_posterior_variance"), at_t("log_beta")
         log_variance = share * high + (1.0 - share) * low
         kl = 0.5 * (log_variance - low + (low - log_variance).exp() - 1.0)
         kl = kl + 0.5 * (true_mean - mean).square() * (-log_variance).exp()
@@ -174,9 +173,9 @@ class DiT(PretrainedModel):
         term = torch.where((timesteps == 0).reshape(-1, 1, 1, 1), decoder, kl)
         return term.flatten(1).mean(1) / math.log(2.0)
 
-    @staticmethod
-    def _per_image(table: Tensor, timesteps: Tensor) -> Tensor:
-        return table[timesteps].reshape(-1, 1, 1, 1)
+    def _table(self, name: str, timesteps: Tensor) -> Tensor:
+        """One of the tables below, looked up for each image, (B, 1, 1, 1)."""
+        return self.get_buffer(name)[timesteps].reshape(-1, 1, 1, 1)
 
     @torch.no_grad()
     def predict_clean(self, noisy: Tensor, timestep: int) -> Tensor:
