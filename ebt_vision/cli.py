@@ -71,8 +71,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train what CONFIG describes. Example: ebt-vision train configs/smoke.yaml optim.lr=3e-4"
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file of configs/ or your own")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that take the file's place")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="the run's folder (same as output=DIR)")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint (same as resume=true)")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the run's folder; a run that was cut off there goes on")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
     parser.set_defaults(run=_train)
 
 
@@ -114,12 +114,7 @@ def _train(args: argparse.Namespace) -> int:
             raise ValueError(f"override {override!r} is not of the form key=value")
     from ebt_vision.training.run import train
 
-    overrides = list(args.overrides)
-    if args.output is not None:
-        overrides.append(f"output={args.output}")
-    if args.resume:
-        overrides.append("resume=true")
-    train(args.config, overrides)
+    print(f"trained: {train(args.config, args.overrides, output=args.output, device=args.device)}")
     return 0
 
 
@@ -150,7 +145,8 @@ def _denoise(args: argparse.Namespace) -> int:
             except Exception as error:
                 if not _is_users(error):
                     raise
-                _say(f"{job.source}: {_one_line(error)}")
+                message = _one_line(error)
+                _say(message if str(job.source) in message else f"{job.source}: {message}")
                 failed += 1
                 continue
             done += 1
