@@ -1,0 +1,210 @@
+"""Images for training and measuring: one size, uint8, every draw from (seed, epoch, sample) alone."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ebt_vision.data.decoding import DecodeError, decode_image, to_rgb8
+from ebt_vision.data.sources import DataError, Source, open_source
+from ebt_vision.rng import sample_generators
+
+MAX_ASPECT_RATIO = 20
+"""Images longer than this are skipped: nothing of them is left in a square crop, and resized they grow without bound."""
+
+AUGMENT_STREAM = 0x63726F70
+"""Keeps the draws of crops and flips apart from every other use of the seed."""
+
+NUM_DECODE_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images, and how they become squares of `img_size`."""
+
+    path: str
+    """Folder of images, parquet or shards; image or parquet file or glob; *.tar shards, braces allowed; hub:OWNER/NAME."""
+    split: str | None = None
+    """Sub-folder, file-name prefix or hub split; None is all of a folder (an error if it holds several), a hub's "train"."""
+    image_column: str = "image"
+    """Column of the images in parquet and hub sets."""
+    label_column: str | None = "label"
+    """Column of the labels in parquet and hub sets, field of a shard's .json; None for no labels from any source."""
+    img_size: int = 64
+    """Side of the square crop, pixels; an image's shorter side is resized to it, up or down, unless it has it already."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut along the longer side; "random" draws it anew in every epoch."""
+    flip: bool = False
+    """Mirror left-right with probability 1/2, drawn anew in every epoch."""
+    cache: bool = True
+    """Hold all images in memory as uint8 (3 * img_size^2 bytes each when cropped at the centre); False decodes on every use."""
+    limit: int | None = None
+    """Take at most this many images, spread evenly over the set; None for all."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty; give a folder, files or hub:OWNER/NAME")
+        if self.img_size < 1:
+            raise ValueError(f"img_size={self.img_size} must be at least 1")
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"crop={self.crop!r} is not 'center' or 'random'")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1, or null for all images")
+
+
+class ImageSet:
+    """A fixed list of readable images. Made by `load_image_set`, which has decoded each of them once."""
+
+    labels: list[int] | None
+    """The class of each image, or None."""
+    class_names: list[str] | None
+    """The name of each class number, where the source tells."""
+    skipped: list[tuple[str, str]]
+    """(name, reason) of every image that cannot be used; they are in no index."""
+
+    def __init__(self, config: DataConfig, source: Source, seed: int = 0) -> None:
+        self.config, self.seed, self._source = config, seed, source
+        count = len(source) if config.limit is None else min(config.limit, len(source))
+        candidates = [place * len(source) // count for place in range(count)]
+        self.skipped = []
+        self._entries: list[int] = []  # the source's index of each image
+        self._cache: np.ndarray | list[np.ndarray] = []
+        self._load(candidates)
+        if not self._entries:
+            reason = "{} {}".format(*self.skipped[0]) if self.skipped else "it is empty"
+            raise DataError(f"no image of {config.path} can be used ({reason}); check the path and the files")
+        self.labels = None if source.labels is None else [source.labels[entry] for entry in self._entries]
+        self.class_names = source.class_names
+
+    def _load(self, candidates: Sequence[int]) -> None:
+        """Decode everything once: fills the cache, and tells the images that can be used from those that cannot."""
+        size = self.config.img_size
+        # Cropped at the centre all have one shape and share one array; for random crops the longer side is kept.
+        squares = self.config.cache and self.config.crop == "center"
+        cache = np.empty((len(candidates), 3, size, size), np.uint8) if squares else None
+        ragged: list[np.ndarray] = []
+        for entry, result in zip(candidates, _with_progress(self._decode_all(candidates), len(candidates)), strict=True):
+            if isinstance(result, DecodeError):
+                self.skipped.append((self._source.name(entry), str(result)))
+                continue
+            if cache is not None:
+                cache[len(self._entries)] = result
+            elif self.config.cache:
+                ragged.append(result)
+            self._entries.append(entry)
+        self._cache = cache[: len(self._entries)] if cache is not None else ragged
+
+    def _decode_all(self, entries: Sequence[int]) -> Iterator[np.ndarray | DecodeError]:
+        with ThreadPoolExecutor(NUM_DECODE_THREADS) as pool:
+            for start in range(0, len(entries), 256):  # in pieces, so that results do not pile up
+                yield from pool.map(self._try_decode, entries[start : start + 256])
+
+    def _try_decode(self, entry: int) -> np.ndarray | DecodeError:
+        try:
+            return self._decode(entry)
+        except DecodeError as error:
+            return error
+        except OSError as error:
+            return DecodeError(f"cannot be read ({error.strerror or error})")
+
+    def _decode(self, entry: int) -> np.ndarray:
+        pixels = to_rgb8(decode_image(self._source.read(entry)))
+        return fit_to_size(pixels, self.config.img_size, center_crop=self.config.crop == "center")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_skipped(self) -> int:
+        """How many images cannot be used."""
+        return len(self.skipped)
+
+    def report(self) -> str:
+        """One line for people: how many images, of which size and classes, and what was skipped and why."""
+        line = f"{len(self)} images of {self.config.img_size}x{self.config.img_size} from {self.config.path}"
+        if self.labels is not None:
+            line += f", {len(self.class_names) if self.class_names else len(set(self.labels))} classes"
+        if self.skipped:
+            shown = "; ".join(f"{name} {reason.split(';')[0]}" for name, reason in self.skipped[:3])
+            line += f"; {self.num_skipped} skipped: {shown}" + ("; ..." if self.num_skipped > 3 else "")
+        return line
+
+    def images(self, indices: Sequence[int] | Tensor, epochs: int | Sequence[int] | Tensor = 0) -> Tensor:
+        """uint8 RGB (B, 3, img_size, img_size) of the images `indices`, each cropped and flipped as drawn for its epoch.
+
+        `epochs` is one epoch for all or one per image; it has no effect without random crop or flip. The draws depend on
+        (seed, epoch, index) alone. Raises IndexError outside 0..len-1, DataError for a file that has vanished since loading.
+        """
+        chosen = [int(index) for index in indices]
+        if chosen and not 0 <= min(chosen) <= max(chosen) < len(self):
+            raise IndexError(f"indices {min(chosen)}..{max(chosen)} are not all in 0..{len(self) - 1}")
+        if not chosen:
+            return torch.empty((0, 3, self.config.img_size, self.config.img_size), dtype=torch.uint8)
+        wide = [self._cached_or_decoded(index) for index in chosen]
+        if self.config.crop == "center" and not self.config.flip:
+            return torch.from_numpy(np.stack(wide))
+        per_image = [epochs] * len(chosen) if isinstance(epochs, int) else [int(epoch) for epoch in epochs]
+        draws = (self._draw(index, epoch) for index, epoch in zip(chosen, per_image, strict=True))
+        return torch.from_numpy(np.stack([self._crop_and_flip(*pair) for pair in zip(wide, draws, strict=True)]))
+
+    def _cached_or_decoded(self, index: int) -> np.ndarray:
+        if self.config.cache:
+            return self._cache[index]
+        result = self._try_decode(self._entries[index])
+        if isinstance(result, DecodeError):
+            name = self._source.name(self._entries[index])
+            raise DataError(f"{name} of {self.config.path} {result} (it was readable when the set was loaded)")
+        return result
+
+    def _draw(self, index: int, epoch: int) -> list[float]:
+        """Three uniforms in [0, 1) for (flip, top, left)."""
+        (generator,) = sample_generators(self.seed, [index], AUGMENT_STREAM, epoch)
+        return torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+
+    def _crop_and_flip(self, image: np.ndarray, draw: list[float]) -> np.ndarray:
+        size, (flip, top, left) = self.config.img_size, draw
+        if self.config.crop == "random":
+            y, x = int(top * (image.shape[1] - size + 1)), int(left * (image.shape[2] - size + 1))
+            image = image[:, y : y + size, x : x + size]
+        return image[:, :, ::-1] if self.config.flip and flip < 0.5 else image
+
+
+def load_image_set(config: DataConfig, seed: int = 0) -> ImageSet:
+    """Open the source of `config` and decode every image once, with a progress bar on stderr.
+
+    Unreadable images are left out and listed in `ImageSet.skipped`; tell the user with `report()`. With cache=False the
+    images are decoded all the same, to know which are readable, and again whenever they are asked for. `seed` is that of
+    the crops and flips. Raises DataError where there is no image to use.
+    """
+    return ImageSet(config, open_source(config.path, config.split, config.image_column, config.label_column), seed)
+
+
+def fit_to_size(pixels: np.ndarray, img_size: int, center_crop: bool) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, h, w) uint8 whose shorter side is `img_size`, cut to a centred square on demand.
+
+    Bicubic with antialiasing; pixels are untouched where the shorter side fits already. Raises DecodeError for an image
+    longer than MAX_ASPECT_RATIO.
+    """
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    if max(height, width) > MAX_ASPECT_RATIO * shorter:
+        raise DecodeError(f"is {width}x{height} pixels, longer than 1:{MAX_ASPECT_RATIO}; crop it")
+    if shorter != img_size:
+        height, width = round(height * img_size / shorter), round(width * img_size / shorter)
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    if center_crop:
+        top, left = (height - img_size) // 2, (width - img_size) // 2
+        pixels = pixels[top : top + img_size, left : left + img_size]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # HWC -> CHW
+
+
+def _with_progress(results: Iterable, total: int) -> Iterable:
+    console = Console(stderr=True)
+    return track(results, "Reading images", total=total, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,266 @@
+"""Where training images come from: folders, parquet, the Hugging Face hub and WebDataset shards, as bytes by index.
+
+Folders are walked here and not through `datasets`' ImageFolder, which takes words such as "test" in file names for splits
+and finds no classes in ROOT/CLASS/images/FILE. Shards are indexed with tarfile, because a WebDataset is a stream and an
+epoch's order needs random access.
+"""
+
+import glob
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import datasets
+
+from ebt_vision.data.decoding import SUFFIXES
+
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+HUB_PREFIX = "hub:"
+
+
+class DataError(ValueError):
+    """The data set is missing, empty or unreadable; the message is one line that says where and what to do."""
+
+
+class Source(Protocol):
+    """Encoded images by index; `labels` has one integer per image, or is None."""
+
+    labels: list[int] | None
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a person would call image `index`."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of image `index`, empty where there are none; OSError where they cannot be read."""
+
+
+def open_source(path: str, split: str | None, image_column: str, label_column: str | None) -> Source:
+    """Find out what `path` is and index it, without decoding an image; see `DataConfig.path` for the forms.
+
+    Raises DataError where nothing is found, where a split is missing or ambiguous, or where a column is missing.
+    """
+    if path.startswith(HUB_PREFIX):
+        return _open_table(path, path.removeprefix(HUB_PREFIX), split or "train", None, image_column, label_column)
+    root = Path(path).expanduser()
+    if root.is_dir():
+        root, files = _files_of_folder(root, split)
+    else:
+        if split is not None:
+            raise DataError(f"split={split!r} goes with a folder or {HUB_PREFIX}OWNER/NAME, not with {path}; leave it out")
+        files = sorted({Path(match) for pattern in expand_braces(str(root)) for match in _matches(pattern)})
+        root = Path(os.path.commonpath([file.parent for file in files])) if files else root
+    by_suffix = {suffix: [file for file in files if file.suffix.lower() == suffix] for suffix in (".parquet", ".tar")}
+    if by_suffix[".parquet"]:
+        names = [str(file) for file in by_suffix[".parquet"]]
+        return _open_table(path, "parquet", "train", names, image_column, label_column)
+    if by_suffix[".tar"]:
+        return TarSource(by_suffix[".tar"], label_column)
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not images:
+        raise DataError(
+            f"no images at {path}: it is not there or holds none; "
+            f"give a folder of images, *.parquet, *.tar shards or {HUB_PREFIX}OWNER/NAME"
+        )
+    return FolderSource(root, images, has_labels=label_column is not None)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The shell's braces, as WebDataset writes shard names: "a-{000..011}.tar" gives 12 names, "{a,b}.tar" two."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        parts = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    else:
+        parts = found[1].split(",")
+    names = (pattern[: found.start()] + part + pattern[found.end() :] for part in parts)
+    return list(itertools.chain.from_iterable(map(expand_braces, names)))
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files of one brace-free pattern. A name without a wildcard is one file, which must be there."""
+    if os.path.isfile(pattern):
+        return [pattern]
+    matches = [match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+    if not matches:
+        raise DataError(f"no file at {pattern}; check the path, or the numbers in its braces")
+    return matches
+
+
+def _files_of_folder(root: Path, split: str | None) -> tuple[Path, list[Path]]:
+    """(root, all files under it, sorted) of one split: a sub-folder of that name, or the files that begin with it."""
+    if split is not None and (root / split).is_dir():
+        return root / split, _walk(root / split)
+    files = _walk(root)
+    found = {name for file in files if (name := _split_of(file, root))}
+    if split is not None:
+        chosen = [file for file in files if re.match(re.escape(split) + r"([-_.\d]|$)", file.name)]
+        if not chosen:
+            raise DataError(f"{root} has neither a folder {split!r} nor files {split}-*; its splits: {sorted(found) or 'none'}")
+        return root, chosen
+    if len(found) > 1:
+        raise DataError(f"{root} holds the splits {', '.join(sorted(found))}; choose one with split=")
+    return root, files
+
+
+def _split_of(file: Path, root: Path) -> str | None:
+    """The split that a top folder ("train/...") or the name of a table or shard ("train-00000.parquet") stands for."""
+    parts = file.relative_to(root).parts
+    is_table = len(parts) == 1 and file.suffix.lower() in (".parquet", ".tar")
+    word = parts[0] if len(parts) > 1 else re.split(r"[-_.\d]", parts[0])[0] if is_table else ""
+    return word if word.lower() in SPLIT_NAMES else None
+
+
+def _walk(root: Path) -> list[Path]:
+    """Every file under `root` but the hidden ones, sorted; links to folders are followed no further than os.walk does."""
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+class FolderSource:
+    """Image files; the class of ROOT/CLASS/.../FILE is CLASS, and there are no classes unless every file has one."""
+
+    def __init__(self, root: Path, files: Sequence[Path], has_labels: bool) -> None:
+        self._root, self._files = root, list(files)
+        parts = [file.relative_to(root).parts for file in files]
+        self.labels: list[int] | None = None
+        self.class_names: list[str] | None = None
+        if has_labels and all(len(part) > 1 for part in parts):
+            self.class_names = sorted({part[0] for part in parts})
+            numbers = {name: number for number, name in enumerate(self.class_names)}
+            self.labels = [numbers[part[0]] for part in parts]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        return str(self._files[index].relative_to(self._root))
+
+    def read(self, index: int) -> bytes:
+        return self._files[index].read_bytes()
+
+
+class TableSource:
+    """An image column of a `datasets.Dataset` that is not decoded."""
+
+    def __init__(self, where: str, table: datasets.Dataset, image_column: str, label_column: str | None) -> None:
+        if image_column not in table.column_names:
+            raise DataError(f"{where} has no column {image_column!r}; set image_column to one of {table.column_names}")
+        self._column = image_column
+        self.labels, self.class_names = _read_labels(where, table, label_column)
+        self._images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        stored = (self._images[index][self._column] or {}).get("path")
+        return f"row {index} ({stored})" if stored else f"row {index}"
+
+    def read(self, index: int) -> bytes:
+        stored = self._images[index][self._column] or {}
+        if stored.get("bytes") is None and stored.get("path"):
+            return Path(stored["path"]).read_bytes()
+        return stored.get("bytes") or b""
+
+
+def _read_labels(where: str, table: datasets.Dataset, column: str | None) -> tuple[list[int] | None, list[str] | None]:
+    """Labels and class names of a column of integers, ClassLabel or strings; a missing column called "label" is no label."""
+    if column is None or (column == "label" and column not in table.column_names):
+        return None, None
+    if column not in table.column_names:
+        raise DataError(f"{where} has no column {column!r}; set label_column to one of {table.column_names} or to null")
+    values = list(table[column])
+    if all(value is None or value == -1 for value in values):  # how the hub's test splits say "no label"
+        return None, None
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        numbers = {name: number for number, name in enumerate(names)}
+        return [numbers[value] for value in values], names
+    if not all(isinstance(value, int) for value in values):
+        raise DataError(f"column {column!r} of {where} is not all integers or all strings; set label_column to null")
+    return values, getattr(table.features[column], "names", None)
+
+
+def _open_table(
+    where: str, builder: str, split: str, files: list[str] | None, image_column: str, label_column: str | None
+) -> TableSource:
+    try:
+        table = datasets.load_dataset(builder, data_files=files, split=split)
+    except Exception as error:  # from a name that does not exist to a damaged file, each library below has its own errors
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise DataError(f"{where} cannot be loaded ({reason}); check the name, the split {split!r} and the files") from error
+    return TableSource(where, table, image_column, label_column)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    shard: Path
+    key: str
+    offset: int
+    size: int
+
+
+class TarSource:
+    """WebDataset shards: files that share a key (the path up to the name's first dot) are a sample, the image one of them.
+
+    Labels come from KEY.cls (an integer), or from `label_column` of KEY.json; there are none unless every image has one.
+    """
+
+    def __init__(self, shards: Sequence[Path], label_column: str | None) -> None:
+        self._members: list[_Member] = []
+        labels: list[int | None] = []
+        for shard in shards:
+            images: dict[str, _Member] = {}
+            found: dict[str, int] = {}
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    for member in tar:
+                        folder, _, name = member.name.rpartition("/")
+                        stem, _, extension = name.partition(".")
+                        key = f"{folder}/{stem}" if folder else stem
+                        suffix = "." + extension.rpartition(".")[2].lower()
+                        if not member.isfile() or name.startswith("."):
+                            continue
+                        if suffix in SUFFIXES and key not in images:
+                            images[key] = _Member(shard, key, member.offset_data, member.size)
+                        elif suffix in (".cls", ".json") and label_column is not None:
+                            content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                            value = json.loads(content)
+                            value = value.get(label_column) if isinstance(value, dict) else value
+                            if isinstance(value, int):
+                                found[key] = value
+            except (tarfile.TarError, OSError, ValueError) as error:
+                raise DataError(f"{shard} is not an uncompressed tar, or is damaged ({error}); copy it again") from error
+            self._members += images.values()
+            labels += [found.get(key) for key in images]
+        if not self._members:
+            raise DataError(f"no images in {shards[0]}{' and the other shards' if len(shards) > 1 else ''}; check the shards")
+        numbers = [label for label in labels if label is not None]
+        self.labels = numbers if len(numbers) == len(labels) else None
+        self.class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def name(self, index: int) -> str:
+        return f"{self._members[index].shard.name}:{self._members[index].key}"
+
+    def read(self, index: int) -> bytes:
+        member = self._members[index]
+        with member.shard.open("rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
