@@ -30,7 +30,8 @@ def to_image_range(images: Tensor) -> Tensor:
 @functools.cache
 def alphas_cumprod() -> Tensor:
     """alpha_bar_t of DDPM's linear schedule for t = 0..999, float64 (1000,) (Ho et al. 2020, sec. 4)."""
-    betas = torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+    # An explicit device: under `torch.device("meta")` the cache would keep a table without values.
+    betas = torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, dtype=torch.float64, device="cpu")
     return torch.cumprod(1.0 - betas, dim=0)
 
 

@@ -1,0 +1,275 @@
+"""The networks as denoisers: thinking with PatchEBT, sampling with DiT, applying the regressor."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ebt_vision.classical import estimate_sigma
+from ebt_vision.corruption import alphas_cumprod, level_to_timestep, sigma_to_timestep, to_image_range, to_model_range
+from ebt_vision.denoiser import Callback, DenoiseOptions, Denoiser, DenoiseResult, DenoiseStep
+from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
+from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.rng import randn_like, sample_generators
+from ebt_vision.thinking import ThinkingConfig, ThinkingResult, ThinkingStep, best_of
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from ebt_vision.models.dit import DiT
+
+LANGEVIN_STREAM, JITTER_STREAM = 0, 1
+"""Streams of random numbers, beside an image's id."""
+
+
+class ModelDenoiser(Denoiser):
+    """What the networks have in common; the model is put into eval mode."""
+
+    def __init__(self, model: PretrainedModel, *, name: str, input_scale: float = 1.0):
+        self.name = name
+        self.input_scale = input_scale
+        self.num_parameters = model.num_parameters
+        self.tile_size = model.config.img_size
+        self.patch_size = model.config.patch_size
+        self._network = model.eval()
+
+    def to_network(self, noisy: Tensor) -> Tensor:
+        return noisy.to(next(self._network.parameters()))
+
+    def activation_bytes(self, height: int, width: int) -> int:
+        # A block keeps about 34 floats per token and channel for a backward pass, and its attention maps twice.
+        config = self._network.config
+        tokens = math.ceil(height / config.patch_size) * math.ceil(width / config.patch_size)
+        per_block = 34 * tokens * config.embed_dim + 2 * config.num_heads * tokens**2
+        return 4 * config.depth * per_block
+
+
+class EBTDenoiser(ModelDenoiser):
+    """PatchEBT: descend the energy from the noisy image; of several candidates keep the one of lowest energy.
+
+    With num_candidates above 1 the first one starts from the image itself, each other from the image and some noise.
+    """
+
+    def __init__(self, model: PatchEBT, *, name: str = "ebt", input_scale: float = 1.0):
+        super().__init__(model, name=name, input_scale=input_scale)
+        self.model = model
+
+    def _denoise(
+        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
+    ) -> DenoiseResult:
+        x = to_model_range(noisy) * self.input_scale
+        watch = _Watch(options, x.shape, self.patch_size, callback)
+        result = best_of(
+            self.model,
+            watch.starts(x, image_ids),
+            ThinkingConfig(num_steps=options.num_steps, langevin_std=options.langevin_std, tolerance=options.tolerance),
+            context=self.model.context_of(x),
+            step_size=self.model.step_size.detach() * options.step_size_scale,
+            generator=sample_generators(options.seed, image_ids, LANGEVIN_STREAM),
+            callback=watch,
+        )
+        image = to_image_range(result.final)
+        return DenoiseResult(
+            image=image,
+            num_steps=_of_chosen([r.num_steps for r in result.results], result.chosen),
+            num_forward=result.num_forward,
+            energies=self._mean(_chosen_energies(result.results, result.chosen, options.num_steps), x),
+            candidate_energies=self._mean(result.energies, x),
+            chosen=result.chosen,
+            trajectory=watch.trajectory(result.chosen, image) if options.keep_trajectory else None,
+        )
+
+    def _mean(self, energies: Tensor, x: Tensor) -> Tensor:
+        return patch_energy_mean(energies, x.shape, self.patch_size)
+
+
+class _Watch:
+    """Hands the starts to best_of and hears of every step: passes them on, keeps them, stops all when asked to."""
+
+    def __init__(self, options: DenoiseOptions, shape: torch.Size, patch_size: int, callback: Callback):
+        self.options, self.shape, self.patch_size, self.callback = options, shape, patch_size, callback
+        self.candidate, self.stopped = 0, False
+        self.images: list[list[Tensor]] = []  # of each candidate, after each step
+
+    def starts(self, x: Tensor, image_ids: list[int]) -> Iterator[Tensor]:
+        for candidate in range(self.options.num_candidates):
+            if self.stopped:
+                return
+            self.candidate = candidate
+            self.images.append([])
+            if candidate == 0:
+                yield x
+            else:
+                generators = sample_generators(self.options.seed, image_ids, JITTER_STREAM, candidate)
+                yield x + self.options.candidate_noise_std * randn_like(x, generators)
+
+    def __call__(self, step: ThinkingStep) -> bool:
+        image = to_image_range(step.candidate)
+        if self.options.keep_trajectory:
+            self.images[-1].append(image)
+        told = self.callback(
+            DenoiseStep(
+                index=step.index,
+                num_steps=self.options.num_steps,
+                image=image,
+                energies=patch_energy_mean(step.energies, self.shape, self.patch_size),
+                candidate=self.candidate,
+                num_candidates=self.options.num_candidates,
+            )
+        )
+        self.stopped = told is True
+        return self.stopped
+
+    def trajectory(self, chosen: Tensor, final: Tensor) -> tuple[Tensor, ...]:
+        count = self.options.num_steps + 1
+        padded = [images + [images[-1]] * (count - len(images)) for images in self.images]
+        steps = [_of_chosen([images[i] for images in padded], chosen) for i in range(count)]
+        return (*steps[:-1], final)
+
+
+def _of_chosen(values: list[Tensor], chosen: Tensor) -> Tensor:
+    """values[chosen[b]][b] for each sample b: N of (B, ...) -> (B, ...)."""
+    return torch.stack(values)[chosen, torch.arange(len(chosen), device=chosen.device)]
+
+
+def _chosen_energies(results: tuple[ThinkingResult, ...], chosen: Tensor, num_steps: int) -> Tensor:
+    """Energies (num_steps + 1, B) of the winners; where all samples stopped early the last row is repeated."""
+    rows = []
+    for result in results:
+        energies = result.energies
+        rows.append(torch.cat([energies, energies[-1:].expand(num_steps + 1 - len(energies), -1)]))
+    return _of_chosen([energies.T for energies in rows], chosen).T
+
+
+class RegressorDenoiser(ModelDenoiser):
+    """The feed-forward baseline, applied options.num_steps times to its own output."""
+
+    def __init__(self, model: PatchRegressor, *, name: str = "regressor", input_scale: float = 1.0):
+        super().__init__(model, name=name, input_scale=input_scale)
+        self.model = model
+
+    def _denoise(
+        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
+    ) -> DenoiseResult:
+        watch = _Samples(options, callback)
+        x = to_model_range(noisy) * self.input_scale
+        passes, stopped = 0, watch(0, x)
+        while passes < options.num_steps and not stopped:
+            x = self.model(x)
+            passes += 1
+            stopped = watch(passes, x)
+        steps = torch.full((len(noisy),), passes, dtype=torch.int64, device=noisy.device)
+        return DenoiseResult(image=to_image_range(x), num_steps=steps, num_forward=steps, trajectory=watch.trajectory())
+
+
+class DiTDenoiser(ModelDenoiser):
+    """The diffusion baseline.
+
+    `mode`: "ddim" takes options.num_steps passes from the timestep of the noise down to the clean image; "x0" predicts the
+    clean image in one call, whatever num_steps; "recursion" runs the whole chain num_steps times on its own output.
+
+    A DiT must be told how noisy its input is. With options.noise_level the input is taken as made by the VP process at that
+    level (times input_scale). Without, as a photograph with AWGN of options.sigma, given or estimated: it gets the timestep
+    of the same noise-to-signal ratio and is scaled by that timestep's sqrt(alpha_bar), input_scale aside; num_steps is then
+    lowered to the number of timesteps there are. Images with estimates of their own are sampled one by one, without callbacks.
+    """
+
+    def __init__(
+        self,
+        model: "DiT",
+        *,
+        mode: Literal["ddim", "x0", "recursion"] = "ddim",
+        name: str = "dit",
+        input_scale: float = 1.0,
+    ):
+        if mode not in ("ddim", "x0", "recursion"):
+            raise ValueError(f"mode={mode!r} is unknown; use 'ddim', 'x0' or 'recursion'")
+        super().__init__(model, name=name, input_scale=input_scale)
+        self.model, self.mode = model, mode
+
+    def _denoise(
+        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
+    ) -> DenoiseResult:
+        x = to_model_range(noisy)
+        if options.noise_level is not None:
+            return self._sample(x * self.input_scale, level_to_timestep(options.noise_level), options, callback)
+        sigmas = estimate_sigma(noisy) if options.sigma is None else [options.sigma] * len(noisy)
+        timesteps = [sigma_to_timestep(sigma) for sigma in sigmas]
+        if len(set(timesteps)) == 1:
+            return self._sample_photographs(x, timesteps[0], options, callback)
+        # Each image has its own timestep, and its own chain.
+        return _join(
+            [self._sample_photographs(x[i : i + 1], t, options, lambda step: None) for i, t in enumerate(timesteps)]
+        )
+
+    def _sample_photographs(self, x: Tensor, timestep: int, options: DenoiseOptions, callback: Callback) -> DenoiseResult:
+        x = x * math.sqrt(float(alphas_cumprod()[timestep]))
+        if self.mode == "ddim":
+            options = replace(options, num_steps=min(options.num_steps, timestep + 1))
+        return self._sample(x, timestep, options, callback)
+
+    def _sample(self, x: Tensor, timestep: int, options: DenoiseOptions, callback: Callback) -> DenoiseResult:
+        num_steps = 1 if self.mode == "x0" else options.num_steps
+        passes = timestep + 1 if self.mode == "recursion" else 1
+        watch = _Samples(replace(options, num_steps=num_steps), callback)
+        if self.mode == "recursion":
+            x = self.model.recursion(x, timestep, num_steps, callback=watch)
+        else:
+            x = self.model.ddim(x, timestep, num_steps, callback=watch)
+        steps = torch.full((len(x),), watch.index, dtype=torch.int64, device=x.device)
+        return DenoiseResult(
+            image=to_image_range(x), num_steps=steps, num_forward=steps * passes, trajectory=watch.trajectory()
+        )
+
+    def resolve_options(self, noisy: Tensor, options: DenoiseOptions) -> DenoiseOptions:
+        if options.noise_level is not None or options.sigma is not None:
+            return options
+        return replace(options, sigma=min(estimate_sigma(noisy)[0], 255.0))
+
+
+def _join(results: list[DenoiseResult]) -> DenoiseResult:
+    """One result for images that were worked on one by one."""
+    trajectories = [result.trajectory for result in results if result.trajectory is not None]
+    count = max(map(len, trajectories), default=0)
+    trajectories = [images + images[-1:] * (count - len(images)) for images in trajectories]
+    return DenoiseResult(
+        image=torch.cat([result.image for result in results]),
+        num_steps=torch.cat([result.num_steps for result in results]),
+        num_forward=torch.cat([result.num_forward for result in results]),
+        trajectory=tuple(torch.cat(images) for images in zip(*trajectories, strict=True)) or None,
+    )
+
+
+class _Samples:
+    """Hears of every sample on [-1, 1]: passes it on, keeps it; True stops."""
+
+    def __init__(self, options: DenoiseOptions, callback: Callback):
+        self.options, self.callback = options, callback
+        self.index = 0
+        self.images: list[Tensor] = []
+
+    def __call__(self, index: int, sample: Tensor) -> bool:
+        self.index, image = index, to_image_range(sample)
+        if self.options.keep_trajectory:
+            self.images.append(image)
+        step = DenoiseStep(index=index, num_steps=self.options.num_steps, image=image, energies=None)
+        return self.callback(step) is True
+
+    def trajectory(self) -> tuple[Tensor, ...] | None:
+        if not self.options.keep_trajectory:
+            return None
+        return tuple(self.images + self.images[-1:] * (self.options.num_steps + 1 - len(self.images)))
+
+
+def denoiser_for(model: PretrainedModel, *, name: str | None = None, input_scale: float = 1.0) -> Denoiser:
+    """The denoiser of a model of any type (DiT: by DDIM); ValueError for one that has none, such as a text model."""
+    name = name or model.model_type
+    if isinstance(model, PatchEBT):
+        return EBTDenoiser(model, name=name, input_scale=input_scale)
+    if isinstance(model, PatchRegressor):
+        return RegressorDenoiser(model, name=name, input_scale=input_scale)
+    if model.model_type == "dit":
+        return DiTDenoiser(cast("DiT", model), name=name, input_scale=input_scale)
+    raise ValueError(f"a {model.model_type!r} model does not denoise images; use patch_ebt, patch_regressor or dit")
