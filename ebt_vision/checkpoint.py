@@ -4,6 +4,8 @@ import hashlib
 import importlib
 from pathlib import Path
 
+import torch
+
 from ebt_vision.models.pretrained_model import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, PretrainedModel, read_config
 
 PRETRAINED_DIR = Path(__file__).parent / "pretrained"
@@ -19,6 +21,31 @@ MODEL_CLASSES = {
 def list_pretrained() -> list[str]:
     """Names of the checkpoints shipped with the package, sorted."""
     return sorted(path.parent.name for path in PRETRAINED_DIR.glob(f"*/{CONFIG_NAME}"))
+
+
+def default_pretrained() -> str:
+    """The shipped checkpoint that is used where none is named: the first EBT. CheckpointError where none is shipped."""
+    names = list_pretrained()
+    if not names:
+        raise CheckpointError(f"no checkpoint is shipped in {PRETRAINED_DIR}; name a model: a folder or hub:OWNER/NAME")
+    for name in names:
+        if read_config(PRETRAINED_DIR / name / CONFIG_NAME)["model_type"] == "patch_ebt":
+            return name
+    return names[0]
+
+
+def pick_device(name: str | None = None) -> str:
+    """The device to run on: the one named, if this machine has it (ValueError otherwise), or the best there is."""
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if name is None:
+        return "cuda" if "cuda" in available else available[-1]
+    if name not in available:
+        raise ValueError(f"device={name!r} is not on this machine; use one of: {', '.join(available)}")
+    return name
 
 
 def model_class(model_type: str) -> type[PretrainedModel]:

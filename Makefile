@@ -1,0 +1,53 @@
+# make demo     set everything up and open the Gradio page (ARGS="--port 8000 --share" and the like are handed on)
+# make test     set everything up and run the checks and all tests
+# make check    ruff and mypy                 make format   mend what ruff can mend
+# make setup    the virtual environment .venv with everything a developer needs
+# make clean    remove .venv and the caches
+#
+# PYTHON=python3.12 picks an interpreter. PIP_ARGS is handed to pip: on a Linux machine without a GPU,
+# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" saves some gigabytes.
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.PHONY: demo test check format setup clean
+
+# The first interpreter that is new enough; python3 if none is, for the message below.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$p && exit; done; echo python3)
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq $(PIP_ARGS)
+ARGS ?=
+
+demo: .venv/ready-demo
+	@.venv/bin/python apps/denoise.py $(ARGS)
+
+test: check
+	@.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/ready-dev
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check --quiet . || { echo "make check: run 'make format' and commit" >&2; exit 1; }
+	@.venv/bin/mypy
+
+format: .venv/ready-dev
+	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
+
+setup: .venv/ready-dev
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+
+# The stamps: made again only when pyproject.toml changes.
+.venv/ready-demo: pyproject.toml | .venv/bin/python
+	@echo "Setting up .venv: this downloads PyTorch and takes some minutes, once."
+	@$(PIP) --editable . && touch $@
+
+.venv/ready-dev: pyproject.toml | .venv/bin/python
+	@echo "Setting up .venv for development: this downloads PyTorch and takes some minutes, once."
+	@$(PIP) --editable '.[classical,dev]' && touch $@ .venv/ready-demo
+
+.venv/bin/python:
+	@$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+		echo "ebt_vision needs Python 3.11 or newer, found '$$($(PYTHON) -V 2>&1)'; install one and run make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

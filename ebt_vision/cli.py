@@ -1,0 +1,322 @@
+"""The command line: ebt-vision train | denoise | info.
+
+Imports are lazy, so that --help answers at once. What a user can mend comes out as one line on stderr and exit status 2,
+without a traceback; an interrupt ends with status 130 and keeps what is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    try:
+        args = _parser().parse_args(argv)
+        status: int = args.run(args)
+        return status
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as in `ebt-vision info | head -1`
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError) as error:
+        _say(_one_line(error))
+        return BAD_INPUT
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"ebt-vision: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ebt-vision", description="Energy-Based Transformers for vision.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands.add_parser("train", help="train a model from a YAML config"))
+    _add_denoise(commands.add_parser("denoise", help="denoise image files and folders of them"))
+    _add_info(commands.add_parser("info", help="describe a checkpoint, or list the shipped ones"))
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Train what CONFIG describes. Example: ebt-vision train configs/smoke.yaml optim.lr=3e-4"
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file of configs/ or your own")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that take the file's place")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the run's folder (same as output=DIR)")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint (same as resume=true)")
+    parser.set_defaults(run=_train)
+
+
+def _add_denoise(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Denoise images; each result gets its input's name in DIR, with its bit depth, colour profile, orientation and alpha."
+    )
+    parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=Path)
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results; made if missing")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--steps", metavar="N", type=_count, default=4, help="thinking steps (default 4)")
+    parser.add_argument("--candidates", metavar="N", type=_count, default=1, help="think N times, keep the lowest energy")
+    parser.add_argument("--tolerance", metavar="T", type=_not_negative, help="stop when a step gains less than this share")
+    parser.add_argument("--add-noise", metavar="SIGMA", type=_not_negative, help="add Gaussian noise first, in 0..255 units")
+    parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of all noise (default 0)")
+    parser.add_argument("--tile", metavar="SIZE", type=_count, help="tile side in pixels for large images")
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.set_defaults(run=_denoise)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Describe a checkpoint: kind, size, settings, hash of the weights. Without MODEL, list the shipped ones."
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.set_defaults(run=_info)
+
+
+# --- train
+
+
+def _train(args: argparse.Namespace) -> int:
+    if not args.config.is_file():
+        near = ", ".join(sorted(str(path) for path in args.config.parent.glob("*.yaml"))) or "no .yaml files"
+        raise ValueError(f"config {args.config} does not exist; {args.config.parent}/ has: {near}")
+    for override in args.overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} is not of the form key=value")
+    from ebt_vision.training.run import train
+
+    overrides = list(args.overrides)
+    if args.output is not None:
+        overrides.append(f"output={args.output}")
+    if args.resume:
+        overrides.append("resume=true")
+    train(args.config, overrides)
+    return 0
+
+
+# --- denoise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """One image to denoise."""
+
+    source: Path
+    target: Path
+
+
+def _denoise(args: argparse.Namespace) -> int:
+    jobs, problems = _plan(args.inputs, args.output, args.overwrite)
+    for problem in problems:
+        _say(problem)
+    failed, done = len(problems), 0
+    if jobs:
+        args.output.mkdir(parents=True, exist_ok=True)
+        denoiser, options = _load(args)
+    start = time.perf_counter()
+    try:
+        for number, job in enumerate(jobs, 1):
+            try:
+                line = _denoise_one(job, denoiser, options, args)
+            except Exception as error:
+                if not _is_users(error):
+                    raise
+                _say(f"{job.source}: {_one_line(error)}")
+                failed += 1
+                continue
+            done += 1
+            left = (time.perf_counter() - start) / number * (len(jobs) - number)
+            print(line + (f", {_duration(left)} left" if number < len(jobs) else ""), flush=True)
+    except KeyboardInterrupt:
+        _say(f"interrupted; {done} of {len(jobs)} images are done and kept in {args.output}")
+        return INTERRUPTED
+    if failed:
+        _say(f"{failed} of {failed + done} failed, {done} written to {args.output}")
+        return BAD_INPUT
+    return 0
+
+
+def _plan(inputs: Sequence[Path], output: Path, overwrite: bool) -> tuple[list[_Job], list[str]]:
+    """What to denoise into which file, and a line for each input that cannot be done."""
+    jobs: dict[Path, _Job] = {}
+    problems: list[str] = []
+    for path in inputs:
+        try:
+            pairs = list(_targets(path, output))
+        except (ValueError, OSError) as error:
+            problems.append(_one_line(error))
+            continue
+        for source, target in pairs:
+            if target in jobs and jobs[target].source != source:
+                problems.append(f"{source}: its result {target} is that of {jobs[target].source} too; rename one of them")
+            elif target.exists() and not overwrite:
+                problems.append(f"{source}: {target} exists; give another --output, or --overwrite to replace it")
+            else:
+                jobs[target] = _Job(source=source, target=target)
+    return list(jobs.values()), problems
+
+
+def _targets(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
+    from ebt_vision.image_files import find_images
+
+    for source in find_images([path]):
+        yield source, output / (source.relative_to(path) if path.is_dir() else source.name)
+
+
+def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
+    from ebt_vision.checkpoint import default_pretrained, pick_device
+    from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+
+    options = DenoiseOptions(
+        num_steps=args.steps, num_candidates=args.candidates, tolerance=args.tolerance, seed=args.seed, sigma=args.add_noise
+    )
+    return load_denoiser(args.model or default_pretrained(), device=pick_device(args.device)), options
+
+
+def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:
+    """Denoise one file and write the result; returns the line to print."""
+    from dataclasses import replace
+
+    from ebt_vision.corruption import add_gaussian_noise
+    from ebt_vision.image_files import read_image, write_image
+    from ebt_vision.metrics import psnr
+    from ebt_vision.rng import make_generator
+    from ebt_vision.tiling import denoise_tiled
+
+    start = time.perf_counter()
+    image = read_image(job.source)
+    clean = image.pixels[None]  # (1, 3, H, W)
+    noisy = clean
+    if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
+        noisy = add_gaussian_noise(clean, args.add_noise, make_generator(args.seed))
+    result = denoise_tiled(denoiser, noisy, options, tile=args.tile)
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    write_image(job.target, replace(image, pixels=result.image[0].clamp(0, 1)), overwrite=args.overwrite)
+    parts = [_energies(result), _steps(result), _duration(time.perf_counter() - start)]
+    if args.add_noise:
+        before, after = (float(psnr(images.clamp(0, 1), clean, data_range=1.0)) for images in (noisy, result.image))
+        parts.append(f"PSNR {before:.2f} -> {after:.2f} dB")
+    return f"{job.source} -> {job.target}: " + ", ".join(part for part in parts if part)
+
+
+def _energies(result: DenoiseResult) -> str:
+    if result.energies is None:  # not an energy-based model
+        return ""
+    return f"energy {float(result.energies[0, 0]):.3f} -> {float(result.energies[-1, 0]):.3f}"
+
+
+def _steps(result: DenoiseResult) -> str:
+    steps = int(result.num_steps[0])
+    return f"{steps} step" + "s" * (steps != 1)
+
+
+# --- info
+
+
+def _info(args: argparse.Namespace) -> int:
+    from ebt_vision.checkpoint import PRETRAINED_DIR, list_pretrained, load_pretrained, resolve
+
+    if args.model is None:
+        names = list_pretrained()
+        for name in names:
+            print(name)
+        if not names:
+            print(f"no checkpoint is shipped in {PRETRAINED_DIR}; train one with `ebt-vision train CONFIG`")
+        return 0
+    model = load_pretrained(args.model)
+    print(f"{args.model}: {model.model_type}, {model.num_parameters:,} parameters")
+    if not args.model.startswith("hub:"):
+        from ebt_vision.checkpoint import checkpoint_hash
+
+        print(f"  {'folder':<20} {resolve(args.model)}")
+        print(f"  {'weights (sha256)':<20} {checkpoint_hash(args.model)}")
+    from dataclasses import asdict
+
+    for name, value in asdict(model.config).items():
+        print(f"  {name:<20} {value}")
+    return 0
+
+
+# --- shared
+
+
+def _say(message: str) -> None:
+    print(f"ebt-vision: {message}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error in one line; an OSError's says what happened to which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if _out_of_memory(error):
+        return "out of memory; use a smaller --tile"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is about this input, so that the other images can go on: not a fault of the program."""
+    from ebt_vision.thinking import ThinkingError
+
+    return isinstance(error, ValueError | OSError | ThinkingError) or _out_of_memory(error)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _number(text: str, kind: type[int] | type[float], low: float, remedy: str) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not value >= low or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; {remedy}")
+    return value
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, 1, "use a whole number, 1 or more"))
+
+
+def _seed(text: str) -> int:
+    return int(_number(text, int, 0, "use a whole number, 0 or more"))
+
+
+def _not_negative(text: str) -> float:
+    return float(_number(text, float, 0, "use a number, 0 or more"))
+
+
+def _version() -> str:
+    from ebt_vision import __version__
+
+    return f"ebt-vision {__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
