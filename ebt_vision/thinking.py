@@ -11,6 +11,7 @@ of each.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +27,34 @@ class EnergyFunction(Protocol):
     """`(candidate (B, ...), *context) -> energies (B,) or (B, S)`; lower is better."""
 
     def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor: ...
+
+
+class CompiledEnergy:
+    """An energy function whose value and gradient come from one graph compiled by torch.compile, for long training.
+
+    torch.compile cannot differentiate a compiled forward pass twice. It can compile the gradient (torch.func.grad) as a
+    function of its own, whose backward is then the second order. Same values to rounding; needs a C++ compiler on the CPU.
+    """
+
+    def __init__(self, energy_fn: EnergyFunction):
+        self.energy_fn = energy_fn
+        self._energy_and_gradient = torch.compile(functools.partial(_functional_gradient, energy_fn))
+
+    def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        return self.energy_fn(candidate, *context)
+
+    def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """(energies, gradient of their sum), both part of the graph where one is recorded."""
+        gradient, energy = self._energy_and_gradient(candidate, *context)
+        return energy, gradient
+
+
+def _functional_gradient(energy_fn: EnergyFunction, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+    def total(candidate: Tensor) -> tuple[Tensor, Tensor]:
+        energy = energy_fn(candidate, *context)
+        return energy.sum(), energy
+
+    return torch.func.grad(total, has_aux=True)(candidate)
 
 
 class ThinkingError(RuntimeError):
@@ -213,18 +242,26 @@ class _Descent:
         candidate = self._select(start)
         if self.config.langevin_std > 0:
             candidate = candidate + self.config.langevin_std * randn_like(candidate, self._generators())
-        if not candidate.requires_grad:
-            candidate.requires_grad_()
-        energy = self._energy(candidate)
-        if not energy.requires_grad:
-            raise ThinkingError("the energy does not depend on the candidate, so there is no gradient to follow")
-        (gradient,) = torch.autograd.grad(energy.sum(), candidate, create_graph=in_graph)
+        energy, gradient = self._energy_and_gradient(candidate, in_graph)
         norm = gradient.detach().flatten(energy.ndim).norm(dim=-1)
         finite = (torch.isfinite(norm) & torch.isfinite(energy.detach())).reshape(len(norm), -1).all(1)
         if not finite.all():
             bad = self._index()[~finite]
             raise NonFiniteGradientError(step, bad.tolist())
         return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient, norm
+
+    def _energy_and_gradient(self, candidate: Tensor, in_graph: bool) -> tuple[Tensor, Tensor]:
+        if isinstance(self.energy_fn, CompiledEnergy):
+            with torch.set_grad_enabled(in_graph):
+                context = tuple(self._select(tensor) for tensor in self.context)
+                return self.energy_fn.energy_and_gradient(candidate, *context)
+        if not candidate.requires_grad:
+            candidate.requires_grad_()
+        energy = self._energy(candidate)
+        if not energy.requires_grad:
+            raise ThinkingError("the energy does not depend on the candidate, so there is no gradient to follow")
+        (gradient,) = torch.autograd.grad(energy.sum(), candidate, create_graph=in_graph)
+        return energy, gradient
 
     def _energy(self, candidate: Tensor) -> Tensor:
         return self.energy_fn(candidate, *(self._select(tensor) for tensor in self.context))

@@ -1,0 +1,148 @@
+"""Experiments as YAML: assembles the config dataclasses that live beside their owners, and checks every key."""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ebt_vision.data.images import DataConfig
+from ebt_vision.models.dit import DiTConfig
+from ebt_vision.models.patch_ebt import PatchEBTConfig
+from ebt_vision.models.patch_trunk import PRESETS
+from ebt_vision.models.regressor import PatchRegressorConfig
+from ebt_vision.objectives import ObjectiveConfig
+from ebt_vision.training.optim import OptimConfig
+from ebt_vision.training.replay_buffer import ReplayConfig
+from ebt_vision.training.settings import TrainConfig, ValidationConfig
+
+ModelConfig = PatchEBTConfig | DiTConfig | PatchRegressorConfig
+MODEL_CONFIGS: dict[str, type] = {"patch_ebt": PatchEBTConfig, "dit": DiTConfig, "patch_regressor": PatchRegressorConfig}
+
+
+class ConfigError(ValueError):
+    """A config file or override is wrong; the message names the key and the remedy in one line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExperimentConfig:
+    """One training run, whole."""
+
+    name: str
+    """Names the run's folder under runs/ where no --output is given."""
+    model_type: Literal["patch_ebt", "dit", "patch_regressor"]
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    seed: int = 0
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read a YAML experiment and apply `section.key=value` overrides (values in YAML's syntax).
+
+    Raises ConfigError for a file that is missing or no YAML, an unknown key (with the nearest known one), a wrong type, or a
+    value that its dataclass refuses.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}; see the configs/ folder") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config {str(path)!r} must be a mapping of keys to values")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return build_config(raw)
+
+
+def build_config(raw: dict[str, Any]) -> ExperimentConfig:
+    """An ExperimentConfig from plain data, every key and type checked; ConfigError as load_config."""
+    raw = _with_preset(raw)
+    model_type = raw.get("model_type")
+    hints: dict[str, Any] = {"model": MODEL_CONFIGS.get(str(model_type), PatchEBTConfig)}
+    _check_keys(ExperimentConfig, raw, (), hints)
+    if model_type not in MODEL_CONFIGS:
+        raise ConfigError(f"model_type={model_type!r} is unknown; use one of {', '.join(MODEL_CONFIGS)}")
+    if "model" in raw:
+        raw = raw | {"model": _validate(hints["model"], raw["model"], "model")}
+    return _validate(ExperimentConfig, raw, "")
+
+
+def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
+    """Plain data that build_config takes back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _with_preset(raw: dict[str, Any]) -> dict[str, Any]:
+    """Replace model.preset by the fields it stands for; the model's own keys win."""
+    model = raw.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return raw
+    preset = model["preset"]
+    if preset not in PRESETS:
+        raise ConfigError(f"model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
+    known = {f.name for f in dataclasses.fields(MODEL_CONFIGS.get(str(raw.get("model_type")), PatchEBTConfig))}
+    fields = {key: value for key, value in PRESETS[preset].items() if key in known}
+    return raw | {"model": fields | {key: value for key, value in model.items() if key != "preset"}}
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *parents, last = key.split(".")
+    target = raw
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is not a section")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _check_keys(cls: type, raw: Any, path: tuple[str, ...], hints: dict[str, Any]) -> None:
+    """Refuse keys that the dataclass has not, naming the nearest one that it has."""
+    if not isinstance(raw, dict):
+        return
+    types = get_type_hints(cls) | hints
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in raw.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise ConfigError(f"unknown key {'.'.join((*path, str(key)))!r}; {hint}")
+        if section := _dataclass_of(types[key]):
+            _check_keys(section, value, (*path, key), {})
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint
+    options = get_args(hint) if get_origin(hint) in (Union, type(int | str)) else ()
+    return next((o for o in options if dataclasses.is_dataclass(o)), None)
+
+
+def _validate(cls: Any, raw: Any, section: str) -> Any:
+    """Check types strictly and run the dataclasses' own checks."""
+    try:
+        return TypeAdapter(cls, config=_STRICT if not dataclasses.is_dataclass(cls) else None).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([section] * bool(section) + [str(part) for part in first["loc"]])
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] in ("value_error", "missing") else f" (got {first['input']!r})"
+        raise ConfigError(f"{place or 'config'}: {message}{given}") from error
+
+
+_STRICT = ConfigDict(extra="forbid")

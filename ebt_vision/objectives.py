@@ -1,0 +1,177 @@
+"""What each model is trained on: a batch goes in, the loss and what to log come out.
+
+An objective is a module that holds the model, so that DistributedDataParallel wraps the objective and sees one forward and
+one backward for a training step, however many times thinking differentiates inside it. That keeps the second-order
+gradient exact over processes: the inner gradients never touch `.grad`, and only the outer backward is reduced.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebt_vision import corruption
+from ebt_vision.models.patch_ebt import PatchEBT
+from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.rng import Generators
+from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageBatch:
+    """One process's share of a training batch; images in [-1, 1]."""
+
+    clean: Tensor
+    """(B, C, H, W)."""
+    noise: Tensor
+    """Standard normal, (B, C, H, W): the same for every model trained with one seed."""
+    generators: list[torch.Generator]
+    """One for each sample, for every further draw."""
+    start: Tensor | None = None
+    """Candidates to think on from, where a replay buffer gave some; None starts at the observation."""
+    observation: Tensor | None = None
+    """What was observed, (B, C, H, W), where a replay buffer gave some; None makes it of clean and noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """How the loss is made; `level` is for all models, the rest for the EBT alone."""
+
+    level: float = 0.1
+    """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. The DiT trains on all timesteps up to it."""
+    loss: Literal["smooth_l1", "mse"] = "smooth_l1"
+    """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's."""
+    loss_steps: Literal["every", "last"] = "every"
+    """Average the loss over every thinking step, or take the last one's alone."""
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
+    """Thinking during training; its step_size is not used: the model's learned one is."""
+
+    def __post_init__(self) -> None:
+        corruption.level_to_timestep(self.level)  # raises for a level out of range
+        if self.thinking.tolerance is not None:
+            raise ValueError("objective.thinking.tolerance must be null in training: the graph needs every sample")
+        if self.thinking.num_steps < 1:
+            raise ValueError(f"objective.thinking.num_steps={self.thinking.num_steps} must be 1 or more in training")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a model predicts for noisy images: `images[i]` (B, C, H, W) in [-1, 1] after i + 1 steps, and energies if any."""
+
+    images: list[Tensor]
+    energies: Tensor | None = None  # (T + 1, B)
+
+
+class Objective(nn.Module):
+    """Loss of one model on image batches; `forward` returns {"loss": (), and tensors to log or to replay}."""
+
+    def __init__(self, model: nn.Module, config: ObjectiveConfig):
+        super().__init__()
+        self.model, self.config = model, config
+
+    @abstractmethod
+    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """{"loss": () with a graph, ...}."""
+
+    @staticmethod
+    @abstractmethod
+    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
+        """Denoise (B, C, H, W) in [-1, 1] at 1..num_steps steps, for validation."""
+
+    def observe(self, batch: ImageBatch) -> Tensor:
+        """The noisy images of a batch at the training level, (B, C, H, W)."""
+        signal, noise = corruption.signal_and_noise_scale(self.config.level)
+        return signal * batch.clean + noise * batch.noise
+
+    def distance(self, prediction: Tensor, clean: Tensor) -> Tensor:
+        """The configured loss of each sample, (B,)."""
+        function: Callable[..., Tensor] = F.smooth_l1_loss if self.config.loss == "smooth_l1" else F.mse_loss
+        return function(prediction, clean, reduction="none").flatten(1).mean(1)
+
+
+class EBTObjective(Objective):
+    """Think from the observation (or from a replayed candidate) and compare with the clean image (paper, sec. 3)."""
+
+    def __init__(self, model: PatchEBT, config: ObjectiveConfig, *, compile_gradient: bool = False):
+        super().__init__(model, config)
+        self.energy_fn: EnergyFunction = CompiledEnergy(model) if compile_gradient else model
+
+    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
+        model: PatchEBT = self.model  # type: ignore[assignment]
+        observation = self.observe(batch) if batch.observation is None else batch.observation
+        result = think(
+            self.energy_fn,
+            observation if batch.start is None else batch.start,
+            self.config.thinking,
+            context=model.context_of(observation),
+            step_size=model.step_size,
+            create_graph=True,
+            generator=batch.generators,
+            evaluate_final=False,
+        )
+        # Only steps that the graph reaches can train; truncation leaves the last few.
+        predictions = [p for p in result.predictions if p.requires_grad]
+        if self.config.loss_steps == "last":
+            predictions = predictions[-1:]
+        loss = torch.stack([self.distance(p, batch.clean).mean() for p in predictions]).mean()
+        last = len(result.predictions) - 1
+        return {
+            "loss": loss,
+            "candidate": result.final.detach(),
+            "observation": observation,
+            "step_size": model.step_size.detach(),
+            "energy_before_last_update": result.energies[last].detach(),
+            "candidate_gradient_norm": result.gradient_norms[last],
+        }
+
+    @torch.no_grad()
+    def energy_of(self, candidate: Tensor, observation: Tensor) -> Tensor:
+        """Energy (B,) of candidates, to log what the last update reached."""
+        model: PatchEBT = self.model  # type: ignore[assignment]
+        return model(candidate, *model.context_of(observation))
+
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
+        assert isinstance(model, PatchEBT)
+        result = think(
+            model, noisy, context=model.context_of(noisy), step_size=model.step_size.detach(), num_steps=num_steps
+        )
+        return Prediction(images=list(result.predictions), energies=result.energies)
+
+
+class RegressorObjective(Objective):
+    """The clean image in one pass; at validation the model is applied to its own output again."""
+
+    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
+        return {"loss": self.distance(self.model(self.observe(batch)), batch.clean).mean()}
+
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
+        assert isinstance(model, PatchRegressor)
+        images = []
+        for _ in range(num_steps):
+            noisy = model(noisy)
+            images.append(noisy)
+        return Prediction(images=images)
+
+
+class DiTObjective(Objective):
+    """Noise prediction with learned variance, timesteps uniform up to the training level (paper's code: [0, 100))."""
+
+    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
+        limit = corruption.level_to_timestep(self.config.level) + 1
+        draws = [torch.randint(limit, (), generator=g, device=g.device) for g in batch.generators]
+        timesteps = torch.stack(draws).to(batch.clean.device)
+        return {"loss": self.model.loss(batch.clean, batch.noise, timesteps).mean()}
+
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
+        """The one-call x0 first, then DDIM with 2..num_steps passes."""
+        timestep = corruption.level_to_timestep(level)
+        images = [model.predict_clean(noisy, timestep)]
+        images += [model.ddim(noisy, timestep, num_steps=n) for n in range(2, num_steps + 1)]
+        return Prediction(images=images)

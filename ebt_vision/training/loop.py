@@ -1,0 +1,258 @@
+"""The training loop, for every model: order, noise, update, log, validate, checkpoint, resume.
+
+Everything random comes from (seed, epoch, sample) or (seed, step), so a run does not depend on how many processes or
+accumulated parts share a batch, and a resumed run goes on exactly where it stopped.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from ebt_vision import corruption
+from ebt_vision.config import ConfigError, ExperimentConfig, config_to_dict
+from ebt_vision.data.images import ImageSet, load_image_set
+from ebt_vision.data.order import BatchIndices, BatchStream
+from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.objectives import EBTObjective, ImageBatch, Objective
+from ebt_vision.rng import make_generator, randn_like
+from ebt_vision.training.build import build_model, build_objective
+from ebt_vision.training.optim import build_optimizer, set_learning_rate
+from ebt_vision.training.replay_buffer import ReplayBuffer
+from ebt_vision.training.reporting import Reporter
+from ebt_vision.training.state import (
+    checkpoint_folders,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ebt_vision.training.validation import validate
+
+# Streams of make_generator, so that no two uses of the seed draw the same numbers.
+_NOISE, _MODEL, _REPLAY = 1, 2, 3
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or its gradient is not finite; the update was not made and the state before it was saved."""
+
+
+class Trainer:
+    """One run of an experiment in `output`; goes on from the newest checkpoint there, if any."""
+
+    def __init__(self, config: ExperimentConfig, output: Path, *, device: str | None = None):
+        self.config, self.output = config, output
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]  # a linear head's last norm bias has no gradient
+        self.accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            gradient_accumulation_steps=config.train.num_accumulation,
+            cpu=device == "cpu",
+            kwargs_handlers=handlers,
+        )
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._check_batch()
+        torch.manual_seed(config.seed)  # initial weights; in the trainer's own process, not in the library
+        self.model: PretrainedModel = build_model(config)
+        self.ema = ModelEmaV3(self.model, decay=config.train.ema_decay, use_warmup=True)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        objective = build_objective(self.model, config)
+        self.objective, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
+        self.ema.module.to(self.accelerator.device)
+        self.replay = ReplayBuffer(config.replay)
+        self.step = 0
+        self._resume()
+
+    def run(self) -> Path:
+        """Train to the end; returns the folder of the exported model (averaged weights)."""
+        images = load_image_set(self.config.data, seed=self.config.seed)
+        held_out = self._held_out()
+        reporter = Reporter(self.output, self.config, self.step, is_main=self.accelerator.is_main_process)
+        reporter.say(f"{self.model.num_parameters:,} parameters; {images.report()}")
+        stream = BatchStream(
+            len(images),
+            self.config.train.batch_size,
+            self.config.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_step=self.step,
+        )
+        try:
+            for indices in stream:
+                if self.step >= self.config.train.num_updates:
+                    break
+                self._advance(images, indices, held_out, reporter)
+        except KeyboardInterrupt:
+            self.save()
+            reporter.say(f"interrupted at update {self.step}; the same command goes on from here")
+            raise
+        finally:
+            reporter.close()
+        return self.output / "model"
+
+    def _advance(self, images: ImageSet, indices: BatchIndices, held_out: Tensor | None, reporter: Reporter) -> None:
+        """One update and whatever is due after it."""
+        logs = self.update(images, indices)
+        settings, last = self.config.train, self.step == self.config.train.num_updates
+        if self.step % settings.log_every == 0 or last:
+            reporter.log(self.step, {name: value() if callable(value) else value for name, value in logs.items()})
+        if held_out is not None and (self.step % self.config.validation.every == 0 or last):
+            reporter.validation(self.step, validate(self.ema.module, held_out, self.config, self.accelerator.device))
+        if self.step % settings.checkpoint_every == 0 or last:
+            self.save()
+
+    def update(self, images: ImageSet, indices: BatchIndices) -> dict[str, Any]:
+        """Make update number `step`; returns what to log. Raises TrainingDivergedError before a non-finite update."""
+        lr = set_learning_rate(self.optimizer, self.config.optim, self.step, self.config.train.num_updates)
+        self.optimizer.zero_grad()
+        parts = torch.arange(len(indices.indices)).chunk(self.config.train.num_accumulation)
+        losses = []
+        for i, part in enumerate(parts):
+            batch, ages = self._batch(images, indices, part)
+            self.accelerator.gradient_state._set_sync_gradients(i == len(parts) - 1)
+            context = self.accelerator.no_sync(self.objective) if i < len(parts) - 1 else _nothing()
+            with context:
+                output = self.objective(batch)
+                self.accelerator.backward(output["loss"])  # divided by the number of parts
+            losses.append(output["loss"].detach())
+            if self.config.replay.capacity:
+                self._remember(output, batch, ages)
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optim.clip_norm)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            self.save()
+            raise TrainingDivergedError(
+                f"update {self.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; the state before it is saved in "
+                f"{self.output}; lower optim.lr or the step size"
+            )
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.model, step=self.step)
+        return {"loss": loss.item(), "lr": lr, "gradient_norm": norm.item()} | self._thinking_logs(output)
+
+    def _batch(self, images: ImageSet, indices: BatchIndices, part: Tensor) -> tuple[ImageBatch, Tensor]:
+        """The part of this process's share of a batch, with replayed candidates in its last places, and their ages."""
+        device = self.accelerator.device
+        picks, epochs = indices.indices[part].tolist(), indices.epochs[part].tolist()
+        clean = corruption.to_model_range(images.images(picks, epoch=epochs).to(device).float() / 255.0)
+        generators = [make_generator(self.config.seed, _NOISE, e, i) for e, i in zip(epochs, picks, strict=True)]
+        noise = randn_like(clean.cpu(), generators).to(device)
+        ages = torch.zeros(len(part), dtype=torch.int64)
+        if not self.config.replay.capacity:
+            return ImageBatch(clean=clean, noise=noise, generators=generators), ages
+        signal, scale = corruption.signal_and_noise_scale(self.config.objective.level)
+        observation = signal * clean + scale * noise
+        start = observation.clone()
+        generator = make_generator(self.config.seed, _REPLAY, self.step, self.rank, int(part[0]))
+        rows, old_ages = self.replay.sample(len(part), generator)
+        if count := len(old_ages):
+            start[-count:], clean[-count:], observation[-count:] = rows["candidate"], rows["clean"], rows["observation"]
+            ages[-count:] = old_ages
+        batch = ImageBatch(clean=clean, noise=noise, generators=generators, start=start, observation=observation)
+        return batch, ages
+
+    def _remember(self, output: dict[str, Tensor], batch: ImageBatch, ages: Tensor) -> None:
+        rows = {"candidate": output["candidate"], "clean": batch.clean, "observation": output["observation"]}
+        self.replay.add(rows, ages + 1)
+
+    def _thinking_logs(self, output: dict[str, Tensor]) -> dict[str, Any]:
+        """Step size, and the energy before and after the *last* update; the latter is computed only when logged."""
+        objective = self.accelerator.unwrap_model(self.objective)
+        if not isinstance(objective, EBTObjective):
+            return {}
+        candidate, observation = output["candidate"], output["observation"]
+        return {
+            "step_size": output["step_size"].item(),
+            "candidate_gradient_norm": output["candidate_gradient_norm"].mean().item(),
+            "energy_before_last_update": output["energy_before_last_update"].mean().item(),
+            "energy_after_last_update": lambda: objective.energy_of(candidate, observation).mean().item(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint and export the averaged weights as output/model."""
+        own = {"replay": self.replay.state_dict()} if self.config.replay.capacity else {}
+        shared = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": optimizer_tensors(self.model, self.optimizer.optimizer),
+        }
+        state = {"step": self.step, "world_size": self.world_size, "config": config_to_dict(self.config), "time": time.time()}
+        write_checkpoint(
+            self.output / "checkpoints",
+            self.step,
+            shared,
+            own,
+            state,
+            keep=self.config.train.num_checkpoints,
+            rank=self.rank,
+            barrier=self.accelerator.wait_for_everyone,
+        )
+        if self.accelerator.is_main_process:
+            self.ema.module.save_pretrained(self.output / "model")
+
+    def _resume(self) -> None:
+        folders = checkpoint_folders(self.output / "checkpoints")
+        if not folders:
+            return
+        own = ["replay"] if self.config.replay.capacity else []
+        tensors, state = read_checkpoint(folders[-1], ["model", "ema", "optimizer"], own, self.rank)
+        self._check_same(state)
+        self.model.load_state_dict(tensors["model"])
+        self.ema.module.load_state_dict(tensors["ema"])
+        load_optimizer_tensors(self.model, self.optimizer.optimizer, tensors["optimizer"])
+        if own:
+            self.replay.load_state_dict(tensors["replay"], self.accelerator.device)
+        self.step = int(state["step"])
+
+    def _check_same(self, state: dict[str, Any]) -> None:
+        """Refuse to go on with another model or with a replay buffer of another number of processes."""
+        stored, ours = state["config"], config_to_dict(self.config)
+        for key in ("model_type", "model", "seed", "replay"):
+            if stored[key] != ours[key]:
+                raise ConfigError(
+                    f"{self.output} holds a run with {key}={stored[key]}, the config says {ours[key]}; choose another --output"
+                )
+        if self.config.replay.capacity and state["world_size"] != self.world_size:
+            raise ConfigError(
+                f"{self.output} was trained by {state['world_size']} processes and its replay buffer is shared over them; "
+                f"resume with as many, not {self.world_size}"
+            )
+
+    def _check_batch(self) -> None:
+        parts = self.world_size * self.config.train.num_accumulation
+        if self.config.train.batch_size % parts:
+            raise ConfigError(
+                f"train.batch_size={self.config.train.batch_size} is not divisible by {self.world_size} processes times "
+                f"num_accumulation={self.config.train.num_accumulation}; use a multiple of {parts}"
+            )
+
+    def _held_out(self) -> Tensor | None:
+        """The validation images, float (B, C, H, W) in [-1, 1], on the main process alone."""
+        settings = self.config.validation
+        if settings.path is None or not self.accelerator.is_main_process:
+            return None
+        from dataclasses import replace
+
+        data = replace(
+            self.config.data, path=settings.path, split=settings.split, limit=settings.num_images, crop="center", flip=False
+        )
+        images = load_image_set(data, seed=self.config.seed)
+        return corruption.to_model_range(images.images(list(range(len(images)))).float() / 255.0)
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def describe(config: ExperimentConfig) -> str:
+    """The whole config as JSON, for the run's folder."""
+    return json.dumps(asdict(config), indent=2)

@@ -1,0 +1,83 @@
+"""What a run tells: JSON lines, TensorBoard, sample grids and a progress line with the time left."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import save_image
+
+from ebt_vision.config import ExperimentConfig, config_to_dict
+from ebt_vision.training.validation import ValidationResult
+
+
+class Reporter:
+    """Writes under the run's folder: config.yaml, log.jsonl, tensorboard/, samples/. Silent but on the main process."""
+
+    def __init__(self, output: Path, config: ExperimentConfig, start_step: int, *, is_main: bool):
+        self.output, self.total, self.is_main = output, config.train.num_updates, is_main
+        self.start_step, self.start_time = start_step, time.monotonic()
+        self.writer: SummaryWriter | None = None
+        if not is_main:
+            return
+        (output / "samples").mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
+        self._drop_lines_after(start_step)
+        if start_step:
+            self.say(f"resumed at update {start_step}")
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
+        if self.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers of one update; prints them with the speed and the time left."""
+        if not self.writer:
+            return
+        elapsed = time.monotonic() - self.start_time
+        per_update = elapsed / max(step - self.start_step, 1)
+        self._write({"step": step, "seconds": round(elapsed, 3), **values})
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+        left = time.strftime("%H:%M:%S", time.gmtime(per_update * (self.total - step)))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"update {step}/{self.total}  {left} left  {numbers}")
+
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """PSNR at every step and level, and the sample grid as samples/STEP.png."""
+        if not self.writer:
+            return
+        self._write({"step": step, "validation_psnr": result.psnr, "validation_energy": result.energies})
+        for level, values in result.psnr.items():
+            for steps, value in enumerate(values):
+                self.writer.add_scalar(f"validation/psnr_level_{level}/steps_{steps}", value, step)
+            self.say(f"  level {level}: noisy {values[0]:.2f} dB, then " + " ".join(f"{v:.2f}" for v in values[1:]))
+        save_image(result.grid, self.output / "samples" / f"{step:08d}.png", nrow=result.grid_columns)
+
+    def close(self) -> None:
+        """Flush what TensorBoard holds."""
+        if self.writer:
+            self.writer.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with (self.output / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _drop_lines_after(self, step: int) -> None:
+        """Forget what a killed run logged after its last checkpoint: those updates are made again."""
+        path = self.output / "log.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a line cut off by the kill
+        path.write_text("".join(line + "\n" for line in kept))

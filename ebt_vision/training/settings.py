@@ -1,0 +1,57 @@
+"""Settings of a training run that belong to no single part of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch, precision, checkpoints."""
+
+    num_updates: int = 1000
+    batch_size: int = 32
+    """Samples of one update, over all processes and accumulated parts together."""
+    num_accumulation: int = 1
+    """Parts that a process's share of the batch is split into to save memory; the gradient is the same."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 autocast; pays on GPUs and on CPUs with AMX or AVX512-BF16, and is very slow on others."""
+    compile: bool = False
+    """Compile the energy's gradient (needs a C++ compiler on the CPU); the DiT and the regressor compile their forward."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are the ones validated and exported; warmed up over the first updates."""
+    log_every: int = 20
+    checkpoint_every: int = 500
+    num_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_updates", "batch_size", "num_accumulation", "log_every", "checkpoint_every", "num_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"train.ema_decay={self.ema_decay} is not in [0, 1)")
+        if self.batch_size % self.num_accumulation:
+            raise ValueError(
+                f"train.batch_size={self.batch_size} is not divisible by num_accumulation={self.num_accumulation}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """What is measured while training, on the averaged weights."""
+
+    path: str | None = None
+    """Held-out images, as data.path; null turns validation off."""
+    split: str | None = None
+    num_images: int = 128
+    levels: tuple[float, ...] = (0.1, 0.2)
+    """Noise levels to denoise at; the first is the one reported first."""
+    num_steps: int = 8
+    every: int = 500
+    """Updates between two validations; one more is made at the end."""
+    num_grid_images: int = 6
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_steps", "every", "num_grid_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"validation.{name}={getattr(self, name)} must be 1 or more")
