@@ -187,7 +187,7 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
     return (
         f'<figure class="curve {name}"><figcaption><b>{html.escape(title)}</b> {html.escape(unit)}</figcaption>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)} after each step">{grid}{labels}'
-        f'<text x="{(left + width - right) / 2}" y="{height - 2}" text-anchor="middle">thinking step</text>'
+        f'<text x="{(left + width - right) / 2}" y="{height - 5}" text-anchor="middle">thinking step</text>'
         f'<polyline points="{line}"/>{points}</svg></figure>'
     )
 
@@ -234,12 +234,12 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser]) -> gr.Bl
 
     def run(path, noise, sigma, level, seed, num_steps, label, progress=gr.Progress()):  # noqa: B008 (Gradio wants it so)
         if not path:
-            raise gr.Error("Upload an image or pick one of the examples first.", print_exception=False)
+            raise gr.Error("Upload an image or pick one of the examples first.", title="No image", print_exception=False)
         request = Request(path=path, noise=noise, sigma=sigma, level=level, seed=int(seed or 0), num_steps=int(num_steps))
         try:
             result = answer(request, load(models[label]), lambda done, total: progress((done, total), unit="tiles"))
         except (ValueError, OSError, ThinkingError) as error:
-            raise gr.Error(friendly(error, path), print_exception=False) from error
+            raise gr.Error(friendly(error, path), title="This did not work", print_exception=False) from error
         return (result.before, result.after), facts(result), curves(result)
 
     def show_amount(noise):
@@ -266,7 +266,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser]) -> gr.Bl
                 gr.Examples([[path] for path in examples], [upload], label="Or one of these")
                 noise = gr.Radio([NO_NOISE, GAUSSIAN, PAPER], value=PAPER, label="Noise to add")
                 sigma = gr.Slider(0, 100, value=25, step=1, label="Noise strength (0 to 255)", visible=False)
-                level = gr.Slider(0.02, 0.5, value=0.1, step=0.01, label="Noise level (training: 0.1)")
+                level = gr.Slider(0.02, 0.5, value=0.1, step=0.01, label="Noise level")
                 steps = gr.Slider(1, MAX_STEPS, value=4, step=1, label="Thinking steps", elem_id="steps")
                 with gr.Row():
                     model = gr.Dropdown(list(models), value=next(iter(models), None), label="Model", min_width=140, scale=2)

@@ -261,7 +261,7 @@ def test_train_takes_overrides_before_and_after_options(monkeypatch: pytest.Monk
 
 
 def test_train_refuses_a_typo_in_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("ebt_vision.config")
+    pytest.importorskip("ebt_vision.training.run")
     config = tmp_path / "typo.yaml"
     config.write_text("modle:\n  embed_dim: 64\n")
     assert cli.main(["train", str(config)]) == 2

@@ -1,0 +1,48 @@
+"""A real browser for the page tests: Debian's chromium, driven by playwright; installed where that is possible."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def chromium_path() -> str:
+    """The browser's path; skips the test, saying why, where there is none and none can be installed."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        pytest.skip("no chromium here, and installing one takes apt-get and root: apt install chromium")
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"chromium cannot be installed: {' '.join(command)}: {done.stderr.strip()[-200:]}")
+    return shutil.which("chromium") or pytest.skip("apt-get installed no chromium")
+
+
+@contextmanager
+def browser() -> Iterator:
+    """A running headless browser as a playwright Browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    path = chromium_path()
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        try:
+            yield running
+        finally:
+            running.close()
