@@ -25,11 +25,12 @@ from torch import Tensor
 
 from ebt_vision.checkpoint import CheckpointError, default_pretrained, list_pretrained, pick_device
 from ebt_vision.corruption import add_gaussian_noise, add_vp_noise, to_image_range, to_model_range
-from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseStep, load_denoiser
+from ebt_vision.denoiser import DenoiseOptions, Denoiser, for_photographs, load_denoiser
 from ebt_vision.image_files import read_image
 from ebt_vision.metrics import psnr
 from ebt_vision.rng import make_generator
 from ebt_vision.thinking import ThinkingError
+from ebt_vision.tiling import denoise_tiled
 
 EXAMPLES = Path(__file__).parent / "examples"
 MAX_SIDE = 768
@@ -70,29 +71,32 @@ class Answer:
     note: str = ""
 
 
-def answer(request: Request, denoiser: Denoiser, on_step: Callable[[int], object] = lambda step: None) -> Answer:
-    """Read, add noise, think, measure. `on_step` is called with the number of steps done.
+def answer(request: Request, denoiser: Denoiser, on_tile: Callable[[int, int], object] | None = None) -> Answer:
+    """Read, add noise, think, measure. `on_tile` is called with the tiles done and their number.
 
     Raises ValueError (ImageFileError among them), OSError and ThinkingError with a message for the visitor.
     """
     clean, note = _shrink(read_image(request.path).pixels[None])  # (1, 3, H, W)
     noisy = add_noise(clean, request)
-    known = request.noise != NO_NOISE
-    psnrs: list[float] = []
-
-    def watch(step: DenoiseStep) -> None:
-        on_step(step.index)
-        if known:
-            psnrs.append(_psnr(step.image, clean))
-
+    options = DenoiseOptions(
+        num_steps=request.num_steps,
+        seed=request.seed,
+        noise_level=request.level if request.noise == PAPER else None,
+        sigma=request.sigma if request.noise == GAUSSIAN else None,
+        keep_trajectory=True,
+    )
     start = time.perf_counter()
-    result = denoiser.denoise(noisy, DenoiseOptions(num_steps=request.num_steps, seed=request.seed), callback=watch)
+    suited = denoiser if request.noise == PAPER else for_photographs(denoiser)
+    result = denoise_tiled(suited, noisy, options, callback=on_tile)
     seconds = time.perf_counter() - start
-    if known and not psnrs:
-        psnrs = [_psnr(noisy, clean), _psnr(result.image, clean)]
-    energies = [float(energy) for energy in result.energies[:, 0]] if result.energies is not None else []
+    images = (noisy, *(result.trajectory or (noisy, result.image))[1:])  # the start as it is seen, not as the network gets it
     return Answer(
-        before=to_bytes(noisy), after=to_bytes(result.image), energies=energies, psnrs=psnrs, seconds=seconds, note=note
+        before=to_bytes(noisy),
+        after=to_bytes(result.image),
+        energies=[] if result.energies is None else result.energies[:, 0].tolist(),
+        psnrs=[] if request.noise == NO_NOISE else [_psnr(image.cpu(), clean) for image in images],
+        seconds=seconds,
+        note=note,
     )
 
 
@@ -233,7 +237,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser]) -> gr.Bl
             raise gr.Error("Upload an image or pick one of the examples first.", print_exception=False)
         request = Request(path=path, noise=noise, sigma=sigma, level=level, seed=int(seed or 0), num_steps=int(num_steps))
         try:
-            result = answer(request, load(models[label]), lambda step: progress((step, request.num_steps), unit="steps"))
+            result = answer(request, load(models[label]), lambda done, total: progress((done, total), unit="tiles"))
         except (ValueError, OSError, ThinkingError) as error:
             raise gr.Error(friendly(error, path), print_exception=False) from error
         return (result.before, result.after), facts(result), curves(result)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -24,7 +25,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     try:
-        args = _parser().parse_args(argv)
+        args = _parse(argv)
         status: int = args.run(args)
         return status
     except KeyboardInterrupt:
@@ -36,6 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _say(_one_line(error))
         return BAD_INPUT
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "overrides"):  # argparse does not go on with key=value after an option
+        args.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,8 +71,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train what CONFIG describes. Example: ebt-vision train configs/smoke.yaml optim.lr=3e-4"
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file of configs/ or your own")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that take the file's place")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="the run's folder (same as output=DIR)")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint (same as resume=true)")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the run's folder; a run that was cut off there goes on")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
     parser.set_defaults(run=_train)
 
 
@@ -102,12 +114,7 @@ def _train(args: argparse.Namespace) -> int:
             raise ValueError(f"override {override!r} is not of the form key=value")
     from ebt_vision.training.run import train
 
-    overrides = list(args.overrides)
-    if args.output is not None:
-        overrides.append(f"output={args.output}")
-    if args.resume:
-        overrides.append("resume=true")
-    train(args.config, overrides)
+    print(f"trained: {train(args.config, args.overrides, output=args.output, device=args.device)}")
     return 0
 
 
@@ -128,7 +135,7 @@ def _denoise(args: argparse.Namespace) -> int:
         _say(problem)
     failed, done = len(problems), 0
     if jobs:
-        args.output.mkdir(parents=True, exist_ok=True)
+        _make_folder(args.output)
         denoiser, options = _load(args)
     start = time.perf_counter()
     try:
@@ -138,7 +145,8 @@ def _denoise(args: argparse.Namespace) -> int:
             except Exception as error:
                 if not _is_users(error):
                     raise
-                _say(f"{job.source}: {_one_line(error)}")
+                message = _one_line(error)
+                _say(message if str(job.source) in message else f"{job.source}: {message}")
                 failed += 1
                 continue
             done += 1
@@ -174,26 +182,38 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool) -> tuple[list[_
 
 
 def _targets(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
-    from ebt_vision.image_files import find_images
+    from ebt_vision.image_files import WRITABLE_SUFFIXES, find_images
 
     for source in find_images([path]):
-        yield source, output / (source.relative_to(path) if path.is_dir() else source.name)
+        relative = source.relative_to(path) if path.is_dir() else Path(source.name)
+        if path.is_dir() and path.resolve() != output.resolve() and source.resolve().is_relative_to(output.resolve()):
+            continue  # results of an earlier run, in a folder inside this one
+        suffix = relative.suffix if relative.suffix.lower() in WRITABLE_SUFFIXES else ".png"
+        yield source, output / relative.with_suffix(suffix)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {folder} cannot be made ({error.strerror}); choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output {folder} cannot be written to; choose another folder")
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     from ebt_vision.checkpoint import default_pretrained, pick_device
-    from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+    from ebt_vision.denoiser import DenoiseOptions, for_photographs, load_denoiser
 
     options = DenoiseOptions(
         num_steps=args.steps, num_candidates=args.candidates, tolerance=args.tolerance, seed=args.seed, sigma=args.add_noise
     )
-    return load_denoiser(args.model or default_pretrained(), device=pick_device(args.device)), options
+    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
+    return for_photographs(denoiser), options
 
 
 def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:
     """Denoise one file and write the result; returns the line to print."""
-    from dataclasses import replace
-
     from ebt_vision.corruption import add_gaussian_noise
     from ebt_vision.image_files import read_image, write_image
     from ebt_vision.metrics import psnr
@@ -206,14 +226,29 @@ def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: a
     noisy = clean
     if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
         noisy = add_gaussian_noise(clean, args.add_noise, make_generator(args.seed))
-    result = denoise_tiled(denoiser, noisy, options, tile=args.tile)
+    result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, callback=_tile_progress(job.source, start))
     job.target.parent.mkdir(parents=True, exist_ok=True)
-    write_image(job.target, replace(image, pixels=result.image[0].clamp(0, 1)), overwrite=args.overwrite)
+    write_image(job.target, image.with_pixels(result.image[0].cpu()), overwrite=args.overwrite)
     parts = [_energies(result), _steps(result), _duration(time.perf_counter() - start)]
     if args.add_noise:
-        before, after = (float(psnr(images.clamp(0, 1), clean, data_range=1.0)) for images in (noisy, result.image))
+        before, after = (float(psnr(images.clamp(0, 1), clean, data_range=1.0)) for images in (noisy, result.image.cpu()))
         parts.append(f"PSNR {before:.2f} -> {after:.2f} dB")
     return f"{job.source} -> {job.target}: " + ", ".join(part for part in parts if part)
+
+
+def _tile_progress(source: Path, start: float) -> Callable[[int, int], None]:
+    """On a terminal: a line that says how far a large image is, wiped at the end."""
+
+    def show(done: int, total: int) -> None:
+        if total < 2 or not sys.stderr.isatty():
+            return
+        line = ""
+        if done < total:
+            left = f", {_duration((time.perf_counter() - start) / done * (total - done))} left" if done else ""
+            line = f"{source}: tile {done} of {total}{left}"
+        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _energies(result: DenoiseResult) -> str:

@@ -4,6 +4,7 @@ Images are float RGB (B, 3, H, W) in [0, 1]; noise may carry them outside, and t
 The implementations are in model_denoisers.py and classical.py; `load_denoiser` finds them by name.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ebt_vision.corruption import signal_and_noise_scale
 
 MIN_SIDE = 8
 """Pixels; smaller images hold nothing to denoise by."""
@@ -182,6 +185,17 @@ def no_network_result(image: Tensor, noisy: Tensor, options: DenoiseOptions) -> 
     ones = torch.ones(len(noisy), dtype=torch.int64, device=noisy.device)
     trajectory = (noisy, *[image] * options.num_steps) if options.keep_trajectory else None
     return DenoiseResult(image=image, num_steps=ones, num_forward=torch.zeros_like(ones), trajectory=trajectory)
+
+
+TRAINING_LEVEL = 0.1
+"""The VP noise level that the project's models are trained at."""
+
+
+def for_photographs(denoiser: Denoiser) -> Denoiser:
+    """A copy for images with ordinary noise: a network trained on the VP process gets them through its signal scale."""
+    denoiser = copy.copy(denoiser)
+    denoiser.input_scale = signal_and_noise_scale(TRAINING_LEVEL)[0]
+    return denoiser
 
 
 def check_images(noisy: Tensor) -> None:

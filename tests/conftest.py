@@ -1,7 +1,26 @@
-"""What several test files share: two CPU threads at most, and nothing from the network."""
+"""What several test files share: two CPU threads at most, nothing from the network, and a tiny model with random weights."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a PatchEBT with random weights whose energy is mild enough to descend."""
+    import torch
+
+    from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+
+    torch.manual_seed(0)
+    config = PatchEBTConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, init_step_size=0.05)
+    model = PatchEBT(config)
+    torch.nn.init.normal_(model.head.weight, std=0.002)
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-ebt"
+    model.save_pretrained(folder)
+    return folder

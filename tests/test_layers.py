@@ -21,6 +21,7 @@ LEVELS = {
     "objectives.py": 3,
     "features.py": 3,
     "denoiser.py": 3,
+    "model_denoisers.py": 3,
     "tiling.py": 3,
     "classical.py": 3,
     "image_files.py": 3,

@@ -1,0 +1,269 @@
+"""The command line on good and on bad input: one clear line, exit status 2, and nothing lost."""
+
+import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from ebt_vision import cli
+
+RNG = np.random.default_rng(0)
+
+
+def photo(path: Path, height: int = 37, width: int = 45) -> Path:
+    """A smooth colour image of an odd size."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([rows * 5 % 256, columns * 4 % 256, (rows + columns) * 2 % 256], axis=-1)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return photo(tmp_path / "good.png")
+
+
+@pytest.fixture
+def run(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """denoise(*arguments) -> (status, lines on stdout, lines on stderr), with the tiny model into tmp_path/out."""
+
+    def denoise(*arguments: str | Path, output: Path | None = None) -> tuple[int, list[str], list[str]]:
+        defaults = ["--output", output or tmp_path / "out", "--model", tiny_checkpoint, "--steps", "2"]
+        status = cli.main(["denoise", *map(str, arguments), *map(str, defaults)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out.splitlines(), captured.err.splitlines()
+
+    return denoise
+
+
+# --- What it does
+
+
+def test_denoise_prints_a_line_and_writes_the_image(run, good: Path, tmp_path: Path) -> None:
+    status, out, err = run(good, "--add-noise", "25")
+    assert (status, err, len(out)) == (0, [], 1)
+    assert re.search(r"good\.png: energy \S+ -> \S+, 2 steps, \S+ s, PSNR \S+ -> \S+ dB$", out[0])
+    assert Image.open(tmp_path / "out" / "good.png").size == (45, 37)
+
+
+def test_noise_of_a_file_does_not_depend_on_the_others(run, good: Path, tmp_path: Path) -> None:
+    other = photo(tmp_path / "a.png", 40, 40)
+    run(good, "--add-noise", "25", output=tmp_path / "alone")
+    run(other, good, "--add-noise", "25", output=tmp_path / "together")
+    assert (tmp_path / "alone" / "good.png").read_bytes() == (tmp_path / "together" / "good.png").read_bytes()
+
+
+def test_a_folder_keeps_its_tree_and_leaves_out_earlier_results(run, tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    photo(tmp_path / "in" / "deep" / "a.png")
+    photo(tmp_path / "in" / "b.bmp")
+    for _ in range(2):  # the second time, in/out is inside of what is read
+        status, out, _ = run(tmp_path / "in", "--overwrite", output=tmp_path / "in" / "out")
+        assert (status, len(out)) == (0, 2)
+    written = sorted(p.relative_to(tmp_path / "in" / "out").as_posix() for p in (tmp_path / "in" / "out").rglob("*.*"))
+    assert written == ["b.png", "deep/a.png"]
+
+
+def test_16_bit_and_orientation_are_kept(run, tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "deep.tif", RNG.integers(0, 65536, (32, 40, 3), dtype=np.uint16), photometric="rgb")
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees
+    Image.open(photo(tmp_path / "x.png")).save(tmp_path / "turned.jpg", exif=exif)
+    status, _, _ = run(tmp_path / "deep.tif", tmp_path / "turned.jpg")
+    assert status == 0
+    assert tifffile.imread(tmp_path / "out" / "deep.tif").dtype == np.uint16
+    assert Image.open(tmp_path / "out" / "turned.jpg").size == (37, 45)
+
+
+def test_candidates_tolerance_and_tiles_are_taken(run, good: Path) -> None:
+    status, out, _ = run(good, "--candidates", "2", "--tolerance", "0.5", "--tile", "16", "--seed", "3")
+    assert status == 0 and len(out) == 1
+
+
+def test_info_describes_a_checkpoint(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(tiny_checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert "patch_ebt" in out and "embed_dim" in out and "sha256" in out
+    assert cli.main(["info"]) == 0
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    code = "import sys; from ebt_vision import cli; cli._parser().format_help(); sys.exit('torch' in sys.modules)"
+    start = time.perf_counter()
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert time.perf_counter() - start < 5  # a loaded machine; it takes 0.1 s on a quiet one
+
+
+# --- Bad input: (how to make the file, what the line must say)
+
+
+def header_of_20000(path: Path) -> None:
+    """A PNG of a few bytes that claims 20,000 x 20,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(100))), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def nan_tiff(path: Path) -> None:
+    pixels = RNG.random((32, 32, 3), dtype=np.float32)
+    pixels[3, 4] = np.nan
+    tifffile.imwrite(path, pixels, photometric="rgb")
+
+
+def truncated(path: Path) -> None:
+    photo(path)
+    path.write_bytes(path.read_bytes()[:60])
+
+
+BAD_FILES = {
+    "missing.png": (lambda path: None, "does not exist"),
+    "text.png": (lambda path: path.write_text("hello, I am a text file\n"), "image"),
+    "empty.png": (lambda path: path.touch(), "empty"),
+    "one.png": (lambda path: Image.new("RGB", (1, 1)).save(path), "1x1"),
+    "huge.png": (header_of_20000, "pixels"),
+    "nan.tif": (nan_tiff, "finite|NaN"),
+    "cut.png": (truncated, "cut.png"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_line_and_the_others_are_done(run, good: Path, tmp_path: Path, name: str) -> None:
+    make, wanted = BAD_FILES[name]
+    make(tmp_path / name)
+    last = photo(tmp_path / "last.png")
+    status, out, err = run(good, tmp_path / name, last)
+    assert status == 2
+    assert len(out) == 2 and (tmp_path / "out" / "good.png").is_file() and (tmp_path / "out" / "last.png").is_file()
+    assert len(err) == 2 and err[0].startswith("ebt-vision: ") and name in err[0] and re.search(wanted, err[0])
+    assert err[0].count(name) == 1
+    assert err[1] == f"ebt-vision: 1 of 3 failed, 2 written to {tmp_path / 'out'}"
+
+
+def test_existing_results_are_kept_unless_told(run, good: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "good.png"
+    target.parent.mkdir()
+    target.write_bytes(b"precious")
+    status, _, err = run(good)
+    assert status == 2 and "exists" in err[0] and target.read_bytes() == b"precious"
+    assert run(good, "--overwrite")[0] == 0
+    assert target.read_bytes() != b"precious"
+
+
+def test_the_input_is_not_overwritten_by_its_result(run, good: Path) -> None:
+    before = good.read_bytes()
+    status, _, err = run(good, output=good.parent)
+    assert status == 2 and "exists" in err[0] and good.read_bytes() == before
+
+
+def test_two_inputs_of_one_name_do_not_replace_each_other(run, good: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    status, out, err = run(good, photo(tmp_path / "other" / "good.png"), "--overwrite")
+    assert status == 2 and len(out) == 1 and "rename" in err[0]
+
+
+def test_unwritable_output_is_said_before_any_work(run, good: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a regular file")
+    status, out, err = run(good, output=tmp_path / "file" / "out")
+    assert (status, out, len(err)) == (2, [], 1)
+    assert "output" in err[0] and "choose another folder" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--steps", "-1"),
+        ("--steps", "0"),
+        ("--steps", "two"),
+        ("--candidates", "0"),
+        ("--tolerance", "nan"),
+        ("--add-noise", "-5"),
+        ("--seed", "-1"),
+        ("--tile", "0"),
+        ("--stepz", "3"),
+    ],
+)
+def test_a_bad_option_is_one_line(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), option, value])
+    err = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(err) == 1 and option in err[0]
+
+
+@pytest.mark.parametrize("option", ["--tile=4", "--device=abacus"])
+def test_a_value_that_only_the_library_can_judge(run, good: Path, option: str) -> None:
+    status, out, err = run(good, option)
+    assert (status, out) == (2, []) and option.split("=")[1] in err[0]
+
+
+def test_an_unknown_model_is_one_line(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), "--model", "no-such-model"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "no-such-model" in err[0]
+
+
+def test_a_damaged_checkpoint_is_one_line(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "patch_ebt", "config": {}}')
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    assert cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), "--model", str(broken)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "model.safetensors" in err[0]
+
+
+def test_an_interrupt_keeps_what_is_done(run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ebt_vision import image_files
+
+    second, read_image = photo(tmp_path / "second.png"), image_files.read_image
+
+    def read_until_second(path):
+        if Path(path) == second:
+            raise KeyboardInterrupt
+        return read_image(path)
+
+    monkeypatch.setattr(image_files, "read_image", read_until_second)
+    status, out, err = run(good, second)
+    assert status == 130 and len(out) == 1 and "1 of 2" in err[0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
+
+
+# --- train
+
+
+def test_train_without_its_config_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "smoke.yaml").touch()  # the line names what there is
+    assert cli.main(["train", str(tmp_path / "smok.yaml")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "smok.yaml does not exist" in err[0] and "smoke.yaml" in err[0]
+
+
+def test_train_takes_overrides_before_and_after_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.touch()
+    args = cli._parse(["train", str(config), "a=1", "--output", "runs/x", "b=2"])
+    assert args.overrides == ["a=1", "b=2"] and args.output == Path("runs/x")
+    assert cli.main(["train", str(config), "nonsense"]) == 2
+
+
+def test_train_refuses_a_typo_in_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ebt_vision.config")
+    config = tmp_path / "typo.yaml"
+    config.write_text("modle:\n  embed_dim: 64\n")
+    assert cli.main(["train", str(config)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "modle" in err[0] and "model" in err[0].replace("modle", "")
