@@ -241,7 +241,7 @@ class TarSource:
                             content = tar.extractfile(member).read()  # type: ignore[union-attr]
                             value = json.loads(content)
                             value = value.get(label_column) if isinstance(value, dict) else value
-                            if isinstance(value, int):
+                            if isinstance(value, int) and (suffix == ".cls" or key not in found):
                                 found[key] = value
             except (tarfile.TarError, OSError, ValueError) as error:
                 raise DataError(f"{shard} is not an uncompressed tar, or is damaged ({error}); copy it again") from error
