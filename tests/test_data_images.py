@@ -205,6 +205,11 @@ def test_braces():
     assert expand_braces("plain.tar") == ["plain.tar"]
 
 
+def test_a_file_with_braces_in_its_name(tmp_path):
+    save(tmp_path / "a{1,2}.png", noise(0))
+    assert len(load(tmp_path / "a{1,2}.png")) == 1
+
+
 @pytest.mark.parametrize("path", ["missing", "missing/*.parquet", "empty", "text"])
 def test_no_images_at_all(tmp_path, path):
     (tmp_path / "empty").mkdir()

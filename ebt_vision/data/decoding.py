@@ -5,6 +5,7 @@ through tifffile. Sizes are checked from the header, before any pixel is decoded
 """
 
 import io
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ TIFF_TAGS_KEPT = (
     *("XResolution", "YResolution", "ResolutionUnit"),
 )
 ORIENTATION = ExifTags.Base.Orientation.value
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks on a damaged file are not printed unasked
 
 
 class DecodeError(ValueError):
