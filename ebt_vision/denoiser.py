@@ -96,7 +96,7 @@ class DenoiseResult:
     chosen: Tensor | None = None
     """Which candidate won, int64 (B,)."""
     trajectory: tuple[Tensor, ...] | None = None
-    """With keep_trajectory: the image before the first and after every step, each (B, 3, H, W) in [0, 1]; the last is `image`."""
+    """With keep_trajectory: the images before the first and after every step, like `image`, which is the last."""
 
 
 class Denoiser(ABC):

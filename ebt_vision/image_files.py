@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 
 from ebt_vision.data.decoding import MAX_PIXELS, MIN_SIDE, PNG_SIGNATURE, SUFFIXES, TIFF_TAGS_KEPT, DecodeError, decode_image
@@ -118,9 +118,8 @@ def write_image(path: str | os.PathLike[str], image: ImageFile, overwrite: bool 
     """Write `image` in the format of the suffix of `path`: .png, .jpg, .webp (lossless) or .tif.
 
     PNG and TIFF keep 16 bits; JPEG (quality 95, 4:4:4) and WebP are written in 8. JPEG has no alpha: the image is composited
-    on white. ICC profile and EXIF are kept, but for the EXIF and GPS blocks of a 16-bit TIFF, of which the camera, author,
-    date and resolution tags stay. The file appears whole or not at all. Raises ImageFileError for another suffix, a file that
-    is there without `overwrite`, a folder that is missing or not writable, and pixels that are not finite.
+    on white. ICC profile and EXIF are kept. The file appears whole or not at all. Raises ImageFileError for another suffix,
+    a file that is there without `overwrite`, a folder that is missing or not writable, and pixels that are not finite.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
@@ -169,8 +168,10 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 def _encode(suffix: str, image: ImageFile) -> bytes:
     keeps_16_bit = suffix in (".png", ".tif", ".tiff")
     array = _stored_samples(image, image.bit_depth if keeps_16_bit else 8)  # (H, W, C)
+    if suffix in (".tif", ".tiff"):
+        return _encode_tiff(array, image)
     if array.dtype == np.uint16:
-        return _encode_png16(array, image) if suffix == ".png" else _encode_tiff16(array, image)
+        return _encode_png16(array, image)
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     metadata = {"icc_profile": image.icc_profile, "exif": image.exif}
     options = {name: value for name, value in metadata.items() if value}
@@ -179,14 +180,12 @@ def _encode(suffix: str, image: ImageFile) -> bytes:
         picture.save(buffer, "PNG", **options)
     elif suffix == ".webp":
         picture.save(buffer, "WEBP", lossless=True, exact=True, **options)
-    elif suffix in (".jpg", ".jpeg"):
+    else:
         if image.alpha is not None:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
         picture.convert("L" if image.mode in ("L", "LA") else "RGB").save(
             buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, **options
         )
-    else:
-        picture.save(buffer, "TIFF", compression="tiff_adobe_deflate", **options)
     return buffer.getvalue()
 
 
@@ -221,26 +220,43 @@ def _encode_png16(array: np.ndarray, image: ImageFile) -> bytes:
     return b"".join(parts)
 
 
-def _encode_tiff16(array: np.ndarray, image: ImageFile) -> bytes:
-    tags = Image.Exif()
+def _encode_tiff(array: np.ndarray, image: ImageFile) -> bytes:
+    """TIFF with tifffile, because Pillow cannot write 16-bit colour, nor compress where there is an EXIF block."""
+    exif = Image.Exif()
     if image.exif:
-        tags.load(image.exif)
-    values = {name: tags[ExifTags.Base[name]] for name in TIFF_TAGS_KEPT if ExifTags.Base[name] in tags}
-    texts = [(ExifTags.Base[name].value, 2, 0, str(value), True) for name, value in values.items() if "Resolution" not in name]
-    resolution = [float(values[name]) for name in ("XResolution", "YResolution") if name in values]
+        exif.load(image.exif)
+    kept = {name: exif[ExifTags.Base[name]] for name in TIFF_TAGS_KEPT if ExifTags.Base[name] in exif}
+    tags: list[tuple] = [(ExifTags.Base[name].value, "s", 0, str(kept[name]), True) for name in kept if "Resol" not in name]
+    blocks = {int(ifd): fields for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo) if (fields := exif.get_ifd(ifd))}
+    # tifffile writes no pointer to an EXIF block: the number before it holds the place until the block is there.
+    tags += [(ifd - 1, "I", 1, 0, True) for ifd in blocks]
+    has_resolution = "XResolution" in kept and "YResolution" in kept
     buffer = io.BytesIO()
     tifffile.imwrite(
         buffer,
         array[:, :, 0] if array.shape[2] == 1 else array,
+        byteorder="<",
         photometric="rgb" if array.shape[2] >= 3 else "minisblack",
         planarconfig="contig" if array.shape[2] > 1 else None,
         extrasamples=["unassalpha"] if image.alpha is not None else None,
         compression="zlib",
         iccprofile=image.icc_profile,
-        extratags=texts,
-        resolution=(resolution[0], resolution[1]) if len(resolution) == 2 else None,
-        resolutionunit=values.get("ResolutionUnit", 2) if len(resolution) == 2 else None,
+        extratags=tags,
+        resolution=(float(kept["XResolution"]), float(kept["YResolution"])) if has_resolution else None,
+        resolutionunit=kept.get("ResolutionUnit", 2) if has_resolution else None,
         metadata=None,
         software=False,
     )
+    with tifffile.TiffFile(io.BytesIO(buffer.getvalue())) as tiff:
+        entries = {ifd: tiff.pages.first.tags[ifd - 1].offset for ifd in blocks}
+    for ifd, fields in blocks.items():
+        start = buffer.seek(0, os.SEEK_END)
+        start += buffer.write(b"\0" * (start % 2))  # an IFD begins on a word boundary
+        directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=ifd)
+        for tag, value in fields.items():
+            if not isinstance(value, dict):
+                directory[tag] = value
+        buffer.write(directory.tobytes(start))
+        buffer.seek(entries[ifd])
+        buffer.write(struct.pack("<HHII", ifd, 4, 1, start))  # an entry: tag, type LONG, count, value
     return buffer.getvalue()

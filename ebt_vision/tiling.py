@@ -134,8 +134,9 @@ def _over(total: Tensor | None, count: int) -> Tensor | None:
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin along a side of `length`: every tile - overlap, the last one moved back to end with the side."""
-    last = max(length - tile, 0)
-    return [*range(0, last, tile - overlap), last]
+    if length <= tile:  # the overlap may be longer than such a side
+        return [0]
+    return [*range(0, length - tile, tile - overlap), length - tile]
 
 
 def tile_weights(starts: list[int], tile: int, length: int, overlap: int) -> Tensor:

@@ -5,6 +5,7 @@ through tifffile. Sizes are checked from the header, before any pixel is decoded
 """
 
 import io
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ TIFF_TAGS_KEPT = (
     *("XResolution", "YResolution", "ResolutionUnit"),
 )
 ORIENTATION = ExifTags.Base.Orientation.value
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks on a damaged file are not printed unasked
 
 
 class DecodeError(ValueError):
@@ -102,8 +105,7 @@ def _decode_with_pillow(data: bytes) -> DecodedImage:
         else:
             orientation, exif = _read_exif(image)
         if data.startswith(PNG_SIGNATURE) and data[24] == 16:  # IHDR's bit depth
-            samples = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-            array = samples.permute(1, 2, 0).numpy()  # CHW -> HWC
+            array = _decode_png16(data)  # after load(), whose messages on damaged data are better
         elif image.mode.startswith("I;16"):
             array = np.asarray(image).astype(np.uint16)[:, :, None]
         elif image.mode == "CMYK":
@@ -111,6 +113,11 @@ def _decode_with_pillow(data: bytes) -> DecodedImage:
         else:
             array = np.atleast_3d(np.asarray(image.convert(_target_mode(image))))
     return _assemble(array, orientation, icc_profile, exif)
+
+
+def _decode_png16(data: bytes) -> np.ndarray:
+    samples = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    return samples.permute(1, 2, 0).numpy()  # CHW -> HWC
 
 
 def _assemble(array: np.ndarray, orientation: int, icc_profile: bytes | None, exif: bytes | None) -> DecodedImage:

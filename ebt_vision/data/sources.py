@@ -56,7 +56,8 @@ def open_source(path: str, split: str | None, image_column: str, label_column: s
     else:
         if split is not None:
             raise DataError(f"split={split!r} goes with a folder or {HUB_PREFIX}OWNER/NAME, not with {path}; leave it out")
-        files = sorted({Path(match) for pattern in expand_braces(str(root)) for match in _matches(pattern)})
+        patterns = [str(root)] if root.is_file() else expand_braces(str(root))
+        files = sorted({Path(match) for pattern in patterns for match in _matches(pattern)})
         root = Path(os.path.commonpath([file.parent for file in files])) if files else root
     by_suffix = {suffix: [file for file in files if file.suffix.lower() == suffix] for suffix in (".parquet", ".tar")}
     if by_suffix[".parquet"]:
@@ -241,7 +242,7 @@ class TarSource:
                             content = tar.extractfile(member).read()  # type: ignore[union-attr]
                             value = json.loads(content)
                             value = value.get(label_column) if isinstance(value, dict) else value
-                            if isinstance(value, int):
+                            if isinstance(value, int) and (suffix == ".cls" or key not in found):
                                 found[key] = value
             except (tarfile.TarError, OSError, ValueError) as error:
                 raise DataError(f"{shard} is not an uncompressed tar, or is damaged ({error}); copy it again") from error

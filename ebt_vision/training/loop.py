@@ -141,7 +141,7 @@ class Trainer:
         """The part of this process's share of a batch, with replayed candidates in its last places, and their ages."""
         device = self.accelerator.device
         picks, epochs = indices.indices[part].tolist(), indices.epochs[part].tolist()
-        clean = corruption.to_model_range(images.images(picks, epoch=epochs).to(device).float() / 255.0)
+        clean = corruption.to_model_range(images.images(picks, epochs).to(device).float() / 255.0)
         generators = [make_generator(self.config.seed, _NOISE, e, i) for e, i in zip(epochs, picks, strict=True)]
         noise = randn_like(clean.cpu(), generators).to(device)
         ages = torch.zeros(len(part), dtype=torch.int64)

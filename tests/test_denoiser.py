@@ -1,0 +1,341 @@
+"""The Denoiser interface with real models at a tiny size, and the classical methods on an image with structure."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ebt_vision.checkpoint import CheckpointError
+from ebt_vision.classical import BM3DDenoiser, MissingExtraError, NonLocalMeansDenoiser, estimate_sigma
+from ebt_vision.corruption import add_gaussian_noise, alphas_cumprod, sigma_to_timestep, to_image_range, to_model_range
+from ebt_vision.denoiser import DenoiseOptions, IdentityDenoiser, crop, load_denoiser, pad_to_multiple
+from ebt_vision.metrics import psnr
+from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser, denoiser_for
+from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
+from ebt_vision.thinking import ThinkingConfig, think
+
+SIZE = dict(img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=2)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name != "log_step_size":
+            nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def ebt(**overrides) -> EBTDenoiser:
+    return EBTDenoiser(randomised(PatchEBT(PatchEBTConfig(**{**SIZE, "init_step_size": 0.3, **overrides}))))
+
+
+def dit(mode: str = "ddim") -> DiTDenoiser:
+    return DiTDenoiser(randomised(DiT(DiTConfig(**SIZE))), mode=mode)
+
+
+def regressor() -> RegressorDenoiser:
+    return RegressorDenoiser(randomised(PatchRegressor(PatchRegressorConfig(**SIZE))))
+
+
+def noisy_images(count: int = 1, height: int = 16, width: int = 16) -> torch.Tensor:
+    """Noise around grey that leaves [0, 1]."""
+    return 0.5 + 0.4 * torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+EVERY_KIND = {
+    "ebt linear": (lambda: ebt(energy_head="linear"), DenoiseOptions(num_steps=2)),
+    "ebt quadratic": (ebt, DenoiseOptions(num_steps=2)),
+    "ebt with context": (lambda: ebt(observation_context=True), DenoiseOptions(num_steps=2)),
+    "ebt best of": (ebt, DenoiseOptions(num_steps=2, num_candidates=3, langevin_std=0.05)),
+    "ebt tolerance": (ebt, DenoiseOptions(num_steps=6, tolerance=0.3)),
+    "dit ddim": (dit, DenoiseOptions(num_steps=3, noise_level=0.05)),
+    "dit by sigma": (dit, DenoiseOptions(num_steps=3, sigma=25)),
+    "dit estimating": (dit, DenoiseOptions(num_steps=3)),
+    "dit x0": (lambda: dit("x0"), DenoiseOptions(noise_level=0.1)),
+    "dit recursion": (lambda: dit("recursion"), DenoiseOptions(num_steps=2, noise_level=0.005)),
+    "regressor": (regressor, DenoiseOptions(num_steps=2)),
+    "identity": (IdentityDenoiser, DenoiseOptions()),
+    "nlm": (NonLocalMeansDenoiser, DenoiseOptions()),
+}
+
+
+@pytest.fixture(params=EVERY_KIND, ids=lambda kind: kind.replace(" ", "-"))
+def kind(request):
+    make, options = EVERY_KIND[request.param]
+    return make(), options
+
+
+# --- What every denoiser keeps
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 9), (8, 31)])
+def test_any_size_in_the_same_size_out(kind, height, width):
+    denoiser, options = kind
+    noisy = noisy_images(2, height, width)
+    before = noisy.clone()
+    result = denoiser.denoise(noisy, options)
+    assert result.image.shape == noisy.shape
+    assert result.image.min() >= 0 and result.image.max() <= 1
+    assert result.num_steps.dtype == result.num_forward.dtype == torch.int64
+    assert result.num_steps.shape == result.num_forward.shape == (2,)
+    assert torch.equal(noisy, before)
+    assert not result.image.requires_grad
+
+
+def test_alone_or_in_a_batch(kind):
+    denoiser, options = kind
+    noisy = noisy_images(3, 16, 12)
+    together = denoiser.denoise(noisy, options, image_ids=[5, 6, 7])
+    for i in range(3):
+        alone = denoiser.denoise(noisy[i : i + 1], options, image_ids=[5 + i])
+        torch.testing.assert_close(alone.image, together.image[i : i + 1], rtol=1e-4, atol=1e-5)
+        assert alone.num_steps == together.num_steps[i] and alone.num_forward == together.num_forward[i]
+        if alone.energies is not None:
+            torch.testing.assert_close(alone.energies[:, 0], together.energies[:, i], rtol=1e-4, atol=1e-5)
+
+
+def test_trajectory_ends_with_the_image(kind):
+    denoiser, options = kind
+    fields = {name: getattr(options, name) for name in DenoiseOptions.__slots__}
+    result = denoiser.denoise(noisy_images(2, 16, 12), DenoiseOptions(**{**fields, "keep_trajectory": True}))
+    assert all(image.shape == (2, 3, 16, 12) for image in result.trajectory)
+    assert torch.equal(result.trajectory[-1], result.image)
+    assert len(result.trajectory) >= 2
+
+
+@pytest.mark.parametrize(
+    ("noisy", "message"),
+    [
+        (torch.zeros(3, 16, 16), r"shape \(3, 16, 16\); give \(B, 3, H, W\)"),
+        (torch.zeros(1, 1, 16, 16), "1 channels; give RGB"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "image / 255"),
+        (torch.zeros(1, 3, 7, 16), "7x16 px; both sides must be 8 px or more"),
+        (torch.full((1, 3, 16, 16), torch.nan), "NaN"),
+        (torch.full((1, 3, 16, 16), torch.inf), "infinite"),
+        (torch.zeros(0, 3, 16, 16), "empty batch"),
+    ],
+)
+def test_images_that_cannot_be_used(noisy, message):
+    with pytest.raises(ValueError, match=message) as error:
+        IdentityDenoiser().denoise(noisy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_steps", 0),
+        ("num_candidates", 0),
+        ("tolerance", -0.1),
+        ("langevin_std", -1.0),
+        ("step_size_scale", 0.0),
+        ("candidate_noise_std", -1.0),
+        ("noise_level", 1.5),
+        ("sigma", -1.0),
+        ("seed", -1),
+    ],
+)
+def test_options_that_cannot_be_used(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value} is out of range; use"):
+        DenoiseOptions(**{name: value})
+
+
+def test_number_of_ids():
+    with pytest.raises(ValueError, match="2 ids for a batch of 1"):
+        IdentityDenoiser().denoise(noisy_images(), image_ids=[0, 1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(2, 20), width=st.integers(2, 20), multiple=st.integers(1, 40))
+def test_padding_reflects_and_is_undone(height, width, multiple):
+    images = torch.rand(1, 3, height, width)
+    padded = pad_to_multiple(images, multiple)
+    assert padded.shape[-2] % multiple == padded.shape[-1] % multiple == 0
+    assert padded.shape[-2] < height + multiple and padded.shape[-1] < width + multiple
+    assert torch.equal(crop(padded, (height, width)), images)
+    if padded.shape[-2] > height:
+        assert torch.equal(padded[:, :, height, :width], images[:, :, height - 2])
+
+
+# --- EBT
+
+
+def test_ebt_is_thinking_in_the_model_range():
+    denoiser = ebt()
+    noisy = noisy_images(2)
+    result = denoiser.denoise(noisy, DenoiseOptions(num_steps=3, step_size_scale=0.5))
+    thought = think(
+        denoiser.model, to_model_range(noisy), ThinkingConfig(num_steps=3), step_size=0.5 * denoiser.model.step_size.detach()
+    )
+    torch.testing.assert_close(result.image, to_image_range(thought.final).clamp(0, 1))
+    torch.testing.assert_close(result.energies, thought.energies / 16)  # 4 x 4 patches
+    assert result.num_forward.tolist() == [4, 4] and result.num_steps.tolist() == [3, 3]
+
+
+def test_input_is_not_clipped():
+    noisy = torch.full((1, 3, 16, 16), 1.5)
+    assert not torch.allclose(ebt().denoise(noisy).image, ebt().denoise(noisy.clamp(0, 1)).image, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [ebt, regressor, dit])
+def test_input_scale_scales_what_the_network_sees(make):
+    noisy, scale, options = noisy_images(), 0.8, DenoiseOptions(noise_level=0.01)
+    scaled = make()
+    scaled.input_scale = scale
+    by_hand = to_image_range(scale * to_model_range(noisy))
+    torch.testing.assert_close(scaled.denoise(noisy, options).image, make().denoise(by_hand, options).image)
+
+
+def test_best_of_keeps_the_lowest_energy():
+    denoiser, noisy = ebt(), noisy_images(3)
+    options = DenoiseOptions(num_steps=2, num_candidates=4, candidate_noise_std=0.5)
+    result = denoiser.denoise(noisy, options)
+    assert result.candidate_energies.shape == (4, 3)
+    assert torch.equal(result.chosen, result.candidate_energies.argmin(0))
+    torch.testing.assert_close(result.energies[-1], result.candidate_energies.min(0).values)
+    energy = denoiser.model(to_model_range(denoiser.denoise(noisy * 0.1 + 0.45, options).image)).detach() / 16
+    torch.testing.assert_close(energy, denoiser.denoise(noisy * 0.1 + 0.45, options).energies[-1], rtol=1e-3, atol=1e-4)
+    assert result.num_forward.tolist() == [12] * 3  # (2 steps + the last energy) of 4 candidates
+    # The first candidate starts from the image itself.
+    plain = denoiser.denoise(noisy, DenoiseOptions(num_steps=2))
+    torch.testing.assert_close(plain.candidate_energies[0], result.candidate_energies[0])
+
+
+def test_seed_and_image_decide_the_noise_and_the_global_stream_does_not():
+    denoiser = ebt()
+    noisy = noisy_images(1)[[0, 0]]
+    options = DenoiseOptions(num_steps=2, num_candidates=2, langevin_std=0.1)
+    state = torch.get_rng_state()
+    first = denoiser.denoise(noisy, options, image_ids=[1, 2])
+    torch.manual_seed(99)
+    again = denoiser.denoise(noisy, options, image_ids=[1, 2])
+    assert torch.equal(first.candidate_energies, again.candidate_energies)
+    assert not torch.allclose(first.candidate_energies[:, 0], first.candidate_energies[:, 1])
+    other = denoiser.denoise(noisy, DenoiseOptions(num_steps=2, num_candidates=2, langevin_std=0.1, seed=1), image_ids=[1, 2])
+    assert not torch.allclose(first.candidate_energies, other.candidate_energies)
+    torch.set_rng_state(state)
+    denoiser.denoise(noisy, options)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tolerance_stops_early_and_the_energies_keep_their_length():
+    result = ebt().denoise(noisy_images(2), DenoiseOptions(num_steps=30, tolerance=0.5))
+    assert result.energies.shape == (31, 2)
+    assert result.num_steps.max() < 30 and result.num_forward.max() < 31
+    assert torch.equal(result.energies[-1], result.energies[-2])
+
+
+def test_callback_sees_every_step_of_every_candidate_and_can_stop_all():
+    seen = []
+    options = DenoiseOptions(num_steps=2, num_candidates=2)
+    ebt().denoise(noisy_images(1, 10, 10), options, callback=seen.append)
+    assert [(step.candidate, step.index) for step in seen] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert all(step.image.shape == (1, 3, 10, 10) and step.image.max() <= 1 for step in seen)
+    assert all(step.energies.shape == (1,) for step in seen)
+    stopped = ebt().denoise(noisy_images(1, 10, 10), options, callback=lambda step: step.index == 1)
+    assert stopped.candidate_energies.shape == (1, 1) and stopped.num_steps.tolist() == [1]
+    torch.testing.assert_close(stopped.image, seen[1].image)
+
+
+# --- DiT and regressor
+
+
+def test_dit_modes_are_those_of_the_model():
+    noisy = noisy_images()
+    x = to_model_range(noisy)
+    model = dit().model
+
+    def run(mode: str, **options) -> tuple[torch.Tensor, int]:
+        result = dit(mode).denoise(noisy, DenoiseOptions(**options))
+        return result.image, int(result.num_forward)
+
+    for (image, passes), expected, count in (
+        (run("ddim", num_steps=4, noise_level=0.01), model.ddim(x, 9, 4), 4),
+        (run("x0", num_steps=4, noise_level=0.01), model.predict_clean(x, 9), 1),
+        (run("recursion", num_steps=2, noise_level=0.01), model.recursion(x, 9, 2), 20),
+    ):
+        torch.testing.assert_close(image, to_image_range(expected).clamp(0, 1))
+        assert passes == count
+    with pytest.raises(ValueError, match="use 1..10"):
+        run("ddim", num_steps=11, noise_level=0.01)
+    with pytest.raises(ValueError, match="mode='ode' is unknown"):
+        dit("ode")
+
+
+def test_dit_takes_a_photograph_at_the_timestep_of_its_noise():
+    noisy = noisy_images()
+    t = sigma_to_timestep(25.0)
+    expected = dit().model.ddim(to_model_range(noisy) * alphas_cumprod()[t].sqrt().float(), t, 3)
+    result = dit().denoise(noisy, DenoiseOptions(num_steps=3, sigma=25.0))
+    torch.testing.assert_close(result.image, to_image_range(expected).clamp(0, 1))
+    assert dit().denoise(noisy, DenoiseOptions(num_steps=50, sigma=0.0)).num_steps.tolist() == [1]  # timestep 0 alone
+
+
+def test_regressor_is_applied_to_its_own_output():
+    denoiser, noisy = regressor(), noisy_images()
+    expected = denoiser.model(denoiser.model(to_model_range(noisy)))
+    result = denoiser.denoise(noisy, DenoiseOptions(num_steps=2))
+    torch.testing.assert_close(result.image, to_image_range(expected).clamp(0, 1))
+    stopped = denoiser.denoise(noisy, DenoiseOptions(num_steps=5), callback=lambda step: step.index == 2)
+    assert stopped.num_forward.tolist() == [2]
+    torch.testing.assert_close(stopped.image, result.image)
+
+
+# --- Classical
+
+
+def checkerboard(height: int = 37, width: int = 45) -> torch.Tensor:
+    rows, columns = torch.arange(height)[:, None] // 8, torch.arange(width) // 8
+    return (0.25 + 0.5 * ((rows + columns) % 2)).expand(1, 3, height, width)
+
+
+@pytest.mark.parametrize(("make", "gain"), [(BM3DDenoiser, 8.0), (NonLocalMeansDenoiser, 5.0)])
+def test_classical_methods_denoise(make, gain):
+    if make is BM3DDenoiser:
+        pytest.importorskip("bm3d")
+    clean = checkerboard()
+    noisy = add_gaussian_noise(clean, 25.0, torch.Generator().manual_seed(0))
+    before = psnr(noisy, clean, data_range=1.0).item()
+    result = make().denoise(noisy)
+    assert psnr(result.image, clean, data_range=1.0).item() > before + gain
+    assert result.num_forward.tolist() == [0]
+    too_little = make().denoise(noisy, DenoiseOptions(sigma=2.0))
+    assert psnr(too_little.image, clean, data_range=1.0).item() < before + 2.0
+    # Smaller than BM3D's blocks, and without noise at all.
+    assert make().denoise(noisy[..., :8, :9]).image.shape == (1, 3, 8, 9)
+    torch.testing.assert_close(make().denoise(clean, DenoiseOptions(sigma=0.0)).image, clean)
+
+
+def test_estimated_sigma():
+    noisy = add_gaussian_noise(torch.full((2, 3, 64, 64), 0.5), 20.0, torch.Generator().manual_seed(0))
+    assert estimate_sigma(noisy) == pytest.approx([20.0, 20.0], rel=0.05)
+
+
+def test_without_bm3d_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm3d", None)  # makes the import fail
+    with pytest.raises(MissingExtraError, match=r'pip install "ebt_vision\[classical\]"'):
+        load_denoiser("bm3d")
+
+
+# --- By name
+
+
+def test_load_denoiser(tmp_path):
+    assert isinstance(load_denoiser("identity"), IdentityDenoiser)
+    assert load_denoiser("nlm").name == "nlm"
+    for made in (ebt(), dit(), regressor()):
+        folder = tmp_path / type(made).__name__
+        made.model.save_pretrained(folder)
+        loaded = load_denoiser(str(folder))
+        assert type(loaded) is type(made) and loaded.name == folder.name
+        assert (loaded.num_parameters, loaded.tile_size, loaded.patch_size) == (made.model.num_parameters, 16, 4)
+        options = DenoiseOptions(noise_level=0.01)
+        assert torch.equal(loaded.denoise(noisy_images(), options).image, made.denoise(noisy_images(), options).image)
+    with pytest.raises(CheckpointError, match="'nothing' is neither"):
+        load_denoiser("nothing")
+    assert isinstance(denoiser_for(ebt().model), EBTDenoiser)

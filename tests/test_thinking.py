@@ -1,0 +1,205 @@
+"""think() by hand arithmetic on energies whose descent is known, and its contract with its caller."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebt_vision.rng import sample_generators
+from ebt_vision.thinking import (
+    NonFiniteGradientError,
+    ThinkingConfig,
+    ThinkingError,
+    ThinkingStep,
+    best_of,
+    think,
+)
+
+
+def half_square(candidate: Tensor) -> Tensor:
+    """E = |y|^2 / 2, so the gradient is y and a step of a multiplies y by 1 - a."""
+    return 0.5 * candidate.square().flatten(1).sum(1)
+
+
+def distance_to(candidate: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (candidate - target).square().flatten(1).sum(1)
+
+
+def text_energy(candidate: Tensor) -> Tensor:
+    """(B, S, V) -> (B, S)."""
+    return 0.5 * candidate.square().sum(-1)
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_a_step_of_a_tenth_from_one_gives_nine_tenths():
+    result = think(half_square, torch.ones(1, 1, 1, 1), ThinkingConfig(num_steps=2, step_size=0.1))
+    assert result.final.item() == pytest.approx(0.81)
+    assert [p.item() for p in result.predictions] == pytest.approx([0.9, 0.81])
+    assert result.energies[:, 0].tolist() == pytest.approx([0.5, 0.405, 0.32805])
+    assert result.gradient_norms[:, 0].tolist() == pytest.approx([1.0, 0.9])
+    assert result.num_steps.tolist() == [2] and result.num_forward.tolist() == [3]
+
+
+def test_context_comes_after_the_candidate_and_text_has_an_energy_per_position():
+    target = images()
+    result = think(distance_to, torch.zeros_like(target), context=(target,), step_size=1.0, num_steps=1)
+    torch.testing.assert_close(result.final, target)
+    text = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    result = think(text_energy, text, ThinkingConfig(num_steps=3, step_size=0.5))
+    assert result.energies.shape == (4, 2, 4) and result.gradient_norms.shape == (3, 2, 4)
+    torch.testing.assert_close(result.final, text / 8)
+
+
+def test_the_caller_s_tensors_and_the_global_stream_are_untouched_and_no_grad_is_no_obstacle():
+    start = images().requires_grad_()
+    before = start.detach().clone()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    config = ThinkingConfig(num_steps=2, langevin_std=0.5, step_size_factor=2.0, min_num_steps=1)
+    with torch.no_grad():
+        result = think(half_square, start, config, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(start.detach(), before) and start.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not result.final.requires_grad and not result.energies.requires_grad
+
+
+def test_inference_mode_and_a_constant_energy_are_named_errors():
+    with torch.inference_mode(), pytest.raises(ThinkingError, match="no_grad"):
+        think(half_square, images())
+    with pytest.raises(ThinkingError, match="does not depend"):
+        think(lambda y: torch.zeros(len(y)), images())
+
+
+def test_a_non_finite_gradient_names_the_step_and_the_sample():
+    start = images(3)
+    start[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteGradientError) as error:
+        think(half_square, start)
+    assert error.value.step == 0 and error.value.samples == [1]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"num_steps": -1}, {"step_size": 0.0}, {"step_size_factor": 0.5}, {"langevin_std": -1.0}, {"tolerance": -0.1}],
+)
+def test_a_bad_setting_is_refused_by_name(bad: dict):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        ThinkingConfig(**bad)
+    with pytest.raises(ValueError, match="num_steps"):
+        think(half_square, images(), num_steps=-1)
+
+
+def test_learned_step_size_gets_a_gradient_through_the_unrolled_steps():
+    """y2 = y0 (1 - a)^2; d/da of y2^2 / 2 is -2 y0^2 (1 - a)^3 without detaching, half of it with."""
+    for detach, factor in ((False, 2.0), (True, 1.0)):
+        alpha = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        config = ThinkingConfig(num_steps=2, detach_between_steps=detach)
+        start = torch.full((1, 1), 3.0, dtype=torch.float64)
+        result = think(half_square, start, config, step_size=alpha, create_graph=True)
+        (0.5 * result.final.square()).sum().backward()
+        assert alpha.grad is not None
+        assert alpha.grad.item() == pytest.approx(-factor * 9.0 * 0.9**3)
+
+
+def test_truncation_keeps_only_the_last_steps_in_the_graph():
+    """Of three steps the last two are in the graph: d y3 / da = -2 y1 (1 - a) with y1 a constant."""
+    alpha = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    config = ThinkingConfig(num_steps=3, detach_between_steps=False, backprop_steps=2)
+    start = torch.full((1, 1), 3.0, dtype=torch.float64)
+    result = think(half_square, start, config, step_size=alpha, create_graph=True)
+    assert [p.grad_fn is not None for p in result.predictions[1:]] == [True, True]
+    result.final.sum().backward()
+    assert alpha.grad is not None
+    assert alpha.grad.item() == pytest.approx(-2 * (3.0 * 0.9) * 0.9)
+
+
+def test_random_step_sizes_stay_in_their_range_and_differ_by_sample():
+    start = torch.ones(256, 1, dtype=torch.float64)
+    config = ThinkingConfig(step_size=0.2, step_size_factor=2.0)
+    steps = 1.0 - think(half_square, start, config, generator=torch.Generator().manual_seed(0)).final[:, 0]
+    assert steps.min() >= 0.1 and steps.max() <= 0.4 and steps.unique().numel() > 250
+    assert steps.mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_number_of_steps_is_drawn_from_its_whole_range():
+    config = ThinkingConfig(num_steps=4, min_num_steps=2, step_size=0.1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [len(think(half_square, torch.ones(1, 1), config, generator=generator).predictions) for _ in range(40)]
+    assert set(drawn) == {2, 3, 4}
+
+
+def test_langevin_noise_is_added_before_the_gradient():
+    start = torch.zeros(2000, 1, dtype=torch.float64)
+    config = ThinkingConfig(step_size=0.5, langevin_std=0.3)
+    final = think(half_square, start, config, generator=torch.Generator().manual_seed(0)).final
+    assert final.std().item() == pytest.approx(0.15, rel=0.05)  # (0 + noise) * (1 - 0.5)
+
+
+def test_one_generator_per_sample_makes_the_result_independent_of_the_batch():
+    start = images(4)
+    config = ThinkingConfig(num_steps=3, step_size=0.1, langevin_std=0.2, step_size_factor=1.5)
+    whole = think(half_square, start, config, generator=sample_generators(7, range(4))).final
+    alone = [think(half_square, start[i : i + 1], config, generator=sample_generators(7, [i])).final for i in range(4)]
+    torch.testing.assert_close(whole, torch.cat(alone))
+
+
+def test_a_settled_sample_leaves_the_batch_and_saves_forward_passes():
+    sizes: list[int] = []
+
+    def energy(candidate: Tensor, scale: Tensor) -> Tensor:
+        sizes.append(len(candidate))
+        return scale * half_square(candidate)
+
+    start, scale = torch.ones(2, 4, dtype=torch.float64), torch.tensor([1.0, 0.1], dtype=torch.float64)
+    config = ThinkingConfig(num_steps=50, step_size=0.9, tolerance=1e-3)
+    result = think(energy, start, config, context=(scale,))
+    assert result.num_steps[0] < result.num_steps[1] < 50
+    assert sum(sizes) == result.num_forward.sum() and sizes[-1] == 1
+    # Every sample's result is that of thinking alone, and its energies repeat once it has stopped.
+    for i in range(2):
+        alone = think(energy, start[i : i + 1], config, context=(scale[i : i + 1],))
+        torch.testing.assert_close(result.final[i], alone.final[0])
+        assert result.num_steps[i] == alone.num_steps[0] and result.num_forward[i] == alone.num_forward[0]
+    stopped = result.energies[int(result.num_steps[0]) :, 0]
+    assert torch.equal(stopped, stopped[:1].expand_as(stopped))
+
+
+def test_with_a_tolerance_an_update_that_raises_the_energy_is_taken_back():
+    start = torch.ones(1, 1, dtype=torch.float64)
+    result = think(half_square, start, ThinkingConfig(num_steps=5, step_size=3.0, tolerance=0.0))  # y -> -2 y
+    torch.testing.assert_close(result.final, start)
+    assert result.num_steps.tolist() == [0]
+    assert result.energies[-1].item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="tolerance"):
+        think(half_square, start, ThinkingConfig(tolerance=0.0), create_graph=True)
+
+
+def test_the_callback_sees_the_start_and_every_update_and_can_end_thinking():
+    seen: list[ThinkingStep] = []
+    config = ThinkingConfig(num_steps=4, step_size=0.1)
+    think(half_square, torch.ones(1, 1), config, callback=seen.append)
+    assert [step.index for step in seen] == [0, 1, 2, 3, 4]
+    assert [step.candidate.item() for step in seen] == pytest.approx([0.9**i for i in range(5)])
+    assert [step.energies.item() for step in seen] == pytest.approx([0.5 * 0.81**i for i in range(5)])
+    result = think(half_square, torch.ones(1, 1), config, callback=lambda step: step.index == 2)
+    assert result.final.item() == pytest.approx(0.81) and result.energies.shape[0] == 3
+
+
+def test_best_of_keeps_the_lowest_energy_of_each_element():
+    starts = torch.tensor([[[3.0], [1.0]], [[2.0], [5.0]], [[4.0], [4.0]]])  # (N=3, B=2, 1)
+    result = best_of(half_square, starts, ThinkingConfig(num_steps=1, step_size=0.5))
+    assert result.chosen.tolist() == [1, 0]
+    assert result.final.flatten().tolist() == pytest.approx([1.0, 0.5])
+    assert result.energies.shape == (3, 2) and result.num_forward.tolist() == [6, 6]
+    text = torch.stack([torch.full((1, 2, 3), 2.0), torch.tensor([[[1.0] * 3, [4.0] * 3]])])  # (N=2, B=1, S=2, V=3)
+    assert best_of(text_energy, text, ThinkingConfig(step_size=0.5)).chosen.tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match="at least one"):
+        best_of(half_square, [])
+
+
+def test_zero_steps_return_the_start_and_its_energy():
+    start = images()
+    result = think(half_square, start, num_steps=0)
+    assert torch.equal(result.final, start) and result.energies.shape == (1, 2)
