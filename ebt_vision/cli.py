@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
 
-BAD_INPUT, INTERRUPTED = 2, 130
+STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 1 training diverged, 2 bad input, 130 interrupted."""
     try:
         args = _parse(argv)
         status: int = args.run(args)
@@ -112,9 +112,14 @@ def _train(args: argparse.Namespace) -> int:
     for override in args.overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value")
+    from ebt_vision.training.loop import TrainingDivergedError
     from ebt_vision.training.run import train
 
-    print(f"trained: {train(args.config, args.overrides, output=args.output, device=args.device)}")
+    try:
+        print(f"trained: {train(args.config, args.overrides, output=args.output, device=args.device)}")
+    except TrainingDivergedError as error:
+        _say(_one_line(error))
+        return STOPPED
     return 0
 
 

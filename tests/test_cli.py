@@ -267,3 +267,18 @@ def test_train_refuses_a_typo_in_a_config(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["train", str(config)]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and "modle" in err[0] and "model" in err[0].replace("modle", "")
+
+
+def test_a_diverged_training_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pytest.importorskip("ebt_vision.training.run")
+    from ebt_vision.training.loop import TrainingDivergedError
+
+    def diverge(*args, **kwargs):
+        raise TrainingDivergedError("loss is nan at step 7;\n lower the learning rate")
+
+    monkeypatch.setattr(run, "train", diverge)
+    (tmp_path / "a.yaml").touch()
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 1
+    assert capsys.readouterr().err == "ebt-vision: loss is nan at step 7; lower the learning rate\n"
