@@ -36,9 +36,9 @@ class CompiledEnergy:
     function of its own, whose backward is then the second order. Same values to rounding; needs a C++ compiler on the CPU.
     """
 
-    def __init__(self, energy_fn: EnergyFunction):
+    def __init__(self, energy_fn: EnergyFunction, *, backend: str = "inductor"):
         self.energy_fn = energy_fn
-        self._energy_and_gradient = torch.compile(functools.partial(_functional_gradient, energy_fn))
+        self._energy_and_gradient = torch.compile(functools.partial(_functional_gradient, energy_fn), backend=backend)
 
     def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor:
         return self.energy_fn(candidate, *context)

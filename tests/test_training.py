@@ -1,0 +1,232 @@
+"""The training engine: it learns, resumes bit for bit, survives kill -9, stops before a bad update, and splits over processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from ebt_vision.checkpoint import load_pretrained
+from ebt_vision.config import ConfigError, build_config
+from ebt_vision.training.loop import Trainer, TrainingDivergedError
+from ebt_vision.training.state import checkpoint_folders
+
+ROOT = Path(__file__).parents[1]
+MODELS = {
+    "patch_ebt": dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0),
+    "patch_regressor": dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0),
+    "dit": dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2),
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 smooth colour pictures of 16x16, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for i in range(24):
+        corners = random.integers(0, 255, (2, 2, 3), dtype=np.uint8)
+        Image.fromarray(corners).resize((16, 16), Image.Resampling.BILINEAR).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def experiment(photos: Path, model_type: str = "patch_ebt", **sections: dict) -> dict:
+    """Plain data of a tiny experiment with everything switched on."""
+    raw: dict = dict(
+        name="tiny",
+        model_type=model_type,
+        model=MODELS[model_type],
+        data=dict(path=str(photos), img_size=16, crop="random", flip=True),
+        optim=dict(lr=2e-3, warmup_updates=2),
+        train=dict(num_updates=12, batch_size=8, ema_decay=0.9, log_every=2, checkpoint_every=4),
+        validation=dict(path=str(photos), num_images=4, num_steps=3, every=6, num_grid_images=2),
+    )
+    for name, values in sections.items():
+        raw[name] = raw.get(name, {}) | values
+    return raw
+
+
+FULL_THINKING = dict(thinking=dict(num_steps=2, min_num_steps=1, step_size_factor=1.5, langevin_std=0.05))
+REPLAY = dict(capacity=16, share=0.5, max_age=4)
+
+
+def train(raw: dict, output: Path) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    return Trainer(build_config(raw), output, device="cpu").run()
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """Raw weights, averaged weights and optimiser of the newest checkpoint, as one dictionary."""
+    folder = checkpoint_folders(output / "checkpoints")[-1]
+    return {f"{p.name}/{n}": t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
+
+
+def assert_bit_equal(left: Path, right: Path) -> None:
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_model_trains_logs_validates_and_exports(photos: Path, tmp_path: Path, model_type: str):
+    raw = experiment(photos, model_type, train=dict(num_updates=60, checkpoint_every=30, log_every=10))
+    raw["validation"]["every"] = 30
+    folder = train(raw, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    last = [line for line in lines if "validation_psnr" in line][-1]["validation_psnr"]["0.1"]
+    assert len(last) == 4 and last[1] > last[0]  # one step beats the noisy input
+    assert (tmp_path / "samples" / "00000060.png").exists() and list((tmp_path / "tensorboard").iterdir())
+    assert load_pretrained(str(folder)).model_type == model_type
+    if model_type == "patch_ebt":
+        logged = [line for line in lines if "loss" in line][-1]
+        assert logged["energy_after_last_update"] < logged["energy_before_last_update"]
+        assert logged["step_size"] > 0 and logged["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_resumed_run_ends_with_bit_equal_weights(photos: Path, tmp_path: Path, model_type: str):
+    extra = dict(objective=FULL_THINKING, replay=REPLAY) if model_type == "patch_ebt" else {}
+    raw = experiment(photos, model_type, **extra)
+    train(raw, tmp_path / "whole")
+    config = build_config(raw)
+    (tmp_path / "parts").mkdir()
+    trainer = Trainer(config, tmp_path / "parts", device="cpu")
+    trainer.config = replace(config, train=replace(config.train, num_updates=12, log_every=1))
+    original = trainer.update
+
+    def stop_after_six(*arguments: object) -> dict:
+        if trainer.step == 6:
+            raise KeyboardInterrupt
+        return original(*arguments)  # type: ignore[arg-type]
+
+    trainer.update = stop_after_six  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert Trainer(config, tmp_path / "parts", device="cpu").step == 6  # an interrupt saves what is done
+    train(raw, tmp_path / "parts")
+    assert_bit_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_resumes_bit_equal(photos: Path, tmp_path: Path):
+    raw = experiment(photos, objective=FULL_THINKING, replay=REPLAY, train=dict(num_updates=40, checkpoint_every=1))
+    raw["validation"] = dict(path=None)
+    train(raw, tmp_path / "whole")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "ebt_vision.cli", "train", str(config), "--output", str(output), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for progress in (3, 17):  # kill it twice while it writes a checkpoint every update
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while len(weight := checkpoint_folders(output / "checkpoints")) == 0 or int(weight[-1].name[5:]) < progress:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    assert_bit_equal(tmp_path / "whole", output)
+    steps = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))  # nothing is logged twice
+
+
+def test_a_non_finite_gradient_stops_before_the_update_and_keeps_the_last_good_state(photos: Path, tmp_path: Path):
+    trainer = Trainer(build_config(experiment(photos)), tmp_path, device="cpu")
+    parameter = trainer.model.trunk.blocks[0].mlp.fc1.weight  # type: ignore[union-attr, index]
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan") if trainer.step == 5 else gradient
+
+    parameter.register_hook(poison)
+    with pytest.raises(TrainingDivergedError, match="update 6"):
+        trainer.run()
+    state = weights(tmp_path)
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    assert checkpoint_folders(tmp_path / "checkpoints")[-1].name == "step-00000005"
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(photos: Path, tmp_path: Path):
+    gradients = []
+    for parts in (1, 2):
+        trainer = Trainer(build_config(experiment(photos, train=dict(num_accumulation=parts))), tmp_path / str(parts), device="cpu")
+        gradients.append(first_gradients(trainer))
+    for whole, split in zip(*gradients, strict=True):
+        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-7)
+
+
+def first_gradients(trainer: Trainer) -> list[torch.Tensor]:
+    """The gradients of the first update, as the optimiser sees them."""
+    from ebt_vision.data.images import load_image_set
+    from ebt_vision.data.order import BatchStream
+
+    images = load_image_set(trainer.config.data, seed=0)
+    batch_size = trainer.config.train.batch_size
+    stream = BatchStream(len(images), batch_size, 0, rank=trainer.rank, world_size=trainer.world_size)
+    seen: list[torch.Tensor] = []
+    step = trainer.optimizer.step
+
+    def record(*arguments: object) -> None:
+        seen.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trainer.model.parameters())
+        step()
+
+    trainer.optimizer.step = record
+    trainer.update(images, next(stream))
+    return seen
+
+
+_WORKER = """
+import sys, torch, yaml
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_training import first_gradients
+from ebt_vision.config import build_config
+from ebt_vision.training.loop import Trainer
+trainer = Trainer(build_config(yaml.safe_load(open({config!r}))), Path({output!r}), device="cpu")
+assert trainer.world_size == 2
+gradients = first_gradients(trainer)
+if trainer.rank == 0:
+    from safetensors.torch import save_file
+    save_file({{str(i): g.contiguous() for i, g in enumerate(gradients)}}, {target!r})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["quadratic", "linear"])
+def test_two_processes_with_half_the_batch_give_the_one_process_gradients(photos: Path, tmp_path: Path, head: str):
+    """Second order through DDP on gloo: the mean of two halves is the gradient of the whole."""
+    raw = experiment(photos, objective=dict(thinking=dict(num_steps=2, detach_between_steps=False, step_size_factor=1.5)))
+    raw["model"] = raw["model"] | dict(energy_head=head, embed_dim=48)
+    alone = first_gradients(Trainer(build_config(raw), tmp_path / "one", device="cpu"))
+    config, target = tmp_path / "config.yaml", tmp_path / "gradients.safetensors"
+    config.write_text(yaml.safe_dump(raw))
+    script = tmp_path / "worker.py"
+    paths = dict(tests=str(ROOT / "tests"), config=str(config), output=str(tmp_path / "two"), target=str(target))
+    script.write_text(_WORKER.format(**paths))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = load_file(target)
+    assert any(gradient.abs().max() > 1e-6 for gradient in alone)
+    for i, gradient in enumerate(alone):
+        torch.testing.assert_close(both[str(i)], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_another_run_s_folder_is_refused(photos: Path, tmp_path: Path):
+    raw = experiment(photos, train=dict(num_updates=1))
+    train(raw, tmp_path)
+    with pytest.raises(ConfigError, match="choose another --output"):
+        train(experiment(photos, "patch_regressor"), tmp_path)
