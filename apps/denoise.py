@@ -219,12 +219,12 @@ def theme() -> gr.themes.Base:
     mono = ("ui-monospace", "Menlo", "Consolas", "monospace")
     plain = {"background_fill": "transparent", "text_color": "*body_text_color", "text_weight": "600"}
     titles = {f"block_{part}_{key}": value for part in ("title", "label") for key, value in plain.items()}
-    titles |= {f"{name}_dark": value for name, value in titles.items() if not name.endswith("weight")}
     titles |= {
         "block_title_padding": "0",
         "block_label_background_fill": "*block_background_fill",
         "block_label_shadow": "none",
     }
+    titles |= {f"{name}_dark": value for name, value in titles.items() if name.endswith(("fill", "color"))}
     titles |= {"body_background_fill": "*neutral_50", "body_background_fill_dark": "*neutral_950"}
     return gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono).set(**titles)
 

@@ -113,6 +113,7 @@ def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # on a fresh machine it installs the browser
 @pytest.mark.parametrize(("width", "height"), [(1366, 900), (390, 844)], ids=["laptop", "phone"])
 def test_denoise_in_a_browser(address: str, tmp_path: Path, width: int, height: int) -> None:
     (tmp_path / "mine.png").write_bytes(Path(EXAMPLE).read_bytes())
