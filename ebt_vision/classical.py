@@ -37,9 +37,7 @@ class ClassicalDenoiser(Denoiser):
     min_side = 1
     """Smaller images are reflect-padded to this."""
 
-    def _denoise(
-        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
-    ) -> DenoiseResult:
+    def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         sigmas = estimate_sigma(noisy) if options.sigma is None else [options.sigma] * len(noisy)
         padded = _to_numpy(pad_to_multiple(noisy, 1, minimum=self.min_side))
         # An image without noise stays as it is: the methods divide by sigma.

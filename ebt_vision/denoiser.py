@@ -142,9 +142,7 @@ class Denoiser(ABC):
         return _finished(result, size, noisy.device)
 
     @abstractmethod
-    def _denoise(
-        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
-    ) -> DenoiseResult:
+    def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         """The work itself, on a checked and padded batch, under no_grad; the images of the result need no clamping."""
 
     def to_network(self, noisy: Tensor) -> Tensor:
@@ -174,9 +172,7 @@ class IdentityDenoiser(Denoiser):
 
     name = "identity"
 
-    def _denoise(
-        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
-    ) -> DenoiseResult:
+    def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         return no_network_result(noisy.clone(), noisy, options)
 
 

@@ -56,9 +56,7 @@ class EBTDenoiser(ModelDenoiser):
         super().__init__(model, name=name, input_scale=input_scale)
         self.model = model
 
-    def _denoise(
-        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
-    ) -> DenoiseResult:
+    def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         x = to_model_range(noisy) * self.input_scale
         watch = _Watch(options, x.shape, self.patch_size, callback)
         result = best_of(
@@ -150,9 +148,7 @@ class RegressorDenoiser(ModelDenoiser):
         super().__init__(model, name=name, input_scale=input_scale)
         self.model = model
 
-    def _denoise(
-        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
-    ) -> DenoiseResult:
+    def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         watch = _Samples(options, callback)
         x = to_model_range(noisy) * self.input_scale
         passes, stopped = 0, watch(0, x)
@@ -189,9 +185,7 @@ class DiTDenoiser(ModelDenoiser):
         super().__init__(model, name=name, input_scale=input_scale)
         self.model, self.mode = model, mode
 
-    def _denoise(
-        self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback
-    ) -> DenoiseResult:
+    def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         x = to_model_range(noisy)
         if options.noise_level is not None:
             return self._sample(x * self.input_scale, level_to_timestep(options.noise_level), options, callback)
@@ -200,9 +194,7 @@ class DiTDenoiser(ModelDenoiser):
         if len(set(timesteps)) == 1:
             return self._sample_photographs(x, timesteps[0], options, callback)
         # Each image has its own timestep, and its own chain.
-        return _join(
-            [self._sample_photographs(x[i : i + 1], t, options, lambda step: None) for i, t in enumerate(timesteps)]
-        )
+        return _join([self._sample_photographs(x[i : i + 1], t, options, lambda step: None) for i, t in enumerate(timesteps)])
 
     def _sample_photographs(self, x: Tensor, timestep: int, options: DenoiseOptions, callback: Callback) -> DenoiseResult:
         x = x * math.sqrt(float(alphas_cumprod()[timestep]))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ebt_vision import corruption
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.rng import Generators
 from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
 
 
@@ -137,9 +136,7 @@ class EBTObjective(Objective):
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
         assert isinstance(model, PatchEBT)
-        result = think(
-            model, noisy, context=model.context_of(noisy), step_size=model.step_size.detach(), num_steps=num_steps
-        )
+        result = think(model, noisy, context=model.context_of(noisy), step_size=model.step_size.detach(), num_steps=num_steps)
         return Prediction(images=list(result.predictions), energies=result.energies)
 
 

@@ -191,9 +191,7 @@ class _Descent:
     active: Tensor | None = None  # indices of the moving samples; None stands for all of them
     energies: list[Tensor] = field(default_factory=list)
 
-    def run(
-        self, num_steps: int, callback: Callback | None, keep_predictions: bool, evaluate_final: bool
-    ) -> ThinkingResult:
+    def run(self, num_steps: int, callback: Callback | None, keep_predictions: bool, evaluate_final: bool) -> ThinkingResult:
         batch = self.y.shape[0]
         used, forwards = torch.zeros(2, batch, dtype=torch.int64, device=self.y.device)
         predictions: list[Tensor] = []
@@ -300,9 +298,7 @@ class _Descent:
         state = ThinkingStep(index=step, candidate=self.y.detach(), energies=self.energies[-1].detach())
         return callback(state) is True
 
-    def _result(
-        self, predictions: list[Tensor], norms: list[Tensor], used: Tensor, forwards: Tensor
-    ) -> ThinkingResult:
+    def _result(self, predictions: list[Tensor], norms: list[Tensor], used: Tensor, forwards: Tensor) -> ThinkingResult:
         energies = torch.stack(self.energies)
         return ThinkingResult(
             final=self.y,

@@ -161,7 +161,9 @@ def test_a_non_finite_gradient_stops_before_the_update_and_keeps_the_last_good_s
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(photos: Path, tmp_path: Path):
     gradients = []
     for parts in (1, 2):
-        trainer = Trainer(build_config(experiment(photos, train=dict(num_accumulation=parts))), tmp_path / str(parts), device="cpu")
+        trainer = Trainer(
+            build_config(experiment(photos, train=dict(num_accumulation=parts))), tmp_path / str(parts), device="cpu"
+        )
         gradients.append(first_gradients(trainer))
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-7)

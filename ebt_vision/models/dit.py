@@ -114,9 +114,7 @@ class DiT(PretrainedModel):
         """Tokens (B, N, embed_dim) after the last block, layer-normed without modulation."""
         return self.transformer.norm_out(self._tokens(noisy, timesteps, [self.config.depth - 1])[0][0])
 
-    def forward_intermediates(
-        self, noisy: Tensor, timesteps: Tensor, *, indices: list[int] | None = None
-    ) -> list[Tensor]:
+    def forward_intermediates(self, noisy: Tensor, timesteps: Tensor, *, indices: list[int] | None = None) -> list[Tensor]:
         """Tokens (B, N, embed_dim) after the blocks in `indices` (default all)."""
         return self._tokens(noisy, timesteps, list(range(self.config.depth)) if indices is None else indices)[0]
 

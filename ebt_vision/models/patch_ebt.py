@@ -75,9 +75,7 @@ class PatchEBT(EnergyModel):
         """Final normed tokens (B, N, embed_dim)."""
         return self.trunk(candidate, *context)
 
-    def forward_intermediates(
-        self, candidate: Tensor, *context: Tensor, indices: list[int] | None = None
-    ) -> list[Tensor]:
+    def forward_intermediates(self, candidate: Tensor, *context: Tensor, indices: list[int] | None = None) -> list[Tensor]:
         """Tokens (B, N, embed_dim) after the blocks in `indices` (default all)."""
         return self.trunk.forward_intermediates(candidate, *context, indices=indices)
 

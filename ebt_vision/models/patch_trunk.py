@@ -74,9 +74,7 @@ class PatchTrunk(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Linear(config.patch_dim * num_inputs, config.embed_dim)
-        self.blocks = nn.ModuleList(
-            Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim)
         self.apply(_init_linear)
 

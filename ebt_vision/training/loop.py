@@ -22,7 +22,7 @@ from ebt_vision.config import ConfigError, ExperimentConfig, config_to_dict
 from ebt_vision.data.images import ImageSet, load_image_set
 from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.objectives import EBTObjective, ImageBatch, Objective
+from ebt_vision.objectives import EBTObjective, ImageBatch
 from ebt_vision.rng import make_generator, randn_like
 from ebt_vision.training.build import build_model, build_objective
 from ebt_vision.training.optim import build_optimizer, set_learning_rate
@@ -50,7 +50,9 @@ class Trainer:
 
     def __init__(self, config: ExperimentConfig, output: Path, *, device: str | None = None):
         self.config, self.output = config, output
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]  # a linear head's last norm bias has no gradient
+        handlers = [
+            DistributedDataParallelKwargs(find_unused_parameters=True)
+        ]  # a linear head's last norm bias has no gradient
         self.accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
             gradient_accumulation_steps=config.train.num_accumulation,

@@ -31,46 +31,44 @@ class ReplayConfig:
 
 
 class ReplayBuffer:
-    """A ring of rows; a row is one entry of each named tensor, and its age in training steps."""
+    """Trajectories under way; a row is one entry of each named tensor, and its age in training steps.
+
+    Rows that are sampled leave the buffer, and come back one step older until they reach max_age; only the room they
+    leave takes new ones. So every age from 1 to max_age - 1 is equally common, however small the share of new rows.
+    """
 
     def __init__(self, config: ReplayConfig):
         self.config = config
         self.rows: dict[str, Tensor] = {}
         self.ages = torch.zeros(0, dtype=torch.int64)
-        self._next = 0
 
     def __len__(self) -> int:
         return len(self.ages)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """(rows, ages) of at most share * batch_size different rows; empty while there is nothing."""
+        """Take out (rows, ages) of at most share * batch_size random rows; empty while there is nothing."""
         wanted = min(int(self.config.share * batch_size), len(self))
-        index = torch.randperm(len(self), generator=generator)[:wanted]
-        return {name: rows[index.to(rows.device)] for name, rows in self.rows.items()}, self.ages[index]
+        order = torch.randperm(len(self), generator=generator)
+        taken, kept = order[:wanted], order[wanted:].sort().values
+        rows = {name: values[taken.to(values.device)] for name, values in self.rows.items()}
+        ages = self.ages[taken]
+        self.rows = {name: values[kept.to(values.device)] for name, values in self.rows.items()}
+        self.ages = self.ages[kept]
+        return rows, ages
 
     def add(self, rows: dict[str, Tensor], ages: Tensor) -> None:
-        """Keep rows (B, ...) whose age (B,) is below max_age, over the oldest entries once the ring is full."""
-        keep = ages < self.config.max_age
-        count = min(int(keep.sum()), self.config.capacity)
-        if count == 0:
-            return
-        values = {name: tensor.detach()[keep.to(tensor.device)][:count] for name, tensor in rows.items()}
-        ages = ages[keep][:count]
-        room = min(self.config.capacity - len(self), count)
-        if room:  # grow until the ring is full
-            self.rows = {n: torch.cat([self.rows[n], v[:room]]) if self.rows else v[:room].clone() for n, v in values.items()}
-            self.ages = torch.cat([self.ages, ages[:room]])
-        for i in range(room, count):
-            for name, value in values.items():
-                self.rows[name][self._next] = value[i]
-            self.ages[self._next] = ages[i]
-            self._next = (self._next + 1) % self.config.capacity
+        """Keep rows (B, ...) whose age (B,) is below max_age, the oldest first, as far as there is room."""
+        oldest_first = ages.argsort(descending=True, stable=True)
+        chosen = oldest_first[ages[oldest_first] < self.config.max_age][: self.config.capacity - len(self)]
+        new = {name: values.detach()[chosen.to(values.device)] for name, values in rows.items()}
+        self.rows = {name: torch.cat([self.rows[name], v]) if self.rows else v for name, v in new.items()}
+        self.ages = torch.cat([self.ages, ages[chosen]])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors."""
-        return {"ages": self.ages, "next": torch.tensor(self._next), **{f"rows.{n}": r for n, r in self.rows.items()}}
+        return {"ages": self.ages, **{f"rows.{name}": values for name, values in self.rows.items()}}
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
         """What state_dict gave."""
-        self.ages, self._next = state["ages"], int(state["next"])
+        self.ages = state["ages"]
         self.rows = {n.removeprefix("rows."): t.to(device) for n, t in state.items() if n.startswith("rows.")}

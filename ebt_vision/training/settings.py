@@ -31,9 +31,7 @@ class TrainConfig:
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"train.ema_decay={self.ema_decay} is not in [0, 1)")
         if self.batch_size % self.num_accumulation:
-            raise ValueError(
-                f"train.batch_size={self.batch_size} is not divisible by num_accumulation={self.num_accumulation}"
-            )
+            raise ValueError(f"train.batch_size={self.batch_size} is not divisible by num_accumulation={self.num_accumulation}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
