@@ -130,7 +130,7 @@ def _dataclass_of(hint: Any) -> type | None:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint
     options = get_args(hint) if get_origin(hint) in (Union, type(int | str)) else ()
-    return next((o for o in options if dataclasses.is_dataclass(o)), None)
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def _validate(cls: Any, raw: Any, section: str) -> Any:

@@ -8,7 +8,7 @@ gradient exact over processes: the inner gradients never touch `.grad`, and only
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from ebt_vision import corruption
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from ebt_vision.models.dit import DiT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,12 +166,14 @@ class DiTObjective(Objective):
         limit = corruption.level_to_timestep(self.config.level) + 1
         draws = [torch.randint(limit, (), generator=g, device=g.device) for g in batch.generators]
         timesteps = torch.stack(draws).to(batch.clean.device)
-        return {"loss": self.model.loss(batch.clean, batch.noise, timesteps).mean()}
+        model: DiT = self.model  # type: ignore[assignment]
+        return {"loss": model.loss(batch.clean, batch.noise, timesteps).mean()}
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
         """The one-call x0 first, then DDIM with 2..num_steps passes."""
+        dit = cast("DiT", model)
         timestep = corruption.level_to_timestep(level)
-        images = [model.predict_clean(noisy, timestep)]
-        images += [model.ddim(noisy, timestep, num_steps=n) for n in range(2, num_steps + 1)]
+        images = [dit.predict_clean(noisy, timestep)]
+        images += [dit.ddim(noisy, timestep, num_steps=n) for n in range(2, num_steps + 1)]
         return Prediction(images=images)

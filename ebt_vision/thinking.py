@@ -157,8 +157,8 @@ def think(
     """Descend the energy from `y0` (B, ...); the caller's tensors are never changed, and it works under torch.no_grad().
 
     `context` tensors (B, ...) are handed to the energy after the candidate. `step_size`, a number or a tensor () or (B,),
-    takes the config's place and may need a gradient; so does `num_steps`. `create_graph` makes the predictions differentiable with
-    respect to the energy's parameters and the step size. `generator` feeds every random draw. `callback` is called with
+    takes the config's place and may need a gradient; so does `num_steps`. `create_graph` makes the predictions differentiable
+    with respect to the energy's parameters and the step size. `generator` feeds every random draw. `callback` is called with
     the start and after each update; if it returns True, thinking ends there. Without `evaluate_final` the last energy is
     not computed, which saves a forward pass.
 

@@ -1,4 +1,4 @@
-"""The training engine: it learns, resumes bit for bit, survives kill -9, stops before a bad update, and splits over processes."""
+"""The training engine: it learns, resumes bit for bit, survives kill -9, stops before a bad update, splits over processes."""
 
 import json
 import os

@@ -4,10 +4,10 @@ Everything random comes from (seed, epoch, sample) or (seed, step), so a run doe
 accumulated parts share a batch, and a resumed run goes on exactly where it stopped.
 """
 
-import json
+import contextlib
 import math
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ebt_vision.config import ConfigError, ExperimentConfig, config_to_dict
 from ebt_vision.data.images import ImageSet, load_image_set
 from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.objectives import EBTObjective, ImageBatch
+from ebt_vision.objectives import EBTObjective, ImageBatch, Objective
 from ebt_vision.rng import make_generator, randn_like
 from ebt_vision.training.build import build_model, build_objective
 from ebt_vision.training.optim import build_optimizer, set_learning_rate
@@ -65,8 +65,7 @@ class Trainer:
         self.model: PretrainedModel = build_model(config)
         self.ema = ModelEmaV3(self.model, decay=config.train.ema_decay, use_warmup=True)
         self.optimizer = build_optimizer(self.model, config.optim)
-        objective = build_objective(self.model, config)
-        self.objective, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
+        self.objective: Objective = self.accelerator.prepare(build_objective(self.model, config))
         self.ema.module.to(self.accelerator.device)
         self.replay = ReplayBuffer(config.replay)
         self.step = 0
@@ -118,9 +117,7 @@ class Trainer:
         losses = []
         for i, part in enumerate(parts):
             batch, ages = self._batch(images, indices, part)
-            self.accelerator.gradient_state._set_sync_gradients(i == len(parts) - 1)
-            context = self.accelerator.no_sync(self.objective) if i < len(parts) - 1 else _nothing()
-            with context:
+            with self.accelerator.no_sync(self.objective) if i < len(parts) - 1 else contextlib.nullcontext():
                 output = self.objective(batch)
                 self.accelerator.backward(output["loss"])  # divided by the number of parts
             losses.append(output["loss"].detach())
@@ -183,7 +180,7 @@ class Trainer:
         shared = {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
-            "optimizer": optimizer_tensors(self.model, self.optimizer.optimizer),
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
         state = {"step": self.step, "world_size": self.world_size, "config": config_to_dict(self.config), "time": time.time()}
         write_checkpoint(
@@ -208,7 +205,7 @@ class Trainer:
         self._check_same(state)
         self.model.load_state_dict(tensors["model"])
         self.ema.module.load_state_dict(tensors["ema"])
-        load_optimizer_tensors(self.model, self.optimizer.optimizer, tensors["optimizer"])
+        load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
         if own:
             self.replay.load_state_dict(tensors["replay"], self.accelerator.device)
         self.step = int(state["step"])
@@ -240,21 +237,8 @@ class Trainer:
         settings = self.config.validation
         if settings.path is None or not self.accelerator.is_main_process:
             return None
-        from dataclasses import replace
-
         data = replace(
             self.config.data, path=settings.path, split=settings.split, limit=settings.num_images, crop="center", flip=False
         )
         images = load_image_set(data, seed=self.config.seed)
         return corruption.to_model_range(images.images(list(range(len(images)))).float() / 255.0)
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
-def describe(config: ExperimentConfig) -> str:
-    """The whole config as JSON, for the run's folder."""
-    return json.dumps(asdict(config), indent=2)

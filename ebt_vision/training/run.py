@@ -9,7 +9,7 @@ from ebt_vision.training.loop import Trainer
 def train(
     config_path: str | Path, overrides: list[str] | None = None, *, output: Path | None = None, device: str | None = None
 ) -> Path:
-    """Train what the config says into `output` (default runs/NAME), going on from a checkpoint there; returns the model's folder.
+    """Train what the config says into `output` (default runs/NAME), on from a checkpoint there; returns its folder.
 
     Raises ConfigError for a config that is wrong or an output that cannot be written, and what Trainer raises.
     """
