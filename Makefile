@@ -4,8 +4,8 @@
 # make setup    the virtual environment .venv with everything a developer needs
 # make clean    remove .venv and the caches
 #
-# PYTHON=python3.12 picks an interpreter. PIP_ARGS is handed to pip: on a Linux machine without a GPU,
-# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" saves some gigabytes.
+# PYTHON=python3.12 picks an interpreter. PIP_ARGS is handed to pip: without a GPU, pointing it at the CPU builds of
+# PyTorch (its install page names the index) saves some gigabytes.
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:

@@ -56,7 +56,7 @@ class PatchEBT(EnergyModel):
         return check_energies(self.energy_map(candidate, *context).flatten(1).sum(1), (candidate.shape[0],))
 
     def energy_map(self, candidate: Tensor, *context: Tensor) -> Tensor:
-        """Energy of each patch, (B, H / patch_size, W / patch_size) float32.
+        """Energy of each patch, (B, H / patch_size, W / patch_size), float32 or wider.
 
         `context` is the noisy observation (B, in_chans, H, W) with observation_context, nothing without; ValueError otherwise.
         """
@@ -66,7 +66,8 @@ class PatchEBT(EnergyModel):
                 f"images, got {len(context)}"
             )
         grid = check_image_size(candidate, self.config.patch_size)
-        output = self.head(self.trunk(candidate, *context)).float()  # (B, N, patch_dim or 1)
+        output = self.head(self.trunk(candidate, *context))  # (B, N, patch_dim or 1)
+        output = output.to(torch.promote_types(output.dtype, torch.float32))  # sums of squares are not for bfloat16
         if self.config.energy_head == "quadratic":
             output = 0.5 * (patchify(candidate, self.config.patch_size) - output).square()
         return output.sum(-1).unflatten(1, grid)

@@ -1,0 +1,83 @@
+"""Configs: every shipped one loads, a typo is answered with the nearest key, overrides reach every section."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ebt_vision.config import ConfigError, build_config, config_to_dict, load_config
+from ebt_vision.training.build import build_model
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_builds_and_opens_with_its_command(path: Path):
+    config = load_config(path)
+    assert config.name == path.stem
+    with torch.device("meta"):
+        assert build_model(config).num_parameters > 1000
+    assert build_config(config_to_dict(config)) == config
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = " ".join(head)
+    assert f"train configs/{path.name}" in text
+    for word in ("Hardware", "ime", "esult"):
+        assert word in text, f"{path.name} does not state its {word}"
+
+
+def test_the_configs_that_the_project_promises_are_there():
+    names = {path.stem for path in CONFIGS}
+    assert {"smoke", "paper_id_128_large", "tiny_imagenet_ebt_gpu", "tiny_imagenet_ebt_cpu"} <= names
+    cpu = [load_config(path) for path in CONFIGS if path.stem.endswith("_cpu")]
+    assert {config.model_type for config in cpu} == {"patch_ebt", "dit", "patch_regressor"}
+    same = {(c.seed, c.train.num_updates, c.train.batch_size, c.train.ema_decay, c.optim, c.objective.level, c.data) for c in cpu}
+    assert len(same) == 1  # equal budget, order, weight decay and averaging
+    counts = []
+    for config in cpu:
+        with torch.device("meta"):
+            counts.append(build_model(config).num_parameters)
+    assert max(counts) <= 1.1 * min(counts)
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("train.num_update=5", "did you mean 'num_updates'"),
+        ("model.depht=3", "did you mean 'depth'"),
+        ("objective.thinking.num_stepz=1", "did you mean 'num_steps'"),
+        ("train.num_updates=many", "train.num_updates"),
+        ("train.batch_size=-1", "must be 1 or more"),
+        ("model.energy_head=cubic", "'linear' or 'quadratic'"),
+        ("model_type=unet", "use one of"),
+        ("model.preset=huge", "model.preset='huge'"),
+        ("objective.level=2", "noise level=2"),
+        ("optim.lr=0", "must be positive"),
+        ("data.crop=corner", "data.crop"),
+        ("name", "not of the form"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override: str, answer: str):
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIGS[-1].with_name("smoke.yaml"), [override])
+    assert answer in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides_win_over_the_file_and_presets_under_both():
+    path = CONFIGS[-1].with_name("smoke.yaml")
+    config = load_config(path, ["optim.lr=3e-4", "objective.thinking.num_steps=3", "validation.levels=[0.1, 0.3]"])
+    assert config.optim.lr == 3e-4 and config.objective.thinking.num_steps == 3
+    assert config.validation.levels == (0.1, 0.3)
+    raw = yaml.safe_load(path.read_text())
+    raw["model"] = {"preset": "small", "patch_size": 8, "depth": 2}
+    model = build_config(raw).model
+    assert (model.embed_dim, model.depth, model.num_heads) == (384, 2, 6)
+
+
+def test_a_file_that_is_no_config_is_one_line(tmp_path: Path):
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    (tmp_path / "broken.yaml").write_text("a: [1,\n")
+    for name in ("missing.yaml", "list.yaml", "broken.yaml"):
+        with pytest.raises(ConfigError) as error:
+            load_config(tmp_path / name)
+        assert "\n" not in str(error.value) and name in str(error.value)
