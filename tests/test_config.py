@@ -31,7 +31,9 @@ def test_the_configs_that_the_project_promises_are_there():
     assert {"smoke", "paper_id_128_large", "tiny_imagenet_ebt_gpu", "tiny_imagenet_ebt_cpu"} <= names
     cpu = [load_config(path) for path in CONFIGS if path.stem.endswith("_cpu")]
     assert {config.model_type for config in cpu} == {"patch_ebt", "dit", "patch_regressor"}
-    same = {(c.seed, c.train.num_updates, c.train.batch_size, c.train.ema_decay, c.optim, c.objective.level, c.data) for c in cpu}
+    same = {
+        (c.seed, c.train.num_updates, c.train.batch_size, c.train.ema_decay, c.optim, c.objective.level, c.data) for c in cpu
+    }
     assert len(same) == 1  # equal budget, order, weight decay and averaging
     counts = []
     for config in cpu:

@@ -1,0 +1,54 @@
+"""The picture of the README: noisy photographs, what thinking makes of them step by step, and the clean ones.
+
+python eval/picture.py --model NAME --images apps/examples/*.png --output docs/thinking.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from ebt_vision import corruption, metrics
+from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+from ebt_vision.image_files import read_image
+from ebt_vision.rng import make_generator
+from ebt_vision.tiling import denoise_tiled
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw one row a photograph and noise level; columns are the noisy image, some steps, the clean image."""
+    parser = argparse.ArgumentParser(description="Draw how an EBT thinks.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--images", nargs="+", type=Path, required=True)
+    parser.add_argument("--levels", nargs="+", type=float, default=[0.1, 0.2])
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--output", type=Path, required=True)
+    settings = parser.parse_args(arguments)
+    denoiser = load_denoiser(settings.model)
+    rows = [(path, level) for path in settings.images for level in settings.levels]
+    titles = ["noisy", *(f"{n} step{'s' * (n > 1)}" for n in settings.steps), "clean"]
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=(2 * len(titles), 2.15 * len(rows)), squeeze=False)
+    for (path, level), line in zip(rows, axes, strict=True):
+        clean = read_image(path).pixels[None]  # (1, 3, H, W)
+        noisy = corruption.to_image_range(
+            corruption.add_vp_noise(corruption.to_model_range(clean), level, make_generator(0, int(1000 * level)))
+        )
+        images = [noisy.clamp(0, 1)]
+        images += [denoise_tiled(denoiser, noisy, DenoiseOptions(num_steps=n)).image for n in settings.steps]
+        for axis, image, title in zip(line, [*images, clean], titles, strict=True):
+            axis.imshow(image[0].permute(1, 2, 0).numpy())
+            psnr = float(metrics.psnr(image, clean, data_range=1.0))
+            label = f"{title}, level {level:g}" if title == "noisy" else title
+            axis.set_title(label if title == "clean" else f"{label}\n{psnr:.1f} dB", fontsize=8)
+            axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(settings.output, dpi=80)
+    plt.close(figure)
+    print(settings.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
