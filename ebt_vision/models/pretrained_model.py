@@ -37,6 +37,7 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        (save_directory / WEIGHTS_NAME).chmod(0o644)  # safetensors writes a file that only its owner can read
 
     @classmethod
     def _from_pretrained(
