@@ -17,7 +17,15 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another model; the message says which file and what to do."""
 
 
-class PretrainedModel(nn.Module, ModelHubMixin):
+_CARD = """---
+{{ card_data }}
+---
+A model of ebt_vision: `ebt_vision.checkpoint.load_pretrained(FOLDER)` loads it, `ebt-vision info FOLDER` describes it.
+Not filled in yet: the data and their licence, the command, the hardware, the figures.
+"""
+
+
+class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model_card_template=_CARD):
     """A module that is built from one config dataclass and knows how to save, load and push itself.
 
     Subclasses set `model_type` and `config_class` and take the config as their only argument.
