@@ -1,0 +1,65 @@
+"""The shipped checkpoints: there, small, equal in size, described, and able to do what they are shipped for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebt_vision import corruption, metrics
+from ebt_vision.checkpoint import PRETRAINED_DIR, default_pretrained, list_pretrained, load_pretrained
+from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+from ebt_vision.image_files import read_image
+
+NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]
+
+
+@pytest.fixture(scope="module")
+def clean() -> Tensor:
+    """Twelve 64x64 crops of the page's example photographs, (12, 3, 64, 64) in [0, 1]."""
+    examples = Path(__file__).parents[1] / "apps" / "examples"
+    photos = [read_image(path).pixels for path in sorted(examples.glob("*.png"))]
+    return torch.stack([photo[:, 20:84, x : x + 64] for photo in photos for x in (0, 60, 120, 180)])
+
+
+def noisy(clean: Tensor, level: float) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return corruption.to_image_range(corruption.add_vp_noise(corruption.to_model_range(clean), level, generator))
+
+
+def psnr(images: Tensor, clean: Tensor) -> float:
+    return float(metrics.psnr(images, clean, data_range=1.0).mean())
+
+
+def test_they_are_there_small_and_of_equal_size():
+    assert list_pretrained() == NAMES and default_pretrained() == "tiny_imagenet_ebt"
+    files = [path for path in PRETRAINED_DIR.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 60e6
+    counts = [load_pretrained(name).num_parameters for name in NAMES]
+    assert max(counts) <= 1.1 * min(counts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_card_says_how_it_came_about(name: str):
+    card = (PRETRAINED_DIR / name / "README.md").read_text()
+    for word in ("command", "commit", "research use only", "hardware", "PSNR", f"{name}_cpu.yaml"):
+        assert word in card, f"{name}: the card does not state: {word}"
+
+
+def test_the_ebt_denoises_and_thinking_longer_helps_at_noise_it_never_saw(clean: Tensor):
+    denoiser = load_denoiser("tiny_imagenet_ebt")
+    options = DenoiseOptions(num_steps=8, keep_trajectory=True)
+    seen, unseen = (denoiser.denoise(noisy(clean, level), options) for level in (0.1, 0.2))
+    assert seen.trajectory is not None and unseen.trajectory is not None
+    at_seen, at_unseen = ([psnr(image, clean) for image in r.trajectory] for r in (seen, unseen))
+    assert at_seen[1] > at_seen[0] + 6.0  # one step at the level it was trained at
+    assert at_unseen[1] > at_unseen[0] + 3.0
+    assert at_unseen[4] > at_unseen[1] + 1.5  # more steps at one that it was not
+    assert seen.energies is not None and bool((seen.energies.diff(dim=0).mean(1) < 0).all())
+
+
+@pytest.mark.parametrize(("name", "steps"), [("tiny_imagenet_regressor", 1), ("tiny_imagenet_dit", 10)])
+def test_the_baselines_denoise(name: str, steps: int, clean: Tensor):
+    start = noisy(clean, 0.1)
+    result = load_denoiser(name).denoise(start, DenoiseOptions(num_steps=steps, noise_level=0.1))
+    assert psnr(result.image, clean) > psnr(start.clamp(0, 1), clean) + 4.0
