@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ebt_vision.data.images import DataConfig
 from ebt_vision.models.dit import DiTConfig
@@ -136,13 +136,10 @@ def _dataclass_of(hint: Any) -> type | None:
 def _validate(cls: Any, raw: Any, section: str) -> Any:
     """Check types strictly and run the dataclasses' own checks."""
     try:
-        return TypeAdapter(cls, config=_STRICT if not dataclasses.is_dataclass(cls) else None).validate_python(raw)
+        return TypeAdapter(cls).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([section] * bool(section) + [str(part) for part in first["loc"]])
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("value_error", "missing") else f" (got {first['input']!r})"
         raise ConfigError(f"{place or 'config'}: {message}{given}") from error
-
-
-_STRICT = ConfigDict(extra="forbid")

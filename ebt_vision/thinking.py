@@ -219,7 +219,7 @@ class _Descent:
             # Update.
             previous = self.y
             self._update(candidate - _per_sample(self._alpha(), gradient) * gradient)
-            used = self._add_one(used)
+            used[self._index()] += 1
             norms.append(self._spread(norm.detach(), torch.zeros_like(self.energies[0])))
             if keep_predictions:
                 predictions.append(self.y)
@@ -328,10 +328,6 @@ class _Descent:
 
     def _count(self, forwards: Tensor) -> None:
         forwards[self._index()] += 1
-
-    def _add_one(self, used: Tensor) -> Tensor:
-        used[self._index()] += 1
-        return used
 
 
 def _draw_num_steps(config: ThinkingConfig, num_steps: int | None, generator: Generators | None) -> int:

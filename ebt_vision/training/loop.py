@@ -144,18 +144,17 @@ class Trainer:
         generators = [make_generator(self.config.seed, _NOISE, e, i) for e, i in zip(epochs, picks, strict=True)]
         noise = randn_like(clean.cpu(), generators).to(device)
         ages = torch.zeros(len(part), dtype=torch.int64)
+        batch = ImageBatch(clean=clean, noise=noise, generators=generators)
         if not self.config.replay.capacity:
-            return ImageBatch(clean=clean, noise=noise, generators=generators), ages
-        signal, scale = corruption.signal_and_noise_scale(self.config.objective.level)
-        observation = signal * clean + scale * noise
+            return batch, ages
+        observation = self.accelerator.unwrap_model(self.objective).observe(batch)
         start = observation.clone()
         generator = make_generator(self.config.seed, _REPLAY, self.step, self.rank, int(part[0]))
         rows, old_ages = self.replay.sample(len(part), generator)
         if count := len(old_ages):
             start[-count:], clean[-count:], observation[-count:] = rows["candidate"], rows["clean"], rows["observation"]
             ages[-count:] = old_ages
-        batch = ImageBatch(clean=clean, noise=noise, generators=generators, start=start, observation=observation)
-        return batch, ages
+        return replace(batch, start=start, observation=observation), ages
 
     def _remember(self, output: dict[str, Tensor], batch: ImageBatch, ages: Tensor) -> None:
         rows = {"candidate": output["candidate"], "clean": batch.clean, "observation": output["observation"]}
