@@ -121,7 +121,7 @@ class Trainer:
                 output = self.objective(batch)
                 self.accelerator.backward(output["loss"])  # divided by the number of parts
             losses.append(output["loss"].detach())
-            if self.config.replay.capacity:
+            if self._replays:
                 self._remember(output, batch, ages)
         loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optim.clip_norm)
@@ -145,7 +145,7 @@ class Trainer:
         noise = randn_like(clean.cpu(), generators).to(device)
         ages = torch.zeros(len(part), dtype=torch.int64)
         batch = ImageBatch(clean=clean, noise=noise, generators=generators)
-        if not self.config.replay.capacity:
+        if not self._replays:
             return batch, ages
         observation = self.accelerator.unwrap_model(self.objective).observe(batch)
         start = observation.clone()
@@ -155,6 +155,10 @@ class Trainer:
             start[-count:], clean[-count:], observation[-count:] = rows["candidate"], rows["clean"], rows["observation"]
             ages[-count:] = old_ages
         return replace(batch, start=start, observation=observation), ages
+
+    @property
+    def _replays(self) -> bool:
+        return self.config.replay.capacity > 0 and self.step >= self.config.replay.start
 
     def _remember(self, output: dict[str, Tensor], batch: ImageBatch, ages: Tensor) -> None:
         rows = {"candidate": output["candidate"], "clean": batch.clean, "observation": output["observation"]}

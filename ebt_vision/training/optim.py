@@ -1,16 +1,21 @@
-"""Optimiser and schedule: AdamW, warm-up and cosine, groups without weight decay, the step size's own learning rate."""
+"""Optimiser and schedule: AdamW or Muon, warm-up and cosine, groups without weight decay, the step size's own learning rate."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
+from ebt_vision.training.muon import Muon
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """An optimiser with linear warm-up and cosine decay."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the updates of matrices (see Muon) and leaves the rest to AdamW; both take the same lr."""
     lr: float = 1e-3
     weight_decay: float = 0.01
     """On matrices alone; norms, biases, gates and the step size have none."""
@@ -24,6 +29,8 @@ class OptimConfig:
     """Largest norm of the whole gradient."""
 
     def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; use 'adamw' or 'muon'")
         for name in ("lr", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
@@ -32,20 +39,22 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over three groups, each with the `lr_ratio` that set_learning_rate multiplies by."""
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "step_size": []}
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or Muon over three groups, each with the `lr_ratio` that set_learning_rate multiplies by."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "step_size": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = "step_size" if name.endswith("log_step_size") else "decay" if parameter.ndim > 1 else "no_decay"
+        is_matrix = parameter.ndim > 1 and len(parameter) > 1  # an embedding of one class is a vector
+        kind = "step_size" if name.endswith("log_step_size") else "matrices" if is_matrix else "vectors"
         groups[kind].append(parameter)
-    settings = [("decay", config.weight_decay, 1.0), ("no_decay", 0.0, 1.0), ("step_size", 0.0, config.step_size_lr_ratio)]
-    return torch.optim.AdamW(
-        [dict(params=groups[kind], weight_decay=wd, lr_ratio=ratio) for kind, wd, ratio in settings if groups[kind]],
-        lr=config.lr,
-        betas=config.betas,
-    )
+    settings = [("matrices", config.weight_decay, 1.0), ("vectors", 0.0, 1.0), ("step_size", 0.0, config.step_size_lr_ratio)]
+    filled = [
+        (kind, dict(params=groups[kind], weight_decay=decay, lr_ratio=ratio)) for kind, decay, ratio in settings if groups[kind]
+    ]
+    if config.optimizer == "muon":
+        return Muon([group | {"orthogonal": kind == "matrices"} for kind, group in filled], lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW([group for _, group in filled], lr=config.lr, betas=config.betas)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, num_updates: int) -> float:

@@ -20,12 +20,16 @@ class ReplayConfig:
     """Largest share of a batch that continues old trajectories, in [0, 1]."""
     max_age: int = 8
     """A trajectory is dropped after so many training steps."""
+    start: int = 0
+    """The first update that replays: a young model's steps overshoot, and repeated they drive candidates out of all range."""
 
     def __post_init__(self) -> None:
         if self.capacity < 0:
             raise ValueError(f"replay.capacity={self.capacity} is negative; use 0 to turn the buffer off")
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"replay.share={self.share} is not in [0, 1]")
+        if self.start < 0:
+            raise ValueError(f"replay.start={self.start} is negative; use 0 to replay from the first update")
         if self.max_age < 1:
             raise ValueError(f"replay.max_age={self.max_age} must be 1 or more")
 

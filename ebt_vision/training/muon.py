@@ -1,0 +1,92 @@
+"""Muon (Jordan et al. 2024) for matrices and AdamW for everything else, in one optimiser.
+
+timm and torch run Muon's Newton-Schulz steps in bfloat16, which a CPU without instructions for it emulates at a hundredth of
+float32's speed, and neither lets its caller choose. So the update is made here, of timm's parts, in the gradient's dtype
+on a CPU and in bfloat16 elsewhere.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+_QUINTIC = [(3.4445, -4.7750, 2.0315)]
+"""Coefficients of the Newton-Schulz step (Jordan et al. 2024)."""
+_NUM_NEWTON_SCHULZ = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `orthogonal: True` get Muon (matrices, and convolutions as such), the others AdamW.
+
+    Muon's update is the orthogonalised Nesterov momentum, times 0.2 * sqrt(larger side), so that its root mean square is
+    AdamW's and one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+    ):
+        defaults = dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay, eps=1e-8, orthogonal=False)
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            if group["orthogonal"] and any(p.ndim < 2 for p in group["params"]):
+                raise ValueError("Muon's orthogonal groups take matrices alone; put vectors into another group")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            (self._orthogonal_update if group["orthogonal"] else self._adamw_update)(parameters, group)
+        return loss
+
+    def _orthogonal_update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            assert p.grad is not None
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            average = state["momentum_buffer"].lerp_(p.grad, 1.0 - group["momentum"])
+            update = zeropower_via_newtonschulz(
+                p.grad.lerp(average, group["momentum"]).flatten(1),
+                _NUM_NEWTON_SCHULZ,
+                _QUINTIC,
+                dtype=p.dtype if p.device.type == "cpu" else torch.bfloat16,
+            )
+            scale = get_lr_scale(update.shape, "match_rms_adamw")
+            p.mul_(1.0 - group["lr"] * group["weight_decay"])
+            p.add_(update.view_as(p).to(p.dtype), alpha=-group["lr"] * scale)
+
+    def _adamw_update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p].update(zeros, step=torch.zeros((), dtype=torch.float32))
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
