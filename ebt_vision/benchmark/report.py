@@ -6,18 +6,19 @@ from ebt_vision.benchmark.tables import Column, markdown, row_columns, spread_co
 
 MEASURES = {
     "paper": "VP noise on [-1, 1], linear betas 1e-4..0.02; outputs clamped to 0..255, not rounded.",
-    "awgn": "y = x + N(0, sigma/255), numpy's RandomState(seed) anew for every image (H, W, C); outputs clamped, rounded to 8 bit.",
+    "awgn": "y = x + N(0, sigma/255), numpy's RandomState(seed) anew for every image; outputs clamped, rounded to 8 bit.",
     "ood": "One fixed strength a corruption, drawn from (seed, image); outputs clamped, rounded to 8 bit.",
 }
 CLIPPED = "The noisy input is clipped and rounded to 8 bits before anything sees it; not comparable with rows on float input."
 FLOAT = "The noisy input is float and not clipped."
 NOTES = """\
-PSNR per image is the mean of the images' PSNRs, PSNR of mean MSE that of the mean error over all images (the paper's); RGB, data
-range 255, float64; an image without error counts as 100 dB. SSIM: 11x11 Gaussian window of sigma 1.5, valid area, mean over the
-channels (kornia). Passes are through the network: one for an EBT's step (with its gradient), one for a forward pass elsewhere;
-where the last energy decides (best of N, tolerance) its pass counts too; with tiles they are passes for each tile. FLOPs by
-torch.utils.flop_counter, 2 for a multiply-add, the gradient to the input included, all tiles. Seconds of a step before a run's
-last are its share of the run's by FLOPs. [a, b] is a 95 % bootstrap interval over images. Energies are means over patches.
+PSNR per image is the mean of the images' PSNRs, PSNR of mean MSE that of the mean error over all images (as in the paper);
+RGB, data range 255, float64; an image without error counts as 100 dB. SSIM: 11x11 Gaussian window of sigma 1.5, valid area,
+mean over the channels (kornia). Passes are through the network: one for an EBT's step (with its gradient), one for a
+forward pass elsewhere; where the last energy decides (best of N, tolerance) its pass counts too; with tiles they are passes
+for each tile. FLOPs by torch.utils.flop_counter, 2 for a multiply-add, the gradient to the input included, all tiles.
+Seconds of a step before a run's last are its share of the run's by FLOPs. [a, b] is a 95 % bootstrap interval over images.
+Energies are means over patches.
 """
 
 
