@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from ebt_vision.benchmark.measure import Measured
@@ -50,6 +52,7 @@ def plot_cost(records: Sequence[Mapping], path: Path) -> None:
         for axis, name in zip(line, ("forward passes for an image", "FLOPs for an image"), strict=True):
             axis.set(xscale="log", xlabel=name, ylabel="PSNR per image, dB", title=condition)
             axis.grid(alpha=0.3)
+        _label_in_plain_numbers(line[0].xaxis)
     _legend(figure, axes[0, 0])
     _save(figure, path)
 
@@ -69,6 +72,7 @@ def plot_sweep(records: Sequence[Mapping], path: Path) -> None:
         if noisy:
             axis.plot(*_over_strength(noisy), color="grey", linestyle="--", label="noisy input")
         axis.set(xlabel="noise level", ylabel="PSNR per image, dB", title=model)
+        axis.set_xticks(sorted({record["strength"] for record in records}))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
     _save(figure, path)
@@ -87,7 +91,8 @@ def plot_energy(measured: Sequence[Measured], path: Path) -> None:
             energy, error = run.arrays["energy"][::every, i], run.arrays["mse"][::every, i]
             label = f"step {run.row.reported[i]}"
             axis.scatter(energy, error, s=6, alpha=0.5, color=colour, label=label, linewidths=0)
-        axis.set(xscale="log" if (run.arrays["energy"] > 0).all() else "linear", yscale="log")
+        axis.set_yscale("log")
+        _label_in_plain_numbers(axis.yaxis)
         axis.set(xlabel="energy, mean over patches", ylabel="mean squared error, 0..255")
         axis.set_title(f"{run.row.model}\n{run.condition.title}, seed {run.condition.seed}", fontsize=9)
         axis.legend(fontsize=7)
@@ -150,6 +155,13 @@ def _marker(number: int) -> str:
 
 def _dashes(number: int) -> tuple[int, tuple[int, int]]:
     return (0, (3 + 2 * (number % 4), 2))
+
+
+def _label_in_plain_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _shade(share: float) -> tuple[float, float, float]:

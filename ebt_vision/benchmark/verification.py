@@ -9,7 +9,9 @@ from ebt_vision.benchmark.statistics import auroc, bootstrap_means, intervals, s
 def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> dict:
     """How well the energy ranks the candidates of a best-of-N row, within an image and across images.
 
-    Gains are in dB of per-image PSNR over the mean candidate: of the one kept, and of the oracle that would keep the best. Each
+    Gains are in dB of per-image PSNR over the mean candidate: of the one kept, and of the oracle that would keep the best.
+    `gain_over_first` is over the candidate whose start had no noise added, which is plain thinking where there is no Langevin
+    noise: worse starts alone raise the gain over the mean, never this one. Each
     mean over images comes as {mean, low, high} with its 95 % interval; `images_ranked` is how many images have a rank
     correlation at all (candidates that are all alike have none).
     """
@@ -22,6 +24,7 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
         "spearman_within": within,
         "auroc_within": auroc(energy, error),
         "gain_over_mean": chosen - average,
+        "gain_over_first": chosen - psnr[:, 0],
         "oracle_gain_over_mean": oracle - average,
         "spread_of_candidates": psnr.std(1),
     }
