@@ -6,6 +6,7 @@ restoration literature's. `to_model_range` and `to_image_range` are the one plac
 """
 
 import functools
+import io
 import math
 
 import numpy as np
@@ -111,13 +112,16 @@ def add_speckle(clean: Tensor, std: float, generator: Generators | None = None) 
 
 def add_jpeg(clean: Tensor, quality: int) -> Tensor:
     """Images in [0, 1], rounded to 8 bits, through a JPEG file of `quality` 1..100 and back; no random draw."""
-    from torchvision.io import decode_jpeg, encode_jpeg
+    from PIL import Image
 
     if not 1 <= quality <= 100:
         raise ValueError(f"quality={quality} is not in 1..100")
-    pixels = to_8_bit(clean).to(torch.uint8).cpu()
-    decoded = torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in pixels])
-    return (decoded.to(clean.dtype) / 255.0).to(clean.device)
+    decoded = []
+    for image in to_8_bit(clean).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy():  # NCHW -> NHWC
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        decoded.append(torch.from_numpy(np.array(Image.open(file))))
+    return (torch.stack(decoded).permute(0, 3, 1, 2).to(clean.dtype) / 255.0).to(clean.device)  # NHWC -> NCHW
 
 
 def add_motion_blur(clean: Tensor, length: int, angle: float = 45.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -76,7 +77,9 @@ class PerceptualDistance:
         file = _backbone_file(backbone, getattr(torchvision.models, weights_name).IMAGENET1K_V1.url)
         trunk = _load_trunk(build, file)
         # The package's own loader fetches the trunk; it is built without weights and given ours.
-        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it builds the trunk by arguments that torchvision has deprecated
+            model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         for piece in (child for child in model.net.children() if isinstance(child, nn.Sequential)):
             for name, layer in piece.named_children():  # named by their place in the trunk
                 layer.load_state_dict(trunk[int(name)].state_dict())

@@ -78,8 +78,8 @@ def _verification(results: Mapping) -> list[str]:
     ]
     if candidates:
         lines += ["", "## Does the energy rank candidates?", ""]
-        lines += ["Gains in dB of per-image PSNR, over the mean candidate but where it says so; the oracle keeps the candidate of"]
-        lines += ["least error. The first candidate starts without added noise: it is plain thinking.", ""]
+        lines += ["Gains are in dB of per-image PSNR, over the mean candidate where nothing else is said; the oracle keeps the"]
+        lines += ["candidate of least error. The first candidate starts without added noise: it is plain thinking.", ""]
         columns: list[Column] = [
             *where,
             ("method", lambda r: r["method"]),
