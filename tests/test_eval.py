@@ -41,10 +41,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"), [(32, 32)] * 5)
 
 
+def regressor(seed: int) -> PatchRegressor:
+    """Random weights, the head's too, which would start at zero."""
+    torch.manual_seed(seed)
+    model = PatchRegressor(PatchRegressorConfig(img_size=32, embed_dim=32, depth=1, num_heads=2))
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    return model
+
+
 @pytest.fixture(scope="module")
 def baselines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("baselines")
-    PatchRegressor(PatchRegressorConfig(img_size=32, embed_dim=32, depth=1, num_heads=2)).save_pretrained(folder / "reg")
+    regressor(seed=0).save_pretrained(folder / "reg")
     DiT(DiTConfig(img_size=32, embed_dim=32, depth=1, num_heads=2)).save_pretrained(folder / "dit")
     return [str(folder / "reg"), str(folder / "dit")]
 
@@ -260,7 +268,7 @@ def test_every_corruption_runs(photos: Path, tmp_path: Path, baselines: list[str
 
 def test_seeds_and_checkpoints_combine(photos: Path, tmp_path: Path, baselines: list[str]):
     other = tmp_path / "other" / "reg"
-    PatchRegressor(PatchRegressorConfig(img_size=32, embed_dim=32, depth=1, num_heads=2)).save_pretrained(other)
+    regressor(seed=1).save_pretrained(other)
     more = ["--seeds", "0", "1", "--levels", "0.1", "--group", f"regressor={baselines[0]},{other}"]
     assert denoising.main(arguments(photos, tmp_path / "out", ["identity"], *more)) == 0
     table, combined = rows(tmp_path / "out"), results(tmp_path / "out")["combined"]

@@ -123,12 +123,12 @@ class Bench:
             begin = time.perf_counter()
             result, tiles = self.denoise(denoiser, row, condition, noisy, chosen)
             seconds = (time.perf_counter() - begin) / len(group)
-            piece = self._score(row, condition, clean, noisy, result)
+            piece = self._score(row, condition, clean, result)
             piece |= self._spent(denoiser, row, result, clean.shape[-2:], tiles)
             pieces.append(piece | {"seconds": np.full(len(group), seconds)})
         return join(pieces)
 
-    def _score(self, row: Row, condition: Condition, clean: Tensor, noisy: Tensor, result: DenoiseResult) -> Part:
+    def _score(self, row: Row, condition: Condition, clean: Tensor, result: DenoiseResult) -> Part:
         target = clean.double()
         trajectory = result.trajectory
         images = [result.image if trajectory is None else trajectory[step] for step in row.reported]
