@@ -86,4 +86,10 @@ def load_pretrained(name_or_path: str, *, device: str = "cpu") -> PretrainedMode
 
 def checkpoint_hash(name_or_path: str) -> str:
     """First 12 hex digits of the SHA-256 of the weights, to name a checkpoint in a table."""
-    return hashlib.sha256((resolve(name_or_path) / WEIGHTS_NAME).read_bytes()).hexdigest()[:12]
+    if name_or_path.startswith("hub:"):
+        from huggingface_hub import hf_hub_download
+
+        weights = Path(hf_hub_download(name_or_path.removeprefix("hub:"), WEIGHTS_NAME))
+    else:
+        weights = resolve(name_or_path) / WEIGHTS_NAME
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]

@@ -6,9 +6,12 @@ restoration literature's. `to_model_range` and `to_image_range` are the one plac
 """
 
 import functools
+import io
 import math
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ebt_vision.rng import Generators, rand_like, randn_like
@@ -61,6 +64,19 @@ def add_gaussian_noise(clean: Tensor, sigma: float, generator: Generators | None
     return clean + (sigma / 255.0) * randn_like(clean, generator)
 
 
+def add_restoration_noise(clean: Tensor, sigma: float, seed: int = 0) -> Tensor:
+    """AWGN on images in [0, 1] exactly as the restoration papers draw it for their tables; not clipped.
+
+    Their programs call `np.random.seed(0)` and then `np.random.normal(0, sigma / 255, (H, W, C))` before every image (Zhang et
+    al., KAIR), so that all images of one shape get the same noise. `sigma` is in 0..255 units.
+    """
+    if sigma < 0:
+        raise ValueError(f"sigma={sigma} is negative; the restoration papers use 15, 25 and 50")
+    channels, height, width = clean.shape[1:]
+    noise = np.random.RandomState(seed).normal(0.0, sigma / 255.0, (height, width, channels))
+    return (clean.double() + torch.from_numpy(noise).permute(2, 0, 1).to(clean.device)).to(clean.dtype)  # HWC -> CHW
+
+
 def sigma_to_timestep(sigma: float) -> int:
     """The timestep whose noise-to-signal ratio is nearest to AWGN of `sigma` (0..255 units) on [0, 1] images."""
     alpha_bar = alphas_cumprod()
@@ -92,3 +108,43 @@ def add_poisson_noise(clean: Tensor, peak: float, generator: Generators | None =
 def add_speckle(clean: Tensor, std: float, generator: Generators | None = None) -> Tensor:
     """Multiplicative noise on images in [0, 1]: clean * (1 + std * N(0, 1)); not clipped."""
     return clean + clean * std * randn_like(clean, generator)
+
+
+def add_jpeg(clean: Tensor, quality: int) -> Tensor:
+    """Images in [0, 1], rounded to 8 bits, through a JPEG file of `quality` 1..100 and back; no random draw."""
+    from PIL import Image
+
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality={quality} is not in 1..100")
+    decoded = []
+    for image in to_8_bit(clean).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy():  # NCHW -> NHWC
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        decoded.append(torch.from_numpy(np.array(Image.open(file))))
+    return (torch.stack(decoded).permute(0, 3, 1, 2).to(clean.dtype) / 255.0).to(clean.device)  # NHWC -> NCHW
+
+
+def add_motion_blur(clean: Tensor, length: int, angle: float = 45.0) -> Tensor:
+    """The mean over a straight path of `length` pixels at `angle` degrees, reflected at the border; no random draw."""
+    if length < 1 or length // 2 >= min(clean.shape[-2:]):
+        raise ValueError(f"length={length} must be 1 or more and fit the image of {tuple(clean.shape[-2:])}")
+    radius = length // 2
+    kernel = _line_kernel(length, math.radians(angle)).to(clean)
+    weight = kernel.expand(clean.shape[1], 1, *kernel.shape)
+    return F.conv2d(F.pad(clean, [radius] * 4, mode="reflect"), weight, groups=clean.shape[1])
+
+
+def _line_kernel(length: int, angle: float) -> Tensor:
+    """(2r + 1, 2r + 1), r = length // 2: many points along the line, each shared out to its four nearest pixels; sums to 1."""
+    radius = length // 2
+    along = torch.linspace(-(length - 1) / 2, (length - 1) / 2, 16 * length, dtype=torch.float64)
+    grid = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    rows = (1.0 - (grid[:, None] + along * math.sin(angle)).abs()).clamp(min=0.0)  # (2r + 1, points)
+    columns = (1.0 - (grid[:, None] - along * math.cos(angle)).abs()).clamp(min=0.0)
+    kernel = rows @ columns.T
+    return kernel / kernel.sum()
+
+
+def to_8_bit(images: Tensor) -> Tensor:
+    """[0, 1] -> whole numbers 0..255, clipped and rounded, in the dtype of `images`."""
+    return (images.clamp(0.0, 1.0) * 255.0).round()

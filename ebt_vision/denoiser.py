@@ -44,6 +44,8 @@ class DenoiseOptions:
     """Classical, and DiT without a noise_level: AWGN standard deviation in 0..255 units; None estimates it from the image."""
     keep_trajectory: bool = False
     """Keep the image before the first and after every step."""
+    keep_candidates: bool = False
+    """EBT: keep the final image of every candidate, not of the winner alone."""
 
     def __post_init__(self) -> None:
         _check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
@@ -95,6 +97,8 @@ class DenoiseResult:
     """Final energy of every candidate, mean over patches, (N, B)."""
     chosen: Tensor | None = None
     """Which candidate won, int64 (B,)."""
+    candidate_images: Tensor | None = None
+    """With keep_candidates: the final image of every candidate, (N, B, 3, H, W), like `image`, which is one of them."""
     trajectory: tuple[Tensor, ...] | None = None
     """With keep_trajectory: the images before the first and after every step, like `image`, which is the last."""
 
@@ -162,7 +166,9 @@ def _finished(result: DenoiseResult, size: Sequence[int], device: torch.device) 
     """The result with its images cropped and clamped, on the caller's device."""
     values = {name: getattr(result, name) for name in DenoiseResult.__slots__}
     on_device = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    on_device["image"] = crop(on_device["image"].clamp(0, 1), size)
+    for name in ("image", "candidate_images"):
+        if name in on_device:
+            on_device[name] = crop(on_device[name].clamp(0, 1), size)
     trajectory = result.trajectory and tuple(crop(image.to(device).clamp(0, 1), size) for image in result.trajectory)
     return replace(result, trajectory=trajectory, **on_device)
 

@@ -1,9 +1,14 @@
 """Image quality, per sample: float64 (B,), explicit data range, no average over the batch that is not named so."""
 
+import hashlib
 import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -39,6 +44,92 @@ def ssim(prediction: Tensor, target: Tensor, *, data_range: float) -> Tensor:
         raise ValueError(f"SSIM's window is 11x11, the image is {tuple(target.shape[-2:])}; use an image of 11 or more")
     values = ssim_map(prediction.double(), target.double(), 11, max_val=data_range, padding="valid")
     return values.flatten(1).mean(1)
+
+
+LPIPS_MIN_SIDE = 32
+"""Pixels; AlexNet's last maps of a smaller image are empty."""
+
+
+class MissingBackboneError(ValueError):
+    """LPIPS has no trained backbone to run on; the message says what to pass."""
+
+
+class PerceptualDistance:
+    """LPIPS (Zhang et al. 2018), version 0.1, by the `lpips` package, on an ImageNet backbone that is never random.
+
+    `backbone` is a file with torchvision's weights of the network (.pth, or .safetensors), "download" for torchvision's usual
+    download, or None for what that download left in torch.hub's folder earlier. `name` says what was used, with the SHA-256.
+    Raises MissingBackboneError where there are no weights, ValueError where the file does not hold them.
+    """
+
+    def __init__(self, backbone: str | None = None, *, net: Literal["alex", "vgg", "squeeze"] = "alex", device: str = "cpu"):
+        import lpips
+        import torchvision
+
+        builders: dict[str, tuple[Callable[..., nn.Module], str]] = {
+            "alex": (torchvision.models.alexnet, "AlexNet_Weights"),
+            "vgg": (torchvision.models.vgg16, "VGG16_Weights"),
+            "squeeze": (torchvision.models.squeezenet1_1, "SqueezeNet1_1_Weights"),
+        }
+        if net not in builders:
+            raise ValueError(f"net={net!r} is unknown; use one of {', '.join(builders)}")
+        build, weights_name = builders[net]
+        file = _backbone_file(backbone, getattr(torchvision.models, weights_name).IMAGENET1K_V1.url)
+        trunk = _load_trunk(build, file)
+        # The package's own loader fetches the trunk; it is built without weights and given ours.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it builds the trunk by arguments that torchvision has deprecated
+            model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        for piece in (child for child in model.net.children() if isinstance(child, nn.Sequential)):
+            for name, layer in piece.named_children():  # named by their place in the trunk
+                layer.load_state_dict(trunk[int(name)].state_dict())
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._device = device
+        self.name = f"lpips 0.1 {net}, backbone {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+
+    @torch.no_grad()
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Distance of each image, (B, 3, H, W) pairs in [0, 1] -> float64 (B,); NaN below LPIPS_MIN_SIDE px."""
+        _check_pair(prediction, target)
+        if min(target.shape[-2:]) < LPIPS_MIN_SIDE:
+            return torch.full((len(target),), torch.nan, dtype=torch.float64)
+        pair = (images.float().to(self._device) * 2.0 - 1.0 for images in (prediction, target))
+        distances: Tensor = self._model(*pair)
+        return distances.flatten().double().cpu()
+
+
+def _backbone_file(backbone: str | None, url: str) -> Path:
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if backbone == "download":
+        try:
+            torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+        except OSError as error:
+            raise MissingBackboneError(
+                f"LPIPS's backbone cannot be downloaded ({error}); pass --lpips-backbone FILE"
+            ) from error
+    elif backbone is not None:
+        cached = Path(backbone).expanduser()
+        if not cached.is_file():
+            raise ValueError(f"no LPIPS backbone at {backbone}; give torchvision's {url.rsplit('/', 1)[-1]}, or 'download'")
+    if not cached.is_file():
+        raise MissingBackboneError("LPIPS is not available: pass --lpips-backbone FILE (torchvision's weights) or download")
+    return cached
+
+
+def _load_trunk(build: Callable[..., nn.Module], file: Path) -> nn.Sequential:
+    """The feature layers of the torchvision network with the weights in `file`, every one of them."""
+    from safetensors.torch import load_file
+
+    model = build(weights=None)
+    features: nn.Sequential = model.features  # type: ignore[assignment]
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        features.load_state_dict(state)
+    except Exception as error:  # from a damaged zip to a missing key, each reader has its own errors
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{file} does not hold the weights of torchvision's {build.__name__} ({reason})") from error
+    return features
 
 
 def _check_pair(prediction: Tensor, target: Tensor) -> None:

@@ -76,6 +76,7 @@ class EBTDenoiser(ModelDenoiser):
             energies=self._mean(_chosen_energies(result.results, result.chosen, options.num_steps), x),
             candidate_energies=self._mean(result.energies, x),
             chosen=result.chosen,
+            candidate_images=to_image_range(result.candidates) if options.keep_candidates else None,
             trajectory=watch.trajectory(result.chosen, image) if options.keep_trajectory else None,
         )
 

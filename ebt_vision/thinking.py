@@ -378,6 +378,11 @@ class BestOfResult:
     """How each candidate was thought, N of them, without trajectories."""
 
     @property
+    def candidates(self) -> Tensor:
+        """Every candidate, (N, B, ...)."""
+        return torch.stack([result.final for result in self.results])
+
+    @property
     def num_forward(self) -> Tensor:
         """Energy evaluations over all candidates, int64 (B,)."""
         return torch.stack([result.num_forward for result in self.results]).sum(0)

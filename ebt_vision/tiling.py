@@ -79,6 +79,7 @@ def _run(
 
     image = torch.zeros_like(noisy)
     trajectory: list[Tensor] = []
+    candidates: list[Tensor] = []
     combined: DenoiseResult | None = None
     if callback is not None:
         callback(0, len(places))
@@ -89,11 +90,12 @@ def _run(
         result = denoiser.denoise(torch.stack(tiles), options, image_ids=ids)
         # Add the images in place, and let go of them.
         add(image, result.image, where)
-        for step, images in enumerate(result.trajectory or ()):
-            if step == len(trajectory):
-                trajectory.append(torch.zeros_like(noisy))
-            add(trajectory[step], images, where)
-        combined = _combine(combined, replace(result, image=image, trajectory=None, chosen=None))
+        for totals, several in ((trajectory, result.trajectory), (candidates, result.candidate_images)):
+            for index, images in enumerate(() if several is None else several):
+                if index == len(totals):
+                    totals.append(torch.zeros_like(noisy))
+                add(totals[index], images, where)
+        combined = _combine(combined, replace(result, image=image, trajectory=None, chosen=None, candidate_images=None))
         if callback is not None:
             callback(start + len(where), len(places))
     assert combined is not None
@@ -102,6 +104,7 @@ def _run(
         image=image.clamp(0, 1),  # the weights sum to 1 but for rounding
         energies=_over(combined.energies, len(places)),
         candidate_energies=_over(combined.candidate_energies, len(places)),
+        candidate_images=torch.stack(candidates).clamp(0, 1) if candidates else None,
         trajectory=tuple(step.clamp(0, 1) for step in trajectory) or None,
     )
 

@@ -1,84 +1,62 @@
-"""The denoising benchmark, paper protocol: VP noise on [-1, 1] at level 0.1 (as in training) and 0.2 (unseen).
+"""The denoising benchmark: every way of using every model, on the same images with the same noise.
 
-    python eval/denoising.py --models tiny_imagenet_ebt bm3d --data "validation-*.parquet" --output results/
+    python eval/denoising.py --models tiny_imagenet_ebt tiny_imagenet_dit bm3d --data "validation-*.parquet" --output results/
+    python eval/denoising.py --protocol awgn --models tiny_imagenet_ebt bm3d --data ../shared/data/cbsd68 --output results/
+    python eval/denoising.py --config benchmark.yaml
 
-Every model sees the same images with the same noise: the noise of an image comes from (seed, level, index of the image).
-Per image the mean squared error is kept (on 0..255, after clamping, not rounded) after every step; the table gives the mean
-of per-image PSNRs and the PSNR of the mean error, which is what the paper's table has. Parts are written as they are done:
-the same command goes on where it was interrupted. Energies are means over patches.
+It writes results.json, per_image.parquet, candidates.parquet, report.md and plots into the output folder. What is measured is
+kept there batch by batch: the same command goes on where it was interrupted, and at most one batch is lost. Two runs of one
+command give the same results.json but for the date and the seconds. eval/compare.py merges several.
 """
 
 import argparse
 import datetime
-import json
-import math
 import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, cast
 
-import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+from rich.console import Console
 from rich.progress import track
 
-from ebt_vision import corruption, metrics
-from ebt_vision.checkpoint import checkpoint_hash
-from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.denoiser import DenoiseOptions, Denoiser, load_denoiser
-from ebt_vision.rng import sample_generators
+from ebt_vision import metrics
+from ebt_vision.benchmark import plots
+from ebt_vision.benchmark.flops import CostMeter
+from ebt_vision.benchmark.images import load_images
+from ebt_vision.benchmark.measure import Bench, Measured, Subject
+from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition, observed
+from ebt_vision.benchmark.report import report
+from ebt_vision.benchmark.results import write_results, write_text
+from ebt_vision.benchmark.rows import Row, RowSettings, kind_of, rows_of, sweep_rows_of
+from ebt_vision.benchmark.summary import candidate_columns, combine, per_image_columns, summarise
+from ebt_vision.benchmark.verification import verify_candidates, verify_thinking
+from ebt_vision.checkpoint import checkpoint_hash, pick_device
+from ebt_vision.denoiser import Denoiser, load_denoiser
 
-_NOISE_STREAM = 21
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One way of using one model; a method with steps gives a row for each of `steps` of one run."""
-
-    model: str
-    method: str
-    num_steps: int
-    """Steps of the run."""
-    reported: tuple[int, ...]
-    """The steps whose images are measured."""
-    passes_per_step: int
-    tolerance: float | None = None
+SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+Protocol = Literal["paper", "awgn", "ood"]
 
 
-def rows_of(denoiser: Denoiser, level: float, settings: argparse.Namespace) -> Iterator[Row]:
-    """The rows that a model gets."""
-    name, kind = denoiser.name, type(denoiser).__name__
-    if kind == "EBTDenoiser":
-        steps = tuple(range(1, settings.steps + 1))
-        yield Row(model=name, method="thinking", num_steps=settings.steps, reported=steps, passes_per_step=1)
-        for tolerance in settings.tolerances:
-            method = f"thinking, tolerance {tolerance:g}"
-            last = (settings.steps,)
-            yield Row(
-                model=name, method=method, num_steps=settings.steps, reported=last, passes_per_step=1, tolerance=tolerance
-            )
-    elif kind == "RegressorDenoiser":
-        yield Row(model=name, method="applied", num_steps=3, reported=(1, 2, 3), passes_per_step=1)
-    elif kind == "DiTDenoiser":
-        yield Row(model=name, method="x0", num_steps=1, reported=(1,), passes_per_step=1)
-        for passes in settings.passes:
-            yield Row(model=name, method="ddim", num_steps=passes, reported=(passes,), passes_per_step=1)
-    else:
-        yield Row(
-            model=name,
-            method="noisy input" if name == "identity" else "told sigma",
-            num_steps=1,
-            reported=(1,),
-            passes_per_step=0,
-        )
+@dataclass(kw_only=True)
+class _Collected:
+    """What the run has so far."""
+
+    measured: list[Measured] = field(default_factory=list)
+    strips: dict[str, list[plots.Strip]] = field(default_factory=dict)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    settings = _parse(arguments)
+    """The command line; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    settings = _parser().parse(arguments)
+    settings.command = _without_output(sys.argv[1:] if arguments is None else arguments)
     try:
         run(settings)
     except (ValueError, OSError) as error:
@@ -91,180 +69,304 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(settings: argparse.Namespace) -> None:
-    """Measure every row and write results.json and report.md into settings.output."""
-    settings.output.mkdir(parents=True, exist_ok=True)
-    images = load_image_set(
-        DataConfig(path=settings.data, img_size=settings.img_size, limit=settings.limit), seed=settings.seed
-    )
-    print(images.report(), file=sys.stderr)
-    records = []
-    for name in settings.models:
-        denoiser = load_denoiser(name, device=settings.device)
-        identity = {"name": name, "hash": checkpoint_hash(name) if denoiser.num_parameters else None}
-        for level in settings.levels:
-            for row in rows_of(denoiser, level, settings):
-                records += measure(denoiser, row, level, images, identity, settings)
-    about = _about(settings, len(images))
-    (settings.output / "results.json").write_text(json.dumps({"about": about, "rows": records}, indent=1) + "\n")
-    (settings.output / "report.md").write_text(report(about, records))
-    print(report(about, records))
+    """Measure every row and write everything into settings.output."""
+    groups = _groups(settings.group)
+    names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
+    groups = {name: [names[model] for model in models] for name, models in groups.items()}
+    device = pick_device(settings.device)
+    conditions, sweep = conditions_of(settings)
+    row_settings = _row_settings(settings)
+    subjects = {model: _subject(model, name, device) for model, name in names.items()}  # a wrong name is found before the work
+    bench = _bench(settings, device)
+    collected = _Collected()
+    for subject in subjects.values():
+        _measure_subject(subject, conditions, sweep, row_settings, bench, settings, collected)
+    results = _results(settings, bench, collected.measured, groups)
+    _write(settings.output, results, bench, collected)
+    print((settings.output / "report.md").read_text())
 
 
-def measure(denoiser: Denoiser, row: Row, level: float, images, identity: dict, settings: argparse.Namespace) -> list[dict]:
-    """The records of a row, part by part; parts that are on disk are not made again."""
-    denoiser = _in_mode(denoiser, row)
-    key = {"row": asdict(row), "level": level, "seed": settings.seed, "data": settings.data, "count": len(images), **identity}
-    folder = settings.output / "parts" / _slug(f"{row.model}-{row.method}-{row.num_steps}-{level:g}")
-    _claim(folder, key)
-    starts = range(0, len(images), settings.batch_size)
-    title = f"{row.model}, {row.method} {row.num_steps}, level {level:g}"
-    parts = []
-    for start in track(starts, description=title, disable=not sys.stderr.isatty()):
-        path = folder / f"{start:08d}.npz"
-        if not path.exists():
-            indices = list(range(start, min(start + settings.batch_size, len(images))))
-            _write_part(path, _measure_part(denoiser, row, level, indices, images, settings))
-        with np.load(path) as part:
-            parts.append({name: part[name] for name in part.files})
-    print(f"done: {title}", file=sys.stderr)
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}  # (num_images, ...)
-    return [_record(denoiser, row, level, i, whole, identity) for i in range(len(row.reported))]
-
-
-def _measure_part(
-    denoiser: Denoiser, row: Row, level: float, indices: list[int], images, settings: argparse.Namespace
-) -> dict[str, np.ndarray]:
-    """Per image: mse (B, steps) on 0..255, energy (B, steps), steps used (B,) and seconds (B,)."""
-    clean = corruption.to_model_range(images.images(indices).float() / 255.0)
-    timestep = corruption.level_to_timestep(level)
-    noisy = corruption.add_vp_noise(clean, level, sample_generators(settings.seed, indices, _NOISE_STREAM, timestep))
-    options = DenoiseOptions(num_steps=row.num_steps, noise_level=level, keep_trajectory=True, tolerance=row.tolerance)
-    if row.method == "told sigma":  # classical methods get the image at its own scale, and the noise that it then has
-        signal, noise = corruption.signal_and_noise_scale(level)
-        noisy, options = noisy / signal, replace(options, sigma=255.0 * noise / signal / 2.0)
-    begin = time.perf_counter()
-    result = denoiser.denoise(corruption.to_image_range(noisy), options, image_ids=indices)
-    seconds = time.perf_counter() - begin
-    target = 255.0 * corruption.to_image_range(clean)
-    trajectory = result.trajectory or (noisy, result.image)
-    errors = torch.stack([metrics.mse(255.0 * trajectory[step], target) for step in row.reported], dim=1)  # (B, steps)
-    energies = torch.full_like(errors, torch.nan)
-    if result.energies is not None:
-        energies = torch.stack([result.energies[step] for step in row.reported], dim=1).double()
-    return {
-        "mse": errors.numpy(),
-        "energy": energies.numpy(),
-        "steps_used": result.num_steps.numpy(),
-        "seconds": np.full(len(indices), seconds / len(indices)),
-    }
-
-
-def _record(denoiser: Denoiser, row: Row, level: float, i: int, whole: dict[str, np.ndarray], identity: dict) -> dict:
-    error = torch.from_numpy(whole["mse"][:, i])
-    psnr = metrics.psnr_from_mse(error, data_range=255.0)
-    half_width = 1.96 * float(psnr.std()) / math.sqrt(len(psnr)) if len(psnr) > 1 else math.nan
-    energy = float(whole["energy"][:, i].mean())
-    return {
-        "model": row.model,
-        "hash": identity["hash"],
-        "parameters": denoiser.num_parameters,
-        "level": level,
-        "method": row.method,
-        "steps": row.reported[i],
-        "passes": row.reported[i] * row.passes_per_step,
-        "steps_used": float(whole["steps_used"].mean()) if row.tolerance is not None else row.reported[i],
-        "psnr_image": float(psnr.mean()),
-        "psnr_image_ci95": half_width,
-        "psnr_batch": float(metrics.psnr_from_mse(error.mean(), data_range=255.0)),
-        "mse": float(error.mean()),
-        "energy": None if math.isnan(energy) else energy,
-        "seconds_per_image_whole_run": float(whole["seconds"].mean()),
-        "num_images": len(psnr),
-    }
-
-
-def report(about: dict, records: list[dict]) -> str:
-    """The results as Markdown."""
-    lines = [
-        f"{about['num_images']} images, seed {about['seed']}, commit {about['commit']}, {about['hardware']}, {about['date']}.",
-        f"Command: `{about['command']}`",
-        "",
-        "| model | parameters | level | method | steps | PSNR per image | PSNR of mean MSE | MSE | energy |",
-        "|---|---|---|---|---|---|---|---|---|",
+def conditions_of(settings: argparse.Namespace) -> tuple[list[Condition], list[Condition]]:
+    """The conditions of the tables, and those of the sweep over noise levels (paper protocol alone)."""
+    seeds = settings.seeds or [settings.seed]
+    kinds: list[tuple[str, float]] = {
+        "paper": [("level", level) for level in settings.levels],
+        "awgn": [("sigma", sigma) for sigma in settings.sigmas],
+        "ood": [(kind, OOD_STRENGTHS.get(kind, 0.0)) for kind in settings.corruptions],
+    }[settings.protocol]
+    protocol = cast(Protocol, settings.protocol)
+    main_conditions = [
+        Condition(protocol=protocol, kind=kind, strength=strength, seed=seed, clipped=settings.clipped)
+        for seed in dict.fromkeys(seeds)
+        for kind, strength in dict.fromkeys(kinds)
     ]
-    for r in records:
-        energy = "" if r["energy"] is None else f"{r['energy']:.3f}"
-        steps = f"{r['steps_used']:.2f} used of {r['steps']}" if "tolerance" in r["method"] else r["steps"]
-        lines.append(
-            f"| {r['model']} | {r['parameters']:,} | {r['level']:g} | {r['method']} | {steps} "
-            f"| {r['psnr_image']:.2f} ± {r['psnr_image_ci95']:.2f} | {r['psnr_batch']:.2f} | {r['mse']:.1f} | {energy} |"
+    levels = settings.sweep if protocol == "paper" else []
+    return main_conditions, [Condition(protocol="paper", kind="level", strength=level, seed=seeds[0]) for level in levels]
+
+
+def distinct_names(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called in tables: the last part of its path, or as many parts as tell it from the others."""
+    names: dict[str, str] = {}
+    for model in models:
+        parts = model.removeprefix("hub:").rstrip("/").split("/")
+        others = [other.removeprefix("hub:").rstrip("/").split("/") for other in models if other != model]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        names[model] = "/".join(parts[-length:])
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"--models names one model in two ways: {' '.join(models)}; leave one out")
+    return names
+
+
+def _subject(model: str, name: str, device: str) -> Subject:
+    denoiser: Denoiser = load_denoiser(model, device=device)
+    denoiser.name = name
+    return Subject(name=name, denoiser=denoiser, hash=checkpoint_hash(model) if denoiser.num_parameters else None)
+
+
+def _bench(settings: argparse.Namespace, device: str) -> Bench:
+    whole = settings.img_size == "whole" or (settings.img_size is None and settings.protocol == "awgn")
+    img_size = None if whole else (settings.img_size or 64)
+    try:
+        lpips = metrics.PerceptualDistance(settings.lpips_backbone, net=settings.lpips_net, device=device)
+    except metrics.MissingBackboneError as error:
+        if settings.lpips_backbone:
+            raise
+        lpips = None
+        _say(str(error))
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {settings.output} cannot be made ({error.strerror}); choose another folder") from error
+    images = load_images(settings.data, img_size=img_size, limit=settings.limit)
+    _say(images.report())
+    own = "whole" if settings.protocol == "paper" else 0  # as `ebt-vision denoise` treats photographs
+    tile = own if settings.tile is None else settings.tile
+    return Bench(
+        images=images,
+        folder=settings.output / "parts",
+        batch_size=settings.batch_size or (1 if whole else 100),
+        tile=None if tile == "whole" else int(tile),
+        lpips=lpips,
+        meter=CostMeter(),
+    )
+
+
+def _measure_subject(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    sweep: Sequence[Condition],
+    row_settings: RowSettings,
+    bench: Bench,
+    settings: argparse.Namespace,
+    collected: _Collected,
+) -> None:
+    """All rows of one model, and its strip of pictures."""
+    name, kind = subject.name, kind_of(subject.denoiser)
+    everything = bench.images.spread(None)
+    some = bench.images.spread(settings.sweep_limit)
+    runs = [(c, row, everything, False) for c in conditions for row in rows_of(name, kind, c, row_settings)]
+    runs += [(c, row, some, True) for c in sweep for row in sweep_rows_of(name, kind, c, row_settings)]
+    for place, (condition, row, indices, is_sweep) in enumerate(runs, start=1):
+        title = f"{name} {place}/{len(runs)}: {row.method} {row.num_steps}, {condition.title}, seed {condition.seed}"
+        parts = bench.parts(subject, row, condition, indices)
+        batches = _with_progress(bench.batches(indices), title)
+        done, arrays = bench.measure(subject, row, condition, batches, parts)
+        _say(f"done: {title}")
+        collected.measured.append(
+            Measured(
+                row=row,
+                condition=condition,
+                model_hash=subject.hash,
+                parameters=subject.denoiser.num_parameters,
+                indices=done,
+                arrays=arrays,
+                sweep=is_sweep,
+            )
         )
-    return "\n".join(lines) + "\n"
+        drawn = row.method in ("thinking", "applied", "x0", "told sigma", "sigma estimated") and not is_sweep
+        if drawn and settings.strip and condition.seed == conditions[0].seed:
+            chosen = bench.images.spread(settings.strip)
+            collected.strips.setdefault(name, []).extend(_strip(subject, row, condition, bench, index) for index in chosen)
 
 
-def _in_mode(denoiser: Denoiser, row: Row) -> Denoiser:
-    if row.method not in ("x0", "ddim"):
-        return denoiser
-    from ebt_vision.model_denoisers import DiTDenoiser
-
-    assert isinstance(denoiser, DiTDenoiser)
-    return DiTDenoiser(denoiser.model, mode=row.method, name=denoiser.name)  # type: ignore[arg-type]
-
-
-def _claim(folder: Path, key: dict) -> None:
-    """Make the folder of a row's parts, or check that its parts were made with the same settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / "key.json", json.dumps(key, sort_keys=True, indent=1)
-    if path.exists() and path.read_text() != text:
-        raise ValueError(
-            f"{folder} holds parts of another run (other data, seed, limit or checkpoint); choose another --output"
-        )
-    path.write_text(text)
+def _strip(subject: Subject, row: Row, condition: Condition, bench: Bench, index: int) -> plots.Strip:
+    clean, noisy = observed(condition, bench.images.images([index]), [index])
+    result, _ = bench.denoise(subject.denoiser, row, condition, noisy, [index])
+    steps = row.reported if len(row.reported) <= 5 else tuple(sorted({1, 2, 4, row.num_steps // 2, row.num_steps}))
+    pictures = [("noisy", noisy[0].clamp(0, 1))]
+    for step in steps:
+        image = result.image if result.trajectory is None else result.trajectory[step]
+        psnr = float(metrics.psnr(condition.measured(image.double()), clean.double(), data_range=255.0))
+        pictures.append((f"{step} step{'s' * (step > 1)}\n{psnr:.1f} dB", image[0]))
+    return plots.Strip(condition=condition.title, pictures=[*pictures, ("clean", clean[0].float() / 255.0)])
 
 
-def _write_part(path: Path, part: dict[str, np.ndarray]) -> None:
-    temporary = path.with_suffix(".writing")
-    with temporary.open("wb") as file:
-        np.savez(file, **part)  # type: ignore[arg-type]
-    os.replace(temporary, path)
-
-
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)
-
-
-def _about(settings: argparse.Namespace, num_images: int) -> dict:
+def _results(settings: argparse.Namespace, bench: Bench, measured: Sequence[Measured], groups: dict[str, list[str]]) -> dict:
+    """Everything that results.json holds. What differs between two runs of one command is the date and the seconds."""
+    resampling = {"num_resamples": settings.resamples, "seed": settings.seed}
+    rows = summarise(measured, image_hash=bench.images.hash, reference=settings.reference, **resampling)
+    tables = [run for run in measured if not run.sweep]
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    protocol = {
+        "name": settings.protocol,
+        "data": settings.data,
+        "images": bench.images.hash,
+        "num_images": len(bench.images),
+        "left_out": bench.images.skipped,
+        "seeds": settings.seeds or [settings.seed],
+        "clipped": settings.clipped,
+        "tile": "whole" if bench.tile is None else bench.tile or "the model's own",
+        "lpips": bench.lpips.name if bench.lpips else "not available: pass --lpips-backbone",
+        "ssim": "11x11 Gaussian, sigma 1.5, valid area, kornia",
+        "bootstrap": resampling,
+    }
     return {
-        "command": " ".join(["python", "eval/denoising.py", *settings.command]),
-        "seed": settings.seed,
-        "num_images": num_images,
-        "commit": git.stdout.strip() or "unknown",
-        "hardware": f"{os.cpu_count()} x {platform.machine()} CPU"
-        if settings.device == "cpu"
-        else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
+        "about": {
+            "command": " ".join(["python eval/denoising.py", *settings.command]),
+            "commit": git.stdout.strip() or "unknown",
+            "hardware": _hardware(settings.device),
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+        },
+        "protocol": protocol,
+        "rows": rows,
+        "combined": combine(rows, groups),
+        "verification": {
+            "candidates": [verify_candidates(run, **resampling) for run in tables if run.row.num_candidates > 1],
+            "thinking": [row for run in tables if run.row.method == "thinking" for row in verify_thinking(run)],
+        },
     }
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Denoising benchmark, paper protocol.")
-    parser.add_argument("--models", nargs="+", required=True, help="shipped names, folders, bm3d, nlm, identity")
-    parser.add_argument("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for parts, results.json and report.md")
-    parser.add_argument("--limit", type=int, help="use so many images, spread evenly over the set")
-    parser.add_argument("--img-size", type=int, default=64)
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.2])
-    parser.add_argument("--steps", type=int, default=10, help="thinking steps of an EBT")
-    parser.add_argument("--tolerances", type=float, nargs="*", default=[], help="rows of adaptive thinking")
-    parser.add_argument("--passes", type=int, nargs="*", default=[10, 100], help="passes of DDIM")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    settings = parser.parse_args(arguments)
-    settings.command = sys.argv[1:] if arguments is None else arguments
-    return settings
+def _write(folder: Path, results: dict, bench: Bench, collected: _Collected) -> None:
+    write_results(folder / "results.json", results)
+    tables = {"per_image": per_image_columns(collected.measured, bench.images.names)}
+    tables["candidates"] = candidate_columns(collected.measured)
+    for name, columns in tables.items():
+        if columns:
+            texts = [column for column in ("model", "condition", "method", "name") if column in columns]
+            pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{name}.parquet", use_dictionary=texts)
+    rows = [row for row in results["rows"] if not row["sweep"]]
+    sweep = [row for row in results["rows"] if row["sweep"]]
+    thinking = [run for run in collected.measured if run.row.method == "thinking" and not run.sweep]
+    drawn = ["cost.png"]
+    plots.plot_cost(rows, folder / "cost.png")
+    if any(row["method"] != "noisy input" for row in sweep):
+        plots.plot_sweep(sweep, folder / "levels.png")
+        drawn.append("levels.png")
+    if thinking:
+        plots.plot_energy(thinking, folder / "energy.png")
+        drawn.append("energy.png")
+    for name, strips in collected.strips.items():
+        file = "strip-" + "".join(c if c.isalnum() or c in "-._" else "_" for c in name) + ".png"
+        plots.plot_strips(strips, folder / file)
+        drawn.append(file)
+    write_text(folder / "report.md", report(results, drawn))
+
+
+def _hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} x {platform.machine()} CPU"
+
+
+def _with_progress(batches: list[list[int]], title: str):
+    console = Console(stderr=True)
+    return track(batches, title, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _row_settings(settings: argparse.Namespace) -> RowSettings:
+    return RowSettings(
+        steps=settings.steps,
+        tolerances=tuple(settings.tolerances),
+        candidates=settings.candidates,
+        candidate_steps=tuple(settings.candidate_steps),
+        candidate_noise=settings.candidate_noise,
+        langevin=settings.langevin,
+        passes=tuple(sorted(set(settings.passes))),
+        loops=settings.loops,
+    )
+
+
+def _groups(texts: Sequence[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, models = text.partition("=")
+        groups[name] = [model for model in models.split(",") if model]
+        if not name or not equals or len(groups[name]) < 2:
+            raise ValueError(f"--group {text} is not of the form NAME=MODEL,MODEL with two models or more")
+    return groups
+
+
+def _without_output(arguments: Sequence[str]) -> list[str]:
+    """The command without --output, so that two runs into two folders say the same."""
+    kept, skip = [], False
+    for word in arguments:
+        if not skip and word != "--output" and not word.startswith("--output="):
+            kept.append(word)
+        skip = word == "--output"
+    return kept
+
+
+def _whole_or_pixels(text: str) -> int | str:
+    return "whole" if text == "whole" else int(number(int, 8)(text))
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="denoising", description="The denoising benchmark.")
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--models", nargs="+", required=True, help="shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity")
+    add("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
+    add("--protocol", choices=PROTOCOLS, default="paper")
+    add("--output", type=Path, default=Path("results"), help="folder for everything that is written")
+    add("--limit", type=number(int, 1), help="use so many images, spread evenly over the set")
+    add("--img-size", type=_whole_or_pixels, help="centre squares of this side, or whole (default 64; awgn: whole)")
+    add("--group", nargs="*", default=[], metavar="NAME=A,B", help="checkpoints to combine into mean and spread")
+    _add_noise(parser)
+    _add_rows(parser)
+    add = parser.add_argument_group("how").add_argument
+    add("--tile", type=_whole_or_pixels, help="tiles of this side, or whole (default: the model's own; paper: whole)")
+    add("--batch-size", type=number(int, 1), help="images at a time (default 100; 1 for whole images)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    add("--lpips-backbone", metavar="FILE", help="torchvision's weights of the backbone, or download")
+    add("--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex")
+    add("--resamples", type=number(int, 100), default=1000, help="bootstrap samples")
+    add("--strip", type=number(int, 0), default=2, help="images of each model's strip of pictures; 0 draws none")
+    return parser
+
+
+def _add_noise(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("noise").add_argument
+    level = number(float, 1e-3, 1)
+    add("--levels", type=level, nargs="+", default=[0.1, 0.2], help="paper: VP noise levels")
+    add("--sigmas", type=number(float, 0, 255), nargs="+", default=[15.0, 25.0, 50.0], help="awgn: 0..255 units")
+    add("--corruptions", nargs="+", default=list(OOD_STRENGTHS), help=f"ood: some of {', '.join(OOD_STRENGTHS)}")
+    switch = argparse.BooleanOptionalAction
+    add("--clipped", action=switch, default=False, help="awgn, ood: the noisy input clipped and rounded to 8 bits")
+    add("--sweep", type=level, nargs="*", default=list(SWEEP), help="paper: levels of the plot over levels; none: no plot")
+    add("--sweep-limit", type=number(int, 1), default=256, help="images of the sweep, spread evenly")
+    add("--seed", type=number(int, 0), default=0)
+    add("--seeds", type=number(int, 0), nargs="*", default=[], help="several seeds, combined into mean and spread")
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("rows").add_argument
+    count, amount = number(int, 1), number(float, 0)
+    add("--steps", type=count, default=10, help="EBT: thinking steps")
+    add("--tolerances", type=amount, nargs="*", default=[], help="EBT: rows of adaptive thinking")
+    add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 leaves it out")
+    add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")
+    add("--candidate-noise", type=amount, default=0.1, help="EBT: noise on the candidates' starts, on [-1, 1]")
+    add("--langevin", type=amount, default=0.0, help="EBT: noise before each gradient of a candidate, on [-1, 1]")
+    add("--passes", type=count, nargs="*", default=[1, 2, 5, 10, 25, 50, 100], help="DiT: passes of DDIM")
+    add("--loops", type=number(int, 0), default=3, help="DiT: loops of its recursion; 0 leaves it out")
+    add("--reference", metavar="MODEL:METHOD:STEPS", help="the row to compare with (default: the best ddim row)")
 
 
 if __name__ == "__main__":

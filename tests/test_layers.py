@@ -27,13 +27,15 @@ LEVELS = {
     "image_files.py": 3,
     "data/": 3,
     "training/": 4,
+    "benchmark/": 4,
     "config.py": 4,
     "cli.py": TOP,
 }
 # Files of one level may import each other there, and nowhere else.
 SOCIABLE = {2, 3, 4}
-# Level 0 and 1 know torch, numpy and the standard library; metrics may use a kept metric library.
-BOTTOM_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "ebt_vision"}
+# Level 0 and 1 know torch, numpy and the standard library; metrics may use a kept metric library, with torchvision's networks
+# and safetensors' files for its backbone, and corruption Pillow's JPEG.
+BOTTOM_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "torchvision", "safetensors", "PIL", "ebt_vision"}
 
 
 def library_files() -> list[Path]:

@@ -121,6 +121,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def name(self, index: int) -> str:
+        """What a person would call image `index`."""
+        return self._source.name(self._entries[index])
+
     @property
     def num_skipped(self) -> int:
         """How many images cannot be used."""

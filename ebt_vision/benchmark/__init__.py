@@ -1,0 +1,1 @@
+"""The denoising benchmark's parts: what its programs in eval/ are made of."""

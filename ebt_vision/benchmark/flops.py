@@ -1,0 +1,86 @@
+"""Floating-point operations of a run, by PyTorch's counter: 2 for each multiply-add of matrix products and convolutions.
+
+The gradient with respect to the image is counted like everything else. Element-wise work, norms and softmax are not: the
+counter knows products alone. Attention takes its math path while it is counted, so that its products are seen.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ebt_vision.benchmark.rows import Row
+from ebt_vision.denoiser import DenoiseOptions, Denoiser
+from ebt_vision.model_denoisers import DiTDenoiser
+from ebt_vision.tiling import tile_starts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What one image costs a denoiser."""
+
+    step: int
+    """One step: for an EBT the energy and its gradient, for the others a forward pass."""
+    final: int
+    """An EBT's energy of the last image, which plain thinking does not need."""
+
+    def of_run(self, row: Row, num_forward: float, step: int) -> float:
+        """FLOPs until the image of `step` is there, in a run that has spent `num_forward` passes on the image."""
+        if not row.needs_final_energy:
+            return self.step * num_forward * step / row.num_steps
+        # A run that stopped early ends with a gradient that is not used, any other with an energy alone.
+        whole, rest = divmod(num_forward, row.num_steps + 1)
+        return whole * (row.num_steps * self.step + self.final) + rest * self.step
+
+
+class CostMeter:
+    """Counts the FLOPs of each model once for every image size."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int], Cost | None] = {}
+
+    def cost(self, denoiser: Denoiser, height: int, width: int) -> Cost | None:
+        """The cost of one image of this size, untiled; None for a method without a network."""
+        key = (denoiser.name, height, width)
+        if key not in self._known:
+            self._known[key] = _measure(denoiser, height, width) if denoiser.num_parameters else None
+        return self._known[key]
+
+
+def _measure(denoiser: Denoiser, height: int, width: int) -> Cost:
+    if isinstance(denoiser, DiTDenoiser):
+        denoiser = DiTDenoiser(denoiser.model, mode="ddim", name=denoiser.name)
+    image = torch.full((1, 3, height, width), 0.5)
+    counts = []
+    for num_steps in (1, 2):
+        with sdpa_kernel(SDPBackend.MATH), _counter() as counter:
+            denoiser.denoise(image, DenoiseOptions(num_steps=num_steps, noise_level=0.1))
+        counts.append(counter.get_total_flops())
+    step = counts[1] - counts[0]
+    return Cost(step=step, final=counts[0] - step)
+
+
+def _counter() -> FlopCounterMode:
+    """PyTorch's counter without its sums for each module, whose hooks refuse torch.autograd.grad from a leaf."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
+
+
+class _NoModules:
+    """Stands where the counter has its ModuleTracker: everything counts for the whole."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
+def num_tiles(height: int, width: int, tile_size: int) -> int:
+    """How many tiles `denoise_tiled` cuts an image into at its default overlap."""
+    rows, columns = (len(tile_starts(side, min(tile_size, side), tile_size // 4)) for side in (height, width))
+    return rows * columns

@@ -1,0 +1,192 @@
+"""Runs one row of the table on the images, part by part, and keeps what it measures of every image."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebt_vision import metrics
+from ebt_vision.benchmark.flops import Cost, CostMeter, num_tiles
+from ebt_vision.benchmark.images import BenchmarkImages
+from ebt_vision.benchmark.parts import Part, Parts, join
+from ebt_vision.benchmark.protocols import Condition, observed, same_shapes
+from ebt_vision.benchmark.rows import Row, prepare
+from ebt_vision.denoiser import Denoiser, DenoiseResult
+from ebt_vision.tiling import denoise_tiled
+
+FORMAT = 2
+"""Goes into the key of every part; another number makes older parts be refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """A model under test: its denoiser under the name that tables give it."""
+
+    name: str
+    denoiser: Denoiser
+    hash: str | None
+    """Of the checkpoint; None for a method without weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """A row under a condition with every image's figures. S is len(row.reported), N the number of candidates."""
+
+    row: Row
+    condition: Condition
+    model_hash: str | None
+    parameters: int
+    indices: list[int]
+    """The images, by their place in the set."""
+    arrays: Part
+    """mse (on 0..255), ssim, lpips, energy, passes and flops, all float64 (n, S); steps_used and seconds (n,); with candidates
+    their candidate_mse and candidate_energy (n, N). NaN where something is not to be had."""
+    sweep: bool = False
+
+    @property
+    def psnr(self) -> np.ndarray:
+        """Of every image, dB, (n, S)."""
+        return psnr_of(self.arrays["mse"])
+
+
+def psnr_of(mse: np.ndarray) -> np.ndarray:
+    """PSNR in dB of mean squared errors on 0..255. An image without any error counts as 100 dB, so that means exist."""
+    return np.minimum(metrics.psnr_from_mse(torch.from_numpy(np.asarray(mse)), data_range=255.0).numpy(), 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rows share: the images, how they are cut and batched, the metrics, and where parts are kept."""
+
+    images: BenchmarkImages
+    folder: Path
+    batch_size: int
+    tile: int | None
+    """Side of the tiles in pixels; 0 for each denoiser's own; None for whole images."""
+    lpips: metrics.PerceptualDistance | None
+    meter: CostMeter
+
+    def batches(self, indices: Sequence[int]) -> list[list[int]]:
+        """The indices in batches."""
+        starts = range(0, len(indices), self.batch_size)
+        return [list(indices[start : start + self.batch_size]) for start in starts]
+
+    def parts(self, subject: Subject, row: Row, condition: Condition, indices: Sequence[int]) -> Parts:
+        """Where the parts of a row under a condition are; ValueError if the folder there is of another run."""
+        key = {
+            "row": asdict(row),
+            "condition": asdict(condition),
+            "checkpoint": subject.hash,
+            "images": self.images.hash,
+            "limit": len(indices),
+            "batch-size": self.batch_size,
+            "tile": self.tile,
+            "lpips-backbone": self.lpips and self.lpips.name,
+            "format": FORMAT,
+        }
+        sweep = f"-{len(indices)}" if len(indices) < len(self.images) else ""
+        return Parts(self.folder / _slug(f"{condition.key}-{row.model}-{row.method}-{row.num_steps}{sweep}"), key)
+
+    def measure(
+        self, subject: Subject, row: Row, condition: Condition, batches: Iterable[list[int]], parts: Parts
+    ) -> tuple[list[int], Part]:
+        """The images of `batches` and their figures, from `parts` where they are there."""
+        indices: list[int] = []
+        made = []
+        for batch in batches:
+            indices += batch
+            made.append(parts.get(batch, lambda chosen: self._measure_part(subject.denoiser, row, condition, chosen)))
+        return indices, join(made)
+
+    def denoise(
+        self, denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor, indices: Sequence[int]
+    ) -> tuple[DenoiseResult, int]:
+        """The result of a row for noisy images (B, 3, H, W) of one shape, and the number of tiles of each."""
+        denoiser, noisy, options = prepare(denoiser, row, condition, noisy)
+        height, width = noisy.shape[-2:]
+        tile = denoiser.tile_size if self.tile == 0 else self.tile
+        if tile is None or max(height, width) <= tile:
+            return denoiser.denoise(noisy, options, image_ids=indices), 1
+        results = [denoise_tiled(denoiser, image[None], options, tile_size=tile) for image in noisy]
+        return _concatenate(results), num_tiles(height, width, tile)
+
+    def _measure_part(self, denoiser: Denoiser, row: Row, condition: Condition, indices: Sequence[int]) -> Part:
+        images = self.images.images(indices)
+        pieces = []
+        for group in same_shapes(images):
+            chosen = [indices[position] for position in group]
+            clean, noisy = observed(condition, [images[position] for position in group], chosen)
+            begin = time.perf_counter()
+            result, tiles = self.denoise(denoiser, row, condition, noisy, chosen)
+            seconds = (time.perf_counter() - begin) / len(group)
+            piece = self._score(row, condition, clean, result)
+            piece |= self._spent(denoiser, row, result, clean.shape[-2:], tiles)
+            pieces.append(piece | {"seconds": np.full(len(group), seconds)})
+        return join(pieces)
+
+    def _score(self, row: Row, condition: Condition, clean: Tensor, result: DenoiseResult) -> Part:
+        target = clean.double()
+        trajectory = result.trajectory
+        images = [result.image if trajectory is None else trajectory[step] for step in row.reported]
+        outputs = [condition.measured(image.double()) for image in images]
+        nothing = torch.full((len(clean),), torch.nan, dtype=torch.float64)
+        windowed = min(clean.shape[-2:]) >= 11
+        energies = [nothing if result.energies is None else result.energies[step].double() for step in row.reported]
+        columns = {
+            "mse": [metrics.mse(output, target) for output in outputs],
+            "ssim": [metrics.ssim(output, target, data_range=255.0) if windowed else nothing for output in outputs],
+            "lpips": [self.lpips(output / 255.0, target / 255.0) if self.lpips else nothing for output in outputs],
+            "energy": energies,
+        }
+        part = {name: torch.stack(values, dim=1).numpy() for name, values in columns.items()}  # (B, S)
+        if result.candidate_images is not None and result.candidate_energies is not None:
+            errors = [metrics.mse(condition.measured(image.double()), target) for image in result.candidate_images]
+            part["candidate_mse"] = torch.stack(errors, dim=1).numpy()  # (B, N)
+            part["candidate_energy"] = result.candidate_energies.T.double().numpy()
+        return part
+
+    def _spent(self, denoiser: Denoiser, row: Row, result: DenoiseResult, size: Sequence[int], tiles: int) -> Part:
+        """Passes for each pixel of the image (a tile's, where it is tiled), FLOPs of the whole image, and steps used."""
+        num_forward = result.num_forward.double().numpy() / tiles
+        if row.kind == "ebt" and not row.needs_final_energy:
+            num_forward = num_forward - 1  # the last image's energy is for the table alone
+        side = [min(length, (self.tile or denoiser.tile_size) if tiles > 1 else length) for length in size]
+        cost: Cost | None = self.meter.cost(denoiser, *side)
+        shares = [step / row.num_steps for step in row.reported]
+        flops = [
+            [tiles * cost.of_run(row, passes, step) if cost else np.nan for step in row.reported] for passes in num_forward
+        ]
+        return {
+            "passes": np.outer(num_forward, shares),
+            "flops": np.asarray(flops, dtype=np.float64),
+            "steps_used": result.num_steps.double().numpy(),
+        }
+
+
+def _concatenate(results: list[DenoiseResult]) -> DenoiseResult:
+    """One result of many for single images."""
+
+    def join_tensors(name: str, dim: int) -> Tensor | None:
+        values = [getattr(result, name) for result in results]
+        return None if values[0] is None else torch.cat(values, dim=dim)
+
+    image, num_steps, num_forward = (join_tensors(name, 0) for name in ("image", "num_steps", "num_forward"))
+    assert image is not None and num_steps is not None and num_forward is not None
+    steps = [result.trajectory or () for result in results]
+    return DenoiseResult(
+        image=image,
+        num_steps=num_steps,
+        num_forward=num_forward,
+        energies=join_tensors("energies", 1),
+        candidate_energies=join_tensors("candidate_energies", 1),
+        candidate_images=join_tensors("candidate_images", 1),
+        trajectory=tuple(torch.cat(images) for images in zip(*steps, strict=True)) or None,
+    )
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)

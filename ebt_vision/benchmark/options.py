@@ -1,0 +1,93 @@
+"""Options on a command line or in a YAML file, with the same names and the same checks."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit status 2, and which takes --config FILE.yaml for any of its options."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(allow_abbrev=False, **keywords)
+        self.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file; those given here go before it")
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and leave."""
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """The settings from the config file, if one is named, and the command line, which goes before it."""
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        early = OneLineParser(prog=self.prog, add_help=False)
+        try:
+            config = early.parse_known_args(given)[0].config
+            words = [] if config is None else config_to_arguments(config, self)
+        except ValueError as error:
+            self.error(str(error))
+        return self.parse_args([*words, *given])
+
+
+def config_to_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """The words of a command line that say what the YAML file says; ValueError, in one line, for a file that cannot be used.
+
+    Lists are an option's several values, null leaves it at its default, true and false set a switch, and a mapping becomes
+    NAME=a,b. Unknown keys are refused with the nearest known one.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"config {path} must be a mapping of options to values")
+    actions = {option.removeprefix("--"): a for a in parser._actions for option in a.option_strings if option.startswith("--")}
+    names = [name for name in actions if name not in ("help", "config") and not name.startswith("no-")]
+    words: list[str] = []
+    for key, value in raw.items():
+        name = str(key).replace("_", "-")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise ValueError(f"unknown key {str(key)!r} in {path}; {hint}")
+        words += _words(name, value, switch=actions[name].nargs == 0)
+    return words
+
+
+def _words(name: str, value: Any, *, switch: bool) -> list[str]:
+    if value is None:
+        return []
+    if switch:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: {value!r} is not true or false")
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, dict):
+        values = [f"{key}={','.join(map(str, several))}" for key, several in value.items()]
+    elif isinstance(value, list):
+        values = [str(item) for item in value]
+    else:
+        return [f"--{name}={value}"]
+    return [f"--{name}", *values]
+
+
+def number(kind: Callable[[str], float], low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` in low..high."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or value == float("inf"):
+            what = "a whole number" if kind is int else "a number"
+            limits = f"from {low:g}" + (f" to {high:g}" if high < float("inf") else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; use {what} {limits}")
+        return value
+
+    return parse

@@ -1,0 +1,75 @@
+"""What is measured, on disk batch by batch: the same command goes on where it was interrupted."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+Part = dict[str, np.ndarray]
+"""Arrays with one row for each image of a batch."""
+
+
+class Parts:
+    """The batches of one run in a folder of its own; `key` holds all that they depend on.
+
+    Raises ValueError where the folder holds parts that were made with another key.
+    """
+
+    def __init__(self, folder: Path, key: dict):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "key.json"
+        key = json.loads(json.dumps(key))
+        if path.exists():
+            _check_key(folder, _read_key(path), key)
+        else:
+            temporary = path.with_suffix(".writing")
+            temporary.write_text(json.dumps(key, sort_keys=True, indent=1))
+            os.replace(temporary, path)
+
+    def get(self, indices: Sequence[int], make: Callable[[Sequence[int]], Part]) -> Part:
+        """The part of these images, made and written if it is not there; one that cannot be read is made again."""
+        path = self.folder / f"{indices[0]:08d}.npz"
+        part = read_part(path)
+        if part is None:
+            part = make(indices)
+            write_part(path, part)
+        return part
+
+
+def join(parts: Sequence[Part]) -> Part:
+    """The parts as one, (num_images, ...)."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def read_part(path: Path) -> Part | None:
+    """A part from its file; None if it is not there or damaged."""
+    try:
+        with np.load(path) as part:
+            return {name: part[name] for name in part.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_part(path: Path, part: Part) -> None:
+    """Write a part in one go: it is there whole or not at all."""
+    temporary = path.with_suffix(".writing")
+    with temporary.open("wb") as file:
+        np.savez(file, **part)  # type: ignore[arg-type]
+    os.replace(temporary, path)
+
+
+def _read_key(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError):
+        return {}
+
+
+def _check_key(folder: Path, old: dict, new: dict) -> None:
+    different = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if different:
+        raise ValueError(f"{folder} holds parts made with other {', '.join(different)}; choose another --output")

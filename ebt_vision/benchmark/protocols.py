@@ -1,0 +1,131 @@
+"""The benchmark's protocols: which noise an image gets, what a method is told of it, and how its output is measured.
+
+paper   the VP process on [-1, 1] at a noise level; outputs clamped, not rounded (Gladstone et al. 2025, code).
+awgn    y = x + N(0, sigma / 255), drawn as the restoration papers do; outputs clamped and rounded to 8 bits.
+ood     corruptions that no model was trained on, of one fixed strength each; outputs clamped and rounded to 8 bits.
+
+`clipped` is a track of its own for awgn and ood: the noisy image is clipped and rounded to 8 bits, as a camera or a file would
+have it. Its rows never share a table with those of the float input that the papers use.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ebt_vision import corruption
+from ebt_vision.rng import Generators, sample_generators
+
+_VP_STREAM = 21
+_OOD_STREAM = 22
+
+PROTOCOLS = ("paper", "awgn", "ood")
+OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "speckle": 0.2, "jpeg": 10.0, "motion-blur": 9.0}
+"""Share of pixels, photons at white, standard deviation, JPEG quality, pixels of path (at 45 degrees)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """One noise that all models meet: a table of its own."""
+
+    protocol: Literal["paper", "awgn", "ood"]
+    kind: str
+    """"level", "sigma", or a key of OOD_STRENGTHS."""
+    strength: float
+    seed: int = 0
+    clipped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.protocol == "paper":
+            corruption.level_to_timestep(self.strength)  # raises ValueError out of range
+            if self.clipped:
+                raise ValueError("--clipped is a track of awgn and ood; the paper's noise is never clipped")
+        if self.protocol == "awgn" and not 0 < self.strength <= 255:
+            raise ValueError(f"sigma={self.strength:g} is out of range; use 0..255, the papers' are 15, 25 and 50")
+        if self.protocol == "ood" and self.kind not in OOD_STRENGTHS:
+            raise ValueError(f"corruption {self.kind!r} is unknown; use some of {', '.join(OOD_STRENGTHS)}")
+
+    @property
+    def title(self) -> str:
+        """What its table is called, without the seed."""
+        return f"{self.kind} {self.strength:g}" + (", 8-bit input" if self.clipped else "")
+
+    @property
+    def noise_hash(self) -> str:
+        """12 hex digits of everything that the noise depends on beside the images."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def timestep(self) -> int | None:
+        """The timestep of the VP process with this noise-to-signal ratio; None where that means nothing."""
+        if self.protocol == "paper":
+            return corruption.level_to_timestep(self.strength)
+        return corruption.sigma_to_timestep(self.strength) if self.protocol == "awgn" else None
+
+    @property
+    def sigma(self) -> float | None:
+        """AWGN standard deviation, 0..255 units, that a method at the image's own scale is told; None: it must estimate it."""
+        if self.protocol == "paper":
+            signal, noise = corruption.signal_and_noise_scale(self.strength)
+            return 255.0 * noise / signal / 2.0
+        return self.strength if self.protocol == "awgn" else None
+
+    def observe(self, clean: Tensor, indices: Sequence[int]) -> Tensor:
+        """The noisy images (B, 3, H, W), about [0, 1], of clean uint8 ones; the noise depends on the seed and the index."""
+        images = clean.float() / 255.0
+        if self.protocol == "paper":
+            generators = sample_generators(self.seed, indices, _VP_STREAM, corruption.level_to_timestep(self.strength))
+            noisy = corruption.add_vp_noise(corruption.to_model_range(images), self.strength, generators)
+            return corruption.to_image_range(noisy)
+        if self.protocol == "awgn":
+            noisy = corruption.add_restoration_noise(images, self.strength, self.seed)
+        else:
+            stream = sorted(OOD_STRENGTHS).index(self.kind)
+            noisy = _corrupted(images, self.kind, self.strength, sample_generators(self.seed, indices, _OOD_STREAM, stream))
+        return corruption.to_8_bit(noisy) / 255.0 if self.clipped else noisy
+
+    def measured(self, image: Tensor) -> Tensor:
+        """An output in [0, 1], clamped, as it is compared with the clean pixels: on 0..255, rounded but for the paper's."""
+        return 255.0 * image if self.protocol == "paper" else corruption.to_8_bit(image)
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        text = f"{self.protocol}-{self.kind}-{self.strength:g}-seed{self.seed}"
+        return text + ("-8bit" if self.clipped else "")
+
+
+def _corrupted(images: Tensor, kind: str, strength: float, generators: Generators) -> Tensor:
+    match kind:
+        case "salt-and-pepper":
+            return corruption.add_salt_and_pepper(images, strength, generators)
+        case "poisson":
+            return corruption.add_poisson_noise(images, strength, generators)
+        case "speckle":
+            return corruption.add_speckle(images, strength, generators)
+        case "jpeg":
+            return corruption.add_jpeg(images, round(strength))
+        case "motion-blur":
+            return corruption.add_motion_blur(images, round(strength))
+    raise AssertionError(kind)
+
+
+def same_shapes(images: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of `images` in groups of neighbours of one shape, so that each group can be a batch."""
+    groups: list[list[int]] = []
+    for position, image in enumerate(images):
+        if groups and images[groups[-1][-1]].shape == image.shape:
+            groups[-1].append(position)
+        else:
+            groups.append([position])
+    return groups
+
+
+def observed(condition: Condition, images: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(clean uint8, noisy float) batches (B, 3, H, W) of images of one shape."""
+    clean = torch.stack(list(images))
+    return clean, condition.observe(clean, indices)

@@ -1,0 +1,168 @@
+"""Which rows of the table a model gets, and how each one uses the model."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from ebt_vision import corruption
+from ebt_vision.benchmark.protocols import Condition
+from ebt_vision.denoiser import TRAINING_LEVEL, DenoiseOptions, Denoiser, IdentityDenoiser, for_photographs
+from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+
+Kind = Literal["ebt", "dit", "regressor", "identity", "classical"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowSettings:
+    """How much of each model is tried; the names are those of the program's options."""
+
+    steps: int = 10
+    tolerances: tuple[float, ...] = ()
+    candidates: int = 8
+    candidate_steps: tuple[int, ...] = ()
+    """Steps of the best-of-N rows; empty for 1 and `steps`."""
+    candidate_noise: float = 0.1
+    langevin: float = 0.0
+    passes: tuple[int, ...] = (1, 2, 5, 10, 25, 50, 100)
+    loops: int = 3
+
+    def __post_init__(self) -> None:
+        whole = {"steps": (self.steps,), "candidate-steps": self.candidate_steps, "passes": self.passes}
+        for name, values in whole.items():
+            if any(value < 1 for value in values):
+                raise ValueError(f"--{name} {min(values)} is out of range; use 1 or more")
+        for name, value in {"candidates": self.candidates, "loops": self.loops}.items():
+            if value < 0:
+                raise ValueError(f"--{name} {value} is out of range; use 0 (no such rows) or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One run of a model. A run of T steps gives a row of the table for each of `reported`."""
+
+    model: str
+    kind: Kind
+    method: str
+    num_steps: int
+    reported: tuple[int, ...]
+    """The steps whose images are measured."""
+    mode: Literal["x0", "ddim", "recursion"] | None = None
+    """DiT: how it samples."""
+    start_level: float | None = None
+    """DiT: the VP level that it is told, where that is not the noise's own."""
+    tolerance: float | None = None
+    num_candidates: int = 1
+    candidate_noise: float = 0.0
+    langevin: float = 0.0
+
+    @property
+    def needs_final_energy(self) -> bool:
+        """Whether the result depends on the energy of the last image too, which costs a pass of its own."""
+        return self.tolerance is not None or self.num_candidates > 1
+
+
+def kind_of(denoiser: Denoiser) -> Kind:
+    """What a denoiser is, for its rows; anything in one step without a network counts as classical."""
+    kinds: list[tuple[type[Denoiser], Kind]] = [
+        (EBTDenoiser, "ebt"),
+        (DiTDenoiser, "dit"),
+        (RegressorDenoiser, "regressor"),
+        (IdentityDenoiser, "identity"),
+    ]
+    return next((kind for cls, kind in kinds if isinstance(denoiser, cls)), "classical")
+
+
+def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
+    """The rows of a model called `name` under a condition."""
+    if kind == "ebt":
+        yield from _ebt_rows(name, settings)
+    elif kind == "dit":
+        yield from _dit_rows(name, condition, settings)
+    elif kind == "regressor":
+        yield Row(model=name, kind=kind, method="applied", num_steps=3, reported=(1, 2, 3))
+    elif kind == "identity":
+        yield Row(model=name, kind=kind, method="noisy input", num_steps=1, reported=(1,))
+    else:
+        told = "told sigma" if condition.sigma is not None else "sigma estimated"
+        yield Row(model=name, kind=kind, method=told, num_steps=1, reported=(1,))
+
+
+def sweep_rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
+    """The rows for the plot over noise levels: one run of each network, and the noisy input."""
+    wanted = ("thinking", "applied", "x0", "noisy input")
+    yield from (row for row in rows_of(name, kind, condition, settings) if row.method in wanted)
+
+
+def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
+    steps = settings.steps
+    plain = Row(model=name, kind="ebt", method="thinking", num_steps=steps, reported=tuple(range(1, steps + 1)))
+    yield plain
+    for tolerance in settings.tolerances:
+        yield replace(plain, method=f"thinking, tolerance {tolerance:g}", reported=(steps,), tolerance=tolerance)
+    if settings.candidates > 1:
+        for count in sorted(set(settings.candidate_steps or (1, steps))):
+            yield Row(
+                model=name,
+                kind="ebt",
+                method=f"best of {settings.candidates}",
+                num_steps=count,
+                reported=(count,),
+                num_candidates=settings.candidates,
+                candidate_noise=settings.candidate_noise,
+                langevin=settings.langevin,
+            )
+
+
+def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterator[Row]:
+    timestep = condition.timestep
+    yield Row(model=name, kind="dit", method="x0", mode="x0", num_steps=1, reported=(1,))
+    for passes in settings.passes:
+        if timestep is None or passes <= timestep + 1:  # there are no more timesteps than that
+            yield Row(model=name, kind="dit", method="ddim", mode="ddim", num_steps=passes, reported=(passes,))
+    if not settings.loops:
+        return
+    loops = Row(
+        model=name,
+        kind="dit",
+        method="recursion",
+        mode="recursion",
+        num_steps=settings.loops,
+        reported=tuple(range(1, settings.loops + 1)),
+    )
+    # The published code lets a loop start at the noise's own timestep, or at one that it is told: the last one it was trained
+    # on makes the paper's 100, 200 and 300 passes.
+    yield loops
+    if timestep != corruption.level_to_timestep(TRAINING_LEVEL):
+        yield replace(loops, method=f"recursion from level {TRAINING_LEVEL:g}", start_level=TRAINING_LEVEL)
+
+
+def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -> tuple[Denoiser, Tensor, DenoiseOptions]:
+    """The denoiser as the row uses it, the images at the scale that it expects, and what it is told.
+
+    Input of the paper's protocol goes to networks as it is; classical methods get it divided by its signal scale, with the
+    sigma that it then has. Under the other protocols a network trained on the VP process gets the image times that process'
+    signal scale (denoiser.for_photographs), and a DiT what its timestep asks for.
+    """
+    options = DenoiseOptions(
+        num_steps=row.num_steps,
+        tolerance=row.tolerance,
+        num_candidates=row.num_candidates,
+        candidate_noise_std=row.candidate_noise,
+        langevin_std=row.langevin,
+        seed=condition.seed,
+        keep_trajectory=row.reported != (row.num_steps,),
+        keep_candidates=row.num_candidates > 1,
+    )
+    if isinstance(denoiser, DiTDenoiser) and row.mode is not None:
+        denoiser = DiTDenoiser(denoiser.model, mode=row.mode, name=denoiser.name)
+    if condition.protocol != "paper":
+        level, sigma = row.start_level, condition.sigma
+        return for_photographs(denoiser), noisy, replace(options, noise_level=level, sigma=None if level else sigma)
+    if row.kind == "classical":
+        signal, _ = corruption.signal_and_noise_scale(condition.strength)
+        scaled = corruption.to_image_range(corruption.to_model_range(noisy) / signal)
+        return denoiser, scaled, replace(options, sigma=min(condition.sigma or math.inf, 255.0))
+    return denoiser, noisy, replace(options, noise_level=row.start_level or condition.strength)

@@ -1,0 +1,82 @@
+"""Does the energy know which prediction is good? Energies against true errors, among candidates and along thinking."""
+
+import numpy as np
+
+from ebt_vision.benchmark.measure import Measured, psnr_of
+from ebt_vision.benchmark.statistics import auroc, bootstrap_means, intervals, spearman
+
+
+def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> dict:
+    """How well the energy ranks the candidates of a best-of-N row, within an image and across images.
+
+    Gains are in dB of per-image PSNR over the mean candidate: of the one kept, and of the oracle that would keep the best.
+    `gain_over_first` is over the candidate whose start had no noise added, which is plain thinking where there is no Langevin
+    noise: worse starts alone raise the gain over the mean, never this one. Each
+    mean over images comes as {mean, low, high} with its 95 % interval; `images_ranked` is how many images have a rank
+    correlation at all (candidates that are all alike have none).
+    """
+    energy, error = measured.arrays["candidate_energy"], measured.arrays["candidate_mse"]  # (n, N)
+    psnr = psnr_of(error)
+    within = spearman(energy, error)
+    chosen, average = measured.psnr[:, 0], psnr.mean(1)
+    oracle = psnr.max(1)
+    means = {
+        "spearman_within": within,
+        "auroc_within": auroc(energy, error),
+        "gain_over_mean": chosen - average,
+        "gain_over_first": chosen - psnr[:, 0],
+        "oracle_gain_over_mean": oracle - average,
+        "spread_of_candidates": psnr.std(1),
+    }
+    figures = {name: _mean_with_interval(values, num_resamples, seed) for name, values in means.items()}
+    return _where(measured) | {
+        "method": measured.row.method,
+        "steps": measured.row.num_steps,
+        "images": len(energy),
+        "images_ranked": int(np.isfinite(within).sum()),
+        **figures,
+        "spearman_across": _number(spearman(energy.mean(1), error.mean(1))),
+        "auroc_across": _number(auroc(energy.mean(1), error.mean(1))),
+    }
+
+
+def verify_thinking(measured: Measured) -> list[dict]:
+    """For every step of plain thinking: does the energy rank images, and do energy and PSNR move together to the next step?
+
+    `energy_falls` is the share of images whose energy is lower after the next step; `psnr_falls` the share whose PSNR is;
+    `over_thinking` the share where both happen; `over_thinking_given_fall` that share among the images whose energy falls.
+    """
+    energy, error, psnr = measured.arrays["energy"], measured.arrays["mse"], measured.psnr  # (n, S)
+    rows = []
+    for i, step in enumerate(measured.row.reported):
+        row = _where(measured) | {
+            "step": step,
+            "spearman_across": _number(spearman(energy[:, i], error[:, i])),
+            "auroc_across": _number(auroc(energy[:, i], error[:, i])),
+        }
+        if i + 1 < len(measured.row.reported):
+            lower, worse = energy[:, i + 1] < energy[:, i], psnr[:, i + 1] < psnr[:, i]
+            row |= {
+                "energy_falls": float(lower.mean()),
+                "psnr_falls": float(worse.mean()),
+                "over_thinking": float((lower & worse).mean()),
+                "over_thinking_given_fall": float(worse[lower].mean()) if lower.any() else None,
+            }
+        rows.append(row)
+    return rows
+
+
+def _where(measured: Measured) -> dict:
+    return {"model": measured.row.model, "condition": measured.condition.title, "seed": measured.condition.seed}
+
+
+def _mean_with_interval(values: np.ndarray, num_resamples: int, seed: int) -> dict | None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = intervals(bootstrap_means(values[:, None], num_resamples=num_resamples, seed=seed))[:, 0]
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def _number(value: np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None
