@@ -6,6 +6,7 @@ epoch's order needs random access.
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -33,6 +34,8 @@ class Source(Protocol):
 
     labels: list[int] | None
     class_names: list[str] | None
+    fingerprint: str
+    """Changes when the files do: what a cache of something made from the images is keyed by."""
 
     def __len__(self) -> int: ...
 
@@ -72,6 +75,15 @@ def open_source(path: str, split: str | None, image_column: str, label_column: s
             f"give a folder of images, *.parquet, *.tar shards or {HUB_PREFIX}OWNER/NAME"
         )
     return FolderSource(root, images, has_labels=label_column is not None)
+
+
+def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over name, size and time of change of each file: cheap for a million of them, and moving `root` keeps it."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{os.path.relpath(file, root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -135,6 +147,7 @@ class FolderSource:
 
     def __init__(self, root: Path, files: Sequence[Path], has_labels: bool) -> None:
         self._root, self._files = root, list(files)
+        self.fingerprint = files_fingerprint(root, files)
         parts = [file.relative_to(root).parts for file in files]
         self.labels: list[int] | None = None
         self.class_names: list[str] | None = None
@@ -156,10 +169,12 @@ class FolderSource:
 class TableSource:
     """An image column of a `datasets.Dataset` that is not decoded."""
 
-    def __init__(self, where: str, table: datasets.Dataset, image_column: str, label_column: str | None) -> None:
+    def __init__(
+        self, where: str, table: datasets.Dataset, image_column: str, label_column: str | None, fingerprint: str
+    ) -> None:
         if image_column not in table.column_names:
             raise DataError(f"{where} has no column {image_column!r}; set image_column to one of {table.column_names}")
-        self._column = image_column
+        self._column, self.fingerprint = image_column, fingerprint
         self.labels, self.class_names = _read_labels(where, table, label_column)
         self._images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
@@ -204,7 +219,11 @@ def _open_table(
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise DataError(f"{where} cannot be loaded ({reason}); check the name, the split {split!r} and the files") from error
-    return TableSource(where, table, image_column, label_column)
+    if files is None:  # a set of the hub: its own record of what was downloaded
+        fingerprint = f"{where} {split} {table.info.version} {table.info.download_size} {len(table)}"
+    else:
+        fingerprint = files_fingerprint(Path(files[0]).parent, [Path(file) for file in files])
+    return TableSource(where, table, image_column, label_column, fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +242,7 @@ class TarSource:
 
     def __init__(self, shards: Sequence[Path], label_column: str | None) -> None:
         self._members: list[_Member] = []
+        self.fingerprint = files_fingerprint(shards[0].parent, shards)
         labels: list[int | None] = []
         for shard in shards:
             images: dict[str, _Member] = {}
