@@ -46,6 +46,7 @@ from ebt_vision.probing.selection import (
     SweepResult,
     Validated,
     all_features,
+    check_sizes,
     choose,
     make_training_features,
     sweep,
@@ -99,6 +100,7 @@ def run(settings: argparse.Namespace) -> None:
         seed=settings.seed,
         say=_say,
     )
+    check_sizes(protocol, candidates, heads, len(train.images))
     if settings.extract_only:
         make_training_features(protocol, sweep_set, all_features(candidates))
         _say(f"the training features are in {settings.cache}")

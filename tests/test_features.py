@@ -140,7 +140,11 @@ def test_timm_models_of_both_kinds(images: Tensor, tmp_path: Path):
     torch.testing.assert_close(only(net, big, feature("final")), expected)
     # The global stream is left alone, seeds differ, and weights come back from a file.
     state = torch.get_rng_state()
-    assert load_extractor("timm:test_resnet", seed=0).identity == net.identity != load_extractor("timm:test_resnet", seed=1).identity
+    assert (
+        load_extractor("timm:test_resnet", seed=0).identity
+        == net.identity
+        != load_extractor("timm:test_resnet", seed=1).identity
+    )
     assert torch.equal(torch.get_rng_state(), state)
     from safetensors.torch import save_file
 

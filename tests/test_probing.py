@@ -192,9 +192,9 @@ def test_heads_refuse_what_cannot_be():
             bad()
     with pytest.raises(ValueError, match="optimizer='adam' is unknown; use sgd or lars"):
         TorchHead(optimizer="adam")
-    huge = FeatureRows([[np.broadcast_to(np.float32(0), (10_000_000, 200))]], 10_000_000)
-    with pytest.raises(ValueError, match="too many for logistic regression; use --heads torch"):
-        LogisticHead([1.0]).sweep(ProbeSet(views=(huge,), labels=np.zeros(0), num_classes=2), np.arange(10_000_000), HELD)
+    LogisticHead([1.0]).check_size(1_000_000, 900)
+    with pytest.raises(ValueError, match="are 6.1 GB, too many for logistic regression; use --heads torch"):
+        LogisticHead([1.0]).check_size(1_000_000, 1536)
 
 
 # --- images

@@ -1,11 +1,13 @@
 """From images to cached features of one network: what is missing is made, shard by shard, all layers in one pass."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ebt_vision.data.lazy_images import LazyImages
 from ebt_vision.feature_cache import READABLE, FeatureCache, FeatureRows
@@ -24,10 +26,20 @@ class FeatureMaker:
         self._root, self._dtype, self._batch_size = root, dtype, batch_size
         self.identity = [extractor.identity, seed, dtype]
         """All that features depend on beside the images and what is asked for."""
+        self._shapes: dict[Feature, tuple[int, ...]] = {}
         self.num_made, self.seconds = 0, 0.0
         """Images that were read and fed to the network by this process, and how long that took."""
         self.bytes_used = 0
         """On disk, of all features that were asked for."""
+
+    def shapes(self, features: Sequence[Feature]) -> dict[Feature, tuple[int, ...]]:
+        """The shape of each feature of one image, found on a black one. ValueErrors as of `extract`."""
+        left = [feature for feature in features if feature not in self._shapes]
+        if left:
+            blank = torch.zeros(1, 3, self.extractor.img_size, self.extractor.img_size, dtype=torch.uint8)
+            found = extract(self.extractor, blank, [0], left)
+            self._shapes |= {feature: tuple(array.shape[1:]) for feature, array in found.items()}
+        return {feature: self._shapes[feature] for feature in features}
 
     def make(self, images: LazyImages, split: str, features: Sequence[Feature], view: int = 0) -> FeatureCache:
         """The cache with all of `features`; `split` is "train" or "val" and keeps their noise apart. ValueErrors as theirs."""
@@ -35,9 +47,8 @@ class FeatureMaker:
         cache = self._cache(images, split, view)
         for folder in cache.stale():
             self._say(f"stale cache: {folder} was made of other weights or files and is not used; delete it to free its space")
-        # A first image tells the shapes, and whether the network can do all that is asked, before the disk is touched.
-        blank = extract(self.extractor, images.read([0])[0], [0], features)
-        row_bytes = {feature.name: array.numel() * cache.dtype.itemsize for feature, array in blank.items()}
+        shapes = self.shapes(features)
+        row_bytes = {feature.name: math.prod(shape) * cache.dtype.itemsize for feature, shape in shapes.items()}
         cache.check_space(row_bytes)
         self.bytes_used += sum(row_bytes.values()) * len(images)
 

@@ -56,6 +56,10 @@ class Head(ABC):
         """Whether it works on features of this pool (see features.POOLS)."""
 
     @abstractmethod
+    def check_size(self, num_images: int, num_values: int) -> None:
+        """ValueError where it cannot be fitted on so many images of so many values each."""
+
+    @abstractmethod
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
         """A trial for each setting, fitted on the images `fit` and measured on `held_out`."""
 
@@ -77,6 +81,14 @@ class LogisticHead(Head):
 
     def accepts(self, pool: str) -> bool:
         return pool != "tokens"
+
+    def check_size(self, num_images: int, num_values: int) -> None:
+        size = num_images * num_values * 4
+        if size > MAX_LOGISTIC_BYTES:
+            raise ValueError(
+                f"{num_images} x {num_values} features are {size / 1e9:.1f} GB, too many for logistic regression; "
+                "use --heads torch, which reads them batch by batch, fewer layers or --limit-train"
+            )
 
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
         features, labels = data.views[0], data.labels
@@ -102,12 +114,6 @@ class _Scale:
     """Standardising: mean and deviation of the images that a head is fitted on."""
 
     def __init__(self, features: FeatureRows, fit: np.ndarray) -> None:
-        size = len(fit) * features.shape[1] * 4
-        if size > MAX_LOGISTIC_BYTES:
-            raise ValueError(
-                f"{len(fit)} x {features.shape[1]} features are {size / 1e9:.1f} GB, too many for logistic regression; "
-                "use --heads torch, which reads them batch by batch, or --limit-train"
-            )
         self.mean, self.std = mean_and_std(features, fit)
 
     def rows(self, features: FeatureRows, indices: np.ndarray) -> np.ndarray:
@@ -152,6 +158,9 @@ class KnnHead(Head):
 
     def accepts(self, pool: str) -> bool:
         return pool != "tokens"
+
+    def check_size(self, num_images: int, num_values: int) -> None:
+        pass  # it reads chunk by chunk
 
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
         trials = []

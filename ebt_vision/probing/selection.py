@@ -6,6 +6,7 @@ validation images.
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -110,6 +111,14 @@ def all_features(candidates: Sequence[Candidate]) -> list[Feature]:
 def make_training_features(protocol: Protocol, train: LabelledImages, features: Sequence[Feature]) -> list[FeatureCache]:
     """The caches of the centred squares and of each random view, complete."""
     return [protocol.maker.make(train.images, "train", features, view) for view in range(protocol.num_views + 1)]
+
+
+def check_sizes(protocol: Protocol, candidates: Sequence[Candidate], heads: Sequence[Head], num_images: int) -> None:
+    """ValueError, before anything is made, where a head could not be fitted on all training images with some candidate."""
+    shapes = protocol.maker.shapes(all_features(candidates))
+    for head, candidate in product(heads, candidates):
+        if head.accepts(candidate.stored_pool):
+            head.check_size(num_images, sum(math.prod(shapes[feature]) for feature in candidate.stored))
 
 
 def sweep(protocol: Protocol, train: LabelledImages, candidates: Sequence[Candidate], heads: Sequence[Head]) -> SweepResult:

@@ -63,6 +63,9 @@ class TorchHead(Head):
     def accepts(self, pool: str) -> bool:
         return True
 
+    def check_size(self, num_images: int, num_values: int) -> None:
+        pass  # it reads batch by batch
+
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
         begin = time.perf_counter()
         probe = self._train(data, fit, self._rates)
