@@ -33,7 +33,7 @@ import torch
 from ebt_vision.checkpoint import pick_device
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.lazy_images import LazyImages
-from ebt_vision.data.sources import DataError
+from ebt_vision.data.sources import HUB_PREFIX, DataError
 from ebt_vision.features import Condition, FeatureExtractor, check_feature, choose_layers, load_extractor
 from ebt_vision.probing.extraction import FeatureMaker
 from ebt_vision.probing.heads import Head, KnnHead, LogisticHead
@@ -208,9 +208,12 @@ def _open_sets(settings: argparse.Namespace, img_size: int) -> tuple[LabelledIma
         columns = {"image_column": settings.image_column, "label_column": settings.label_column}
         return LazyImages(DataConfig(path=path, split=split, img_size=img_size, limit=limit, **columns), seed=settings.seed)
 
+    is_file = not settings.data.startswith(HUB_PREFIX) and not Path(settings.data).expanduser().is_dir()
     if settings.val_data is not None:
         train = open_one(settings.data, settings.train_split, settings.limit_train)
         val = open_one(settings.val_data, settings.val_split, settings.limit_val)
+    elif is_file:
+        raise DataError(f"{settings.data} is no folder with splits; give one, hub:OWNER/NAME, or other files with --val-data")
     else:
         train = open_one(settings.data, settings.train_split or "train", settings.limit_train)
         val = _first_split(lambda name: open_one(settings.data, name, settings.limit_val), settings.val_split, settings.data)

@@ -59,7 +59,7 @@ def results(output: Path) -> dict:
 
 def test_an_ebt_with_all_that_it_has(photos: Path, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture):
     features = "--layers all,gradient --pool mean,max,attention --noise-levels 0 0.1 --thinking-steps 0 1 --dtype float32"
-    heads = "--heads knn logistic torch --cs 0.01 1 --learning-rates 0.1 1 --epochs 4 --probe-batch-size 16"
+    heads = "--heads knn logistic torch --cs 0.01 1 --learning-rates 1 --epochs 2 --probe-batch-size 16"
     options = f"{features} {heads}"
     assert probe(tiny_checkpoint, photos, tmp_path, options) == 0
     found = results(tmp_path)
@@ -211,7 +211,7 @@ def no_validation(data: Path) -> None:
         (None, "--val-split nope", "has neither a folder 'nope'"),
         (None, "--model EBT --img-size 64", "was trained at 32 px, img_size=64 is another size"),
         (None, "--model no-such", "neither a shipped checkpoint"),
-        (None, "--data no/such", "no images at no/such"),
+        (None, "--data no/such", "no/such is no folder with splits; give one, hub:OWNER/NAME, or other files with --val-data"),
         (None, "--layers block7", "pixels has no layer 'block7'"),
         (None, "--timesteps 3", "pixels takes no timestep"),
         (None, "--thinking-steps 2", "pixels does not think"),

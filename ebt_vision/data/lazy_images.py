@@ -40,7 +40,7 @@ class LazyImages:
         labels = self._source.labels
         self.labels = None if labels is None else [labels[entry] for entry in self.entries]
         self.class_names = self._source.class_names
-        self.fingerprint = self._source.fingerprint
+        self.fingerprint = self._source.fingerprint()
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ebt_vision.data.lazy_images import LazyImages
+from ebt_vision.data.sources import HUB_PREFIX
 from ebt_vision.feature_cache import READABLE, FeatureCache, FeatureRows
 from ebt_vision.features import Feature, FeatureExtractor, extract
 
@@ -26,6 +27,7 @@ class FeatureMaker:
         self._root, self._dtype, self._batch_size = root, dtype, batch_size
         self.identity = [extractor.identity, seed, dtype]
         """All that features depend on beside the images and what is asked for."""
+        self._told: set[Path] = set()
         self._shapes: dict[Feature, tuple[int, ...]] = {}
         self.num_made, self.seconds = 0, 0.0
         """Images that were read and fed to the network by this process, and how long that took."""
@@ -45,7 +47,8 @@ class FeatureMaker:
         """The cache with all of `features`; `split` is "train" or "val" and keeps their noise apart. ValueErrors as theirs."""
         by_name = {feature.name: feature for feature in features}
         cache = self._cache(images, split, view)
-        for folder in cache.stale():
+        for folder in set(cache.stale()) - self._told:
+            self._told.add(folder)
             self._say(f"stale cache: {folder} was made of other weights or files and is not used; delete it to free its space")
         shapes = self.shapes(features)
         row_bytes = {feature.name: math.prod(shape) * cache.dtype.itemsize for feature, shape in shapes.items()}
@@ -64,7 +67,7 @@ class FeatureMaker:
 
     def _cache(self, images: LazyImages, split: str, view: int) -> FeatureCache:
         config = images.config
-        place = config.path if config.path.startswith("hub:") else os.path.abspath(os.path.expanduser(config.path))
+        place = config.path if config.path.startswith(HUB_PREFIX) else os.path.abspath(os.path.expanduser(config.path))
         settings = {
             "model": self.extractor.name,
             "data": place,

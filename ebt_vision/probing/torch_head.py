@@ -22,7 +22,7 @@ from ebt_vision.rng import make_generator
 
 LEARNING_RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-    "lars": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "lars": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
 }
 """For a batch of 256; scaled by batch_size / 256."""
 NUM_QUERIES = 8
@@ -86,7 +86,11 @@ class TorchHead(Head):
         scale = self._batch_size / 256.0
         groups = [{"params": [*head.parameters()], "lr": lr * scale} for head, lr in zip(probe.heads, rates, strict=True)]
         optimizer: torch.optim.Optimizer
-        if self._optimizer == "lars":  # without weight decay it would adapt nothing unless told to
+        if self._optimizer == "lars":
+            # A bias of norm 0 has no step that is relative to it. Of centred features it tells the classes' shares alone.
+            for head in probe.heads:
+                head.bias.requires_grad_(False)
+            # Without weight decay it would adapt nothing unless told to.
             optimizer = Lars(groups, momentum=0.9, always_adapt=True)
         else:
             optimizer = torch.optim.SGD(groups, momentum=0.9)
