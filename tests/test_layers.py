@@ -20,6 +20,7 @@ LEVELS = {
     "checkpoint.py": 3,
     "objectives.py": 3,
     "features.py": 3,
+    "feature_cache.py": 3,
     "denoiser.py": 3,
     "model_denoisers.py": 3,
     "tiling.py": 3,
@@ -28,6 +29,7 @@ LEVELS = {
     "data/": 3,
     "training/": 4,
     "benchmark/": 4,
+    "probing/": 4,
     "config.py": 4,
     "cli.py": TOP,
 }

@@ -6,12 +6,13 @@ epoch's order needs random access.
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,9 @@ class Source(Protocol):
     class_names: list[str] | None
 
     def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Changes when the files do: what a cache of something made from the images is keyed by."""
 
     def name(self, index: int) -> str:
         """What a person would call image `index`."""
@@ -72,6 +76,19 @@ def open_source(path: str, split: str | None, image_column: str, label_column: s
             f"give a folder of images, *.parquet, *.tar shards or {HUB_PREFIX}OWNER/NAME"
         )
     return FolderSource(root, images, has_labels=label_column is not None)
+
+
+def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over name, size and time of change of each file: cheap for a million of them, and moving `root` keeps it."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            status = file.stat()
+            state = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:  # a link to nowhere: an image that cannot be read
+            state = "missing"
+        digest.update(f"{os.path.relpath(file, root)}\0{state}\n".encode())
+    return digest.hexdigest()
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -146,6 +163,9 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    def fingerprint(self) -> str:
+        return files_fingerprint(self._root, self._files)
+
     def name(self, index: int) -> str:
         return str(self._files[index].relative_to(self._root))
 
@@ -156,15 +176,25 @@ class FolderSource:
 class TableSource:
     """An image column of a `datasets.Dataset` that is not decoded."""
 
-    def __init__(self, where: str, table: datasets.Dataset, image_column: str, label_column: str | None) -> None:
+    def __init__(
+        self,
+        where: str,
+        table: datasets.Dataset,
+        image_column: str,
+        label_column: str | None,
+        fingerprint: Callable[[], str],
+    ) -> None:
         if image_column not in table.column_names:
             raise DataError(f"{where} has no column {image_column!r}; set image_column to one of {table.column_names}")
-        self._column = image_column
+        self._column, self._fingerprint = image_column, fingerprint
         self.labels, self.class_names = _read_labels(where, table, label_column)
         self._images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint()
 
     def name(self, index: int) -> str:
         stored = (self._images[index][self._column] or {}).get("path")
@@ -204,7 +234,13 @@ def _open_table(
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise DataError(f"{where} cannot be loaded ({reason}); check the name, the split {split!r} and the files") from error
-    return TableSource(where, table, image_column, label_column)
+
+    def fingerprint() -> str:
+        if files is None:  # a set of the hub: its own record of what was downloaded
+            return f"{where} {split} {table.info.version} {table.info.download_size} {len(table)}"
+        return files_fingerprint(Path(files[0]).parent, [Path(file) for file in files])
+
+    return TableSource(where, table, image_column, label_column, fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +259,7 @@ class TarSource:
 
     def __init__(self, shards: Sequence[Path], label_column: str | None) -> None:
         self._members: list[_Member] = []
+        self._shards = list(shards)
         labels: list[int | None] = []
         for shard in shards:
             images: dict[str, _Member] = {}
@@ -256,6 +293,9 @@ class TarSource:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def fingerprint(self) -> str:
+        return files_fingerprint(self._shards[0].parent, self._shards)
 
     def name(self, index: int) -> str:
         return f"{self._members[index].shard.name}:{self._members[index].key}"

@@ -1,0 +1,395 @@
+"""Token features of every network for probes: which layer, fed how, pooled how.
+
+An extractor gives the tokens of any of its layers for images (B, 3, H, W) in [-1, 1]; `extract` feeds it under every condition
+that is asked for (noise level, timestep, thinking steps) and pools, all layers in one pass. The layers:
+
+    block0 .. blockN    the tokens after a block, before any norm (the last one is the final tokens before the norm)
+    final               the final tokens after the norm
+    gradient            EBT: the energy's gradient with respect to the candidate, one token a patch
+    sideS               pixels: the image averaged down to S x S, one token
+"""
+
+import contextlib
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebt_vision import corruption
+from ebt_vision.checkpoint import load_pretrained, model_class, resolve
+from ebt_vision.models.patch_ebt import PatchEBT
+from ebt_vision.models.patch_trunk import PatchTrunk, patchify
+from ebt_vision.models.pretrained_model import CONFIG_NAME, read_config
+from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.rng import sample_generators
+from ebt_vision.thinking import ThinkingConfig, think
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from ebt_vision.models.dit import DiT
+
+POOLS = ("mean", "max", "tokens")
+"""tokens keeps them all, for a head that pools by itself."""
+PIXEL_SIDES = (4, 8, 16, 32)
+TIMM_PREFIX, RANDOM_PREFIX, PIXELS = "timm:", "random:", "pixels"
+
+_NOISE_STREAM = 0x70726F62
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """How a network is fed."""
+
+    noise_level: float = 0.0
+    """VP noise level of the input in [0, 1]: it is scaled by the signal scale, and noise is added; 0 is the clean image."""
+    timestep: int | None = None
+    """DiT: the timestep in 0..999 that it is told."""
+    thinking_steps: int = 0
+    """EBT: the tokens are those of the candidate after so many steps from the input."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.noise_level <= 1.0:
+            raise ValueError(f"noise level {self.noise_level:g} is not in [0, 1]; use 0 for clean images, 0.1 as in training")
+        if self.timestep is not None and not 0 <= self.timestep < corruption.NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"timestep {self.timestep} is not in 0..{corruption.NUM_TRAIN_TIMESTEPS - 1}")
+        if self.thinking_steps < 0:
+            raise ValueError(f"thinking steps {self.thinking_steps} must be 0 (none) or more")
+
+    @property
+    def name(self) -> str:
+        """For files and tables: noise0.1, noise0-t50, noise0-think2."""
+        timestep = "" if self.timestep is None else f"-t{self.timestep}"
+        return f"noise{self.noise_level:g}{timestep}" + (f"-think{self.thinking_steps}" if self.thinking_steps else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feature:
+    """One array of features: (D,) an image, or (N, D) with the pool "tokens"."""
+
+    condition: Condition
+    layer: str
+    pool: str
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r} is unknown; use one of {', '.join(POOLS)}")
+
+    @property
+    def name(self) -> str:
+        """For files: unique among the features of a model."""
+        return f"{self.condition.name}.{self.layer}.{self.pool}"
+
+
+class FeatureExtractor(ABC):
+    """Tokens of the layers of one frozen network. An image's tokens do not depend on what else is in its batch."""
+
+    takes_timestep = False
+    takes_thinking = False
+
+    def __init__(self, name: str, img_size: int, num_blocks: int, extra_layers: tuple[str, ...], identity: str) -> None:
+        self.name, self.img_size, self.identity = name, img_size, identity
+        """identity: a hash of architecture and weights, whatever the name."""
+        self.blocks = tuple(f"block{i}" for i in range(num_blocks))
+        self.extra_layers = extra_layers
+        self.device = torch.device("cpu")
+        self.num_parameters = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every layer there is."""
+        return self.blocks + self.extra_layers
+
+    @property
+    def usual_layers(self) -> tuple[str, ...]:
+        """What "all" stands for: those of one forward pass."""
+        return (*self.blocks, "final")
+
+    def candidates(self, observation: Tensor, num_steps: Iterable[int]) -> dict[int, Tensor]:
+        """The candidate (B, 3, H, W) after each of `num_steps` thinking steps; only an EBT thinks."""
+        return dict.fromkeys(num_steps, observation)
+
+    @abstractmethod
+    def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens (B, N, D) of each of `layers`; `observation` is the input that thinking began with."""
+
+
+class TrunkExtractor(FeatureExtractor):
+    """PatchEBT and the regressor: the blocks of their trunk; the EBT's thinking and gradient."""
+
+    def __init__(self, model: PatchEBT | PatchRegressor, name: str, identity: str) -> None:
+        self.takes_thinking = isinstance(model, PatchEBT)
+        extra = ("final", "gradient") if self.takes_thinking else ("final",)
+        super().__init__(name, model.config.img_size, model.config.depth, extra, identity)
+        self.model = model.requires_grad_(False).eval()
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.device = next(model.parameters()).device
+
+    def candidates(self, observation: Tensor, num_steps: Iterable[int]) -> dict[int, Tensor]:
+        steps = sorted(set(num_steps))
+        found = {0: observation}
+        if steps[-1] > 0:
+            assert isinstance(self.model, PatchEBT)
+            config = ThinkingConfig(num_steps=steps[-1])
+            context = self.model.context_of(observation)
+            step_size = self.model.step_size.detach()
+            result = think(self.model, observation, config, context=context, step_size=step_size, evaluate_final=False)
+            found |= {step: result.predictions[step - 1] for step in steps if step}
+        return found
+
+    def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
+        context = self.model.context_of(observation) if isinstance(self.model, PatchEBT) else ()
+        trunk: PatchTrunk = self.model.trunk
+        inner = [layer for layer in layers if layer != "gradient"]
+        found = _by_layer(
+            inner, lambda wanted: trunk.forward_intermediates(candidate, *context, indices=wanted), len(self.blocks)
+        )
+        if "final" in layers:
+            found["final"] = trunk.norm(found["final"])
+        if "gradient" in layers:
+            found["gradient"] = patchify(self._gradient(candidate, context), self.model.config.patch_size)
+        return found
+
+    def _gradient(self, candidate: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        with torch.enable_grad():
+            candidate = candidate.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.model(candidate, *context).sum(), candidate)
+        return gradient
+
+
+class DiTExtractor(FeatureExtractor):
+    """DiT: its blocks at a timestep; `final` is layer-normed without modulation."""
+
+    takes_timestep = True
+
+    def __init__(self, model: "DiT", name: str, identity: str) -> None:
+        super().__init__(name, model.config.img_size, model.config.depth, ("final",), identity)
+        self.model = model.requires_grad_(False).eval()
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.device = next(model.parameters()).device
+
+    def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
+        assert timestep is not None, "a DiT is always told a timestep"
+        t = torch.full((len(candidate),), timestep, dtype=torch.int64, device=candidate.device)
+        found = _by_layer(
+            layers, lambda wanted: self.model.forward_intermediates(candidate, t, indices=wanted), len(self.blocks)
+        )
+        if "final" in layers:
+            found["final"] = self.model.transformer.norm_out(found["final"])
+        return found
+
+
+class TimmExtractor(FeatureExtractor):
+    """Any timm model that has forward_features; its blocks, where it has forward_intermediates. Prefix tokens are left out."""
+
+    def __init__(self, model: Any, name: str, img_size: int, identity: str) -> None:
+        from timm.data import resolve_data_config
+
+        self.model = model.requires_grad_(False).eval()
+        device = next(model.parameters()).device
+        count = 0
+        if hasattr(model, "forward_intermediates"):
+            with torch.no_grad():
+                probe = torch.zeros(1, 3, img_size, img_size, device=device)
+                count = len(self.model.forward_intermediates(probe, output_fmt="NCHW", intermediates_only=True))
+        super().__init__(name, img_size, count, ("final",), identity)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.device = device
+        config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}))
+        self._mean, self._std = (torch.tensor(config[key], device=device).reshape(1, 3, 1, 1) for key in ("mean", "std"))
+
+    def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
+        x = (corruption.to_image_range(candidate) - self._mean) / self._std
+        wanted = sorted({int(layer.removeprefix("block")) for layer in layers if layer != "final"})
+        found: dict[str, Tensor] = {}
+        if wanted:
+            final, outputs = self.model.forward_intermediates(x, indices=wanted, output_fmt="NCHW")
+            found = {f"block{i}": output.flatten(2).transpose(1, 2) for i, output in zip(wanted, outputs, strict=True)}
+        else:
+            final = self.model.forward_features(x)
+        if "final" in layers:
+            found["final"] = self._to_tokens(final)
+        return found
+
+    def _to_tokens(self, final: Tensor) -> Tensor:
+        if final.ndim == 4:  # a map
+            channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            return final.flatten(1, 2) if channels_last else final.flatten(2).transpose(1, 2)
+        return final[:, getattr(self.model, "num_prefix_tokens", 0) :] if final.ndim == 3 else final[:, None]
+
+
+class PixelExtractor(FeatureExtractor):
+    """No network: the image itself, averaged down; the floor under every other row."""
+
+    def __init__(self, img_size: int) -> None:
+        sides = sorted({side for side in PIXEL_SIDES if side < img_size} | {img_size})
+        super().__init__(PIXELS, img_size, 0, tuple(f"side{side}" for side in sides), PIXELS)
+
+    @property
+    def usual_layers(self) -> tuple[str, ...]:
+        return tuple(layer for layer in self.layers if int(layer.removeprefix("side")) <= PIXEL_SIDES[-1])
+
+    def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
+        sides = {layer: int(layer.removeprefix("side")) for layer in layers}
+        return {layer: F.adaptive_avg_pool2d(candidate, side).flatten(1)[:, None] for layer, side in sides.items()}
+
+
+def _by_layer(layers: Sequence[str], run: Callable[[list[int]], list[Tensor]], num_blocks: int) -> dict[str, Tensor]:
+    """The tokens of "blockI" and of "final", which is the last block's here, from one run over the blocks."""
+    index = {layer: num_blocks - 1 if layer == "final" else int(layer.removeprefix("block")) for layer in layers}
+    wanted = sorted(set(index.values()))
+    tokens = dict(zip(wanted, run(wanted), strict=True)) if wanted else {}
+    return {layer: tokens[i] for layer, i in index.items()}
+
+
+def choose_layers(extractor: FeatureExtractor, words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """From the words of a command line to layers, several to lie side by side: {"last2": ("block2", "block3")}.
+
+    A word is "all" (the blocks and the final tokens), a layer's name, a block's number (negative from the end), or lastK: the
+    last K blocks. ValueError for another one.
+    """
+    chosen: dict[str, tuple[str, ...]] = {}
+    blocks = extractor.blocks
+    for word in words:
+        if word == "all":
+            chosen |= {layer: (layer,) for layer in extractor.usual_layers}
+        elif word in extractor.layers:
+            chosen[word] = (word,)
+        elif re.fullmatch(r"-?\d+", word) and -len(blocks) <= int(word) < len(blocks):
+            chosen[blocks[int(word)]] = (blocks[int(word)],)
+        elif (last := re.fullmatch(r"last(\d+)", word)) and 1 <= int(last[1]) <= len(blocks):
+            chosen[word] = blocks[-int(last[1]) :]
+        else:
+            ways = f"all, 0..{len(blocks) - 1}, last1..last{len(blocks)}, " if blocks else "all, "
+            raise ValueError(f"{extractor.name} has no layer {word!r}; use {ways}{', '.join(extractor.extra_layers)}")
+    return chosen
+
+
+def extract(
+    extractor: FeatureExtractor, images: Tensor, indices: Sequence[int], features: Sequence[Feature], *, seed: int = 0
+) -> dict[Feature, Tensor]:
+    """Every one of `features`, float32 (B, D) or (B, N, D) on the CPU, of images uint8 (B, 3, H, W), in one pass.
+
+    The noise of an image comes from (seed, timestep of the level, its index), so that all models see the same. Raises
+    ValueError for a layer or a condition that the network does not have, ThinkingError where thinking diverges.
+    """
+    for feature in features:
+        check_feature(extractor, feature)
+    clean = corruption.to_model_range(images.float() / 255.0)
+    found: dict[Feature, Tensor] = {}
+    with torch.no_grad():
+        for level in sorted({feature.condition.noise_level for feature in features}):
+            here = [feature for feature in features if feature.condition.noise_level == level]
+            observation = _at_level(clean, level, indices, seed).to(extractor.device)
+            candidates = extractor.candidates(observation, {feature.condition.thinking_steps for feature in here})
+            for condition in dict.fromkeys(feature.condition for feature in here):
+                asked = [feature for feature in here if feature.condition == condition]
+                candidate = candidates[condition.thinking_steps]
+                layers = list(dict.fromkeys(feature.layer for feature in asked))
+                tokens = extractor.tokens(candidate, observation, condition.timestep, layers)
+                found |= {feature: pool_tokens(tokens[feature.layer], feature.pool).float().cpu() for feature in asked}
+    return found
+
+
+def check_feature(extractor: FeatureExtractor, feature: Feature) -> None:
+    """ValueError where the network has no such layer or cannot be fed so."""
+    condition = feature.condition
+    if feature.layer not in extractor.layers:
+        raise ValueError(f"{extractor.name} has no layer {feature.layer!r}; it has {', '.join(extractor.layers)}")
+    if condition.thinking_steps and not extractor.takes_thinking:
+        raise ValueError(f"{extractor.name} does not think: thinking steps are for a PatchEBT; leave them out")
+    if (condition.timestep is None) == extractor.takes_timestep:
+        needs = (
+            "needs a timestep; give one, 0 as in the paper" if extractor.takes_timestep else "takes no timestep; leave it out"
+        )
+        raise ValueError(f"{extractor.name} {needs}")
+
+
+def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
+    """(B, N, D) -> (B, D) by mean or max over the tokens; "tokens" leaves them."""
+    if pool == "tokens":
+        return tokens
+    return tokens.mean(1) if pool == "mean" else tokens.amax(1)
+
+
+def _at_level(clean: Tensor, level: float, indices: Sequence[int], seed: int) -> Tensor:
+    if level == 0.0:
+        return clean
+    timestep = corruption.level_to_timestep(level)
+    return corruption.add_vp_noise(clean, level, sample_generators(seed, indices, _NOISE_STREAM, timestep))
+
+
+def load_extractor(
+    name: str, *, img_size: int | None = None, device: str = "cpu", seed: int = 0, timm_weights: str | None = None
+) -> FeatureExtractor:
+    """The extractor of a shipped name, a folder, "hub:OWNER/NAME", "timm:NAME", "random:NAME" or "pixels".
+
+    `random:NAME` has the architecture of NAME and fresh weights of `seed`. A timm model has such weights too, unless
+    `timm_weights` is a file (safetensors, or a state dict of torch.save) or "pretrained", which downloads. `img_size` is for
+    timm and pixels, 64 if None; a checkpoint has its own. Raises ValueError where a name, a file or a size does not fit.
+    """
+    if timm_weights is not None and not name.startswith(TIMM_PREFIX):
+        raise ValueError(f"timm weights go with a timm:NAME model, not with {name}; leave them out")
+    if name == PIXELS:
+        return PixelExtractor(img_size or 64)
+    if name.startswith(TIMM_PREFIX):
+        return _load_timm(name, img_size or 64, device, seed, timm_weights)
+    if name.startswith(RANDOM_PREFIX):
+        stored = read_config(resolve(name.removeprefix(RANDOM_PREFIX)) / CONFIG_NAME)
+        cls = model_class(stored["model_type"])
+        with _seeded(seed):
+            model = cls(cls.config_class(**stored["config"])).to(device)
+    else:
+        model = load_pretrained(name, device=device)
+    own = model.config.img_size
+    if img_size not in (None, own):
+        raise ValueError(
+            f"{name} was trained at {own} px, img_size={img_size} is another size; leave img_size out to use {own}"
+        )
+    identity = weights_hash(model, repr(model.config))
+    if isinstance(model, PatchEBT | PatchRegressor):
+        return TrunkExtractor(model, name, identity)
+    if model.model_type == "dit":
+        return DiTExtractor(cast("DiT", model), name, identity)
+    raise ValueError(f"a {model.model_type!r} model has no image features; use patch_ebt, patch_regressor or dit")
+
+
+def _load_timm(name: str, img_size: int, device: str, seed: int, weights: str | None) -> FeatureExtractor:
+    import timm
+
+    options: dict = {"num_classes": 0}
+    if weights is not None:
+        options |= {"pretrained": True}
+        options |= {} if weights == "pretrained" else {"pretrained_cfg_overlay": {"file": weights}}
+    bare = name.removeprefix(TIMM_PREFIX)
+    try:
+        with _seeded(seed):
+            try:
+                model = timm.create_model(bare, img_size=img_size, **options)
+            except TypeError:  # a convolutional network, which takes any size
+                model = timm.create_model(bare, **options)
+        return TimmExtractor(model.to(device), name, img_size, weights_hash(model, bare))
+    except Exception as error:  # timm's own errors are of every kind, from KeyError to those of the hub
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} cannot be made at {img_size} px ({reason}); check its name, weights and size") from error
+
+
+def weights_hash(model: nn.Module, architecture: str) -> str:
+    """SHA-256 over an architecture's description and every tensor of the model, 64 hex digits."""
+    digest = hashlib.sha256(f"{type(model).__name__} {architecture}".encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within, the global stream that initialisers draw from is that of `seed`; afterwards it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

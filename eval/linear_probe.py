@@ -1,0 +1,411 @@
+"""Linear probes: how well classes can be read from a frozen network's features.
+
+    python eval/linear_probe.py --model tiny_imagenet_ebt --data ../shared/data/tiny-imagenet-200 --output results/probe-ebt
+    python eval/linear_probe.py --model tiny_imagenet_dit --timesteps 0 25 50 99 --noise-levels 0 matched --data ...
+
+Every layer, pooling, noise level, timestep and number of thinking steps that is asked for is tried on held-out images of the
+*training* set, by every head with every setting of it. The best of each head is fitted anew on the whole training set and only
+then are features of the validation set made, and measured once. --sweep-limit bounds the images that choices are made on.
+
+What was done is kept, features in --cache and trials in --output: the same command goes on where it was interrupted. Other
+processes with the same command and --extract-only help to make the training features. See ebt_vision/feature_cache.py for the
+disk and memory that large sets take.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from ebt_vision.checkpoint import pick_device
+from ebt_vision.data.images import DataConfig
+from ebt_vision.data.lazy_images import LazyImages
+from ebt_vision.data.sources import HUB_PREFIX, DataError
+from ebt_vision.features import Condition, FeatureExtractor, check_feature, choose_layers, load_extractor
+from ebt_vision.probing.extraction import FeatureMaker
+from ebt_vision.probing.heads import Head, KnnHead, LogisticHead
+from ebt_vision.probing.labels import agree
+from ebt_vision.probing.report import draw_sweep, report, write_classes
+from ebt_vision.probing.selection import (
+    Candidate,
+    LabelledImages,
+    Protocol,
+    SweepResult,
+    Validated,
+    all_features,
+    check_sizes,
+    choose,
+    make_training_features,
+    sweep,
+    validate,
+    write_whole,
+)
+from ebt_vision.probing.torch_head import LEARNING_RATES, TorchHead
+from ebt_vision.thinking import ThinkingError
+
+VAL_SPLITS = ("validation", "val", "valid", "test")
+MATCHED = "matched"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    settings = _parse(arguments)
+    try:
+        run(settings)
+    except (ValueError, OSError, ThinkingError) as error:
+        print(f"linear_probe: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = f"features in {settings.cache} and trials in {settings.output} are kept"
+        print(f"linear_probe: interrupted; {kept}, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(settings: argparse.Namespace) -> None:
+    """Choose on the training set, measure on the validation set, write the results into settings.output."""
+    begin = time.perf_counter()
+    extractor = load_extractor(
+        settings.model,
+        img_size=settings.img_size,
+        device=pick_device(settings.device),
+        seed=settings.seed,
+        timm_weights=settings.timm_weights,
+    )
+    candidates, heads = _candidates(extractor, settings), _heads(settings)
+    train, val = _open_sets(settings, extractor.img_size)
+    sweep_set = _sweep_set(train, settings.sweep_limit)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    maker = FeatureMaker(
+        extractor, settings.cache, dtype=settings.dtype, batch_size=settings.batch_size, seed=settings.seed, say=_say
+    )
+    protocol = Protocol(
+        maker=maker,
+        trials_folder=settings.output / "trials",
+        held_out=settings.held_out,
+        num_views=settings.views,
+        seed=settings.seed,
+        say=_say,
+    )
+    check_sizes(protocol, candidates, heads, len(train.images))
+    if settings.extract_only:
+        make_training_features(protocol, sweep_set, all_features(candidates))
+        _say(f"the training features are in {settings.cache}")
+        return
+    swept = sweep(protocol, sweep_set, candidates, heads)
+    sweep_seconds = time.perf_counter() - begin
+    whole = None if sweep_set is train else train
+    choices = [choose(protocol, swept, candidates, head, whole) for head in heads]
+    found = [validate(protocol, train, choice, val) for choice in choices]
+    timings = _timings(maker, sweep_seconds, time.perf_counter() - begin)
+    _write_results(settings, _about(settings, extractor, train, val) | {"timings": timings}, swept, found)
+
+
+def _write_results(settings: argparse.Namespace, about: dict, swept: SweepResult, found: list[Validated]) -> None:
+    rows = [_row(validated) for validated in found]
+    for validated in found:
+        write_classes(settings.output, validated.choice.head.name, validated.measured, validated.labels, about["class_names"])
+    notes = [f"{swept.num_unreadable} training images of the sweep cannot be read and are left out."]
+    about |= {
+        "num_sweep": swept.num_images,
+        "num_held_out": swept.num_held_out,
+        "num_validation_choices": _num_choices(rows, settings),
+        "notes": notes if swept.num_unreadable else [],
+    }
+    names = draw_sweep(settings.output, swept.entries)
+    results = {"about": about, "validation": rows, "sweep": [asdict(entry) for entry in swept.entries]}
+    write_whole(settings.output / "results.json", json.dumps(results, indent=1) + "\n")
+    text = report(about, swept.entries, rows) + "\n" + "\n".join(f"![]({name})" for name in names) + "\n"
+    write_whole(settings.output / "report.md", text)
+    print(text)
+
+
+def _row(validated: Validated) -> dict:
+    choice, measured = validated.choice, validated.measured
+    return {
+        "head": choice.head.name,
+        "settings": choice.head.settings,
+        "condition": choice.candidate.condition.name,
+        "layer": choice.candidate.layer,
+        "pool": choice.candidate.pool,
+        "dimensions": list(validated.dimensions),
+        "hyper": choice.trial.hyper,
+        "held_out_top1": choice.trial.top1,
+        "top1": measured.top1,
+        "top1_interval": list(measured.top1_interval),
+        "top5": measured.top5,
+        "top5_interval": list(measured.top5_interval),
+        "num_images": measured.num_images,
+        "num_unreadable": validated.num_unreadable,
+        "seconds": validated.seconds,
+    }
+
+
+def _candidates(extractor: FeatureExtractor, settings: argparse.Namespace) -> list[Candidate]:
+    """All that is to be tried; ValueError where the network cannot do it."""
+    timesteps = settings.timesteps or ([0] if extractor.takes_timestep else [None])
+    conditions = []
+    for timestep, level, steps in product(timesteps, settings.noise_levels, settings.thinking_steps):
+        if level == MATCHED:
+            if timestep is None:
+                raise ValueError(f"--noise-levels {MATCHED} is the noise of a timestep, and {extractor.name} takes none")
+            level = (timestep + 1) / 1000
+        conditions.append(Condition(noise_level=float(level), timestep=timestep, thinking_steps=steps))
+    layers = choose_layers(extractor, settings.layers)
+    candidates = [
+        Candidate(condition=condition, layer=layer, layers=stored, pool=pool)
+        for condition, (layer, stored), pool in product(dict.fromkeys(conditions), layers.items(), settings.pool)
+    ]
+    for feature in all_features(candidates):
+        check_feature(extractor, feature)
+    return candidates
+
+
+def _heads(settings: argparse.Namespace) -> list[Head]:
+    """ValueError for a head that is unknown, or that no pooling asked for suits."""
+    heads: list[Head] = []
+    for name in dict.fromkeys(settings.heads):
+        if name == "logistic":
+            heads.append(LogisticHead(settings.cs))
+        elif name == "knn":
+            heads.append(KnnHead(device=pick_device(settings.device)))
+        elif name == "torch":
+            head = TorchHead(
+                optimizer=settings.optimizer,
+                learning_rates=settings.learning_rates,
+                epochs=settings.epochs,
+                batch_size=settings.probe_batch_size,
+                seed=settings.seed,
+                device=pick_device(settings.device),
+            )
+            heads.append(head)
+        else:
+            raise ValueError(f"head {name!r} is unknown; use logistic, knn or torch")
+        if not any(heads[-1].accepts("tokens" if pool == "attention" else pool) for pool in settings.pool):
+            raise ValueError(f"the {name} head cannot train attention pooling; use --heads torch, or --pool mean")
+    if settings.views and "torch" not in settings.heads:
+        raise ValueError(f"--views {settings.views}: only the torch head trains on random crops; add --heads torch")
+    return heads
+
+
+def _open_sets(settings: argparse.Namespace, img_size: int) -> tuple[LabelledImages, LabelledImages]:
+    """(training set, validation set), without reading an image. DataErrors as of the sources and of their labels."""
+
+    def open_one(path: str, split: str | None, limit: int | None) -> LazyImages:
+        columns = {"image_column": settings.image_column, "label_column": settings.label_column}
+        return LazyImages(DataConfig(path=path, split=split, img_size=img_size, limit=limit, **columns), seed=settings.seed)
+
+    is_file = not settings.data.startswith(HUB_PREFIX) and not Path(settings.data).expanduser().is_dir()
+    if settings.val_data is not None:
+        train = open_one(settings.data, settings.train_split, settings.limit_train)
+        val = open_one(settings.val_data, settings.val_split, settings.limit_val)
+    elif is_file:
+        raise DataError(f"{settings.data} is no folder with splits; give one, hub:OWNER/NAME, or other files with --val-data")
+    else:
+        train = open_one(settings.data, settings.train_split or "train", settings.limit_train)
+        val = _first_split(lambda name: open_one(settings.data, name, settings.limit_val), settings.val_split, settings.data)
+    labels = agree(train.labels, train.class_names, val.labels, val.class_names)
+    return (
+        LabelledImages(images=train, labels=labels.train, class_names=labels.class_names),
+        LabelledImages(images=val, labels=labels.val, class_names=labels.class_names),
+    )
+
+
+def _first_split(open_split: Callable[[str], LazyImages], name: str | None, data: str) -> LazyImages:
+    if name is not None:
+        return open_split(name)
+    reason = ""
+    for name in VAL_SPLITS:
+        try:
+            return open_split(name)
+        except DataError as error:
+            reason = str(error)
+    raise DataError(f"{data} has no validation set ({reason}); name it with --val-split, or give --val-data")
+
+
+def _sweep_set(train: LabelledImages, limit: int) -> LabelledImages:
+    """The part of the training set that choices are made on: `train` itself where the limit is no lower.
+
+    Spread evenly over the images as they lie in the source, which keeps the shares of the classes in sorted files.
+    """
+    if limit >= len(train.images):
+        return train
+    images = LazyImages(replace(train.images.config, limit=limit), seed=train.images.seed)
+    assert images.labels is not None and train.images.labels is not None
+    number = dict(zip(train.images.labels, train.labels.tolist(), strict=True))
+    strange = len(set(images.labels) - set(number))
+    if strange:
+        raise DataError(f"--limit-train leaves out {strange} classes that the sweep has; raise it, or lower --sweep-limit")
+    labels = np.array([number[label] for label in images.labels])
+    return LabelledImages(images=images, labels=labels, class_names=train.class_names)
+
+
+def _num_choices(rows: list[dict], settings: argparse.Namespace) -> int:
+    """How many different choices the validation set has been measured with from this output folder, counting these."""
+    path = settings.output / "validation_choices.json"
+    seen = json.loads(path.read_text()) if path.exists() else []
+    for row in rows:
+        choice = {key: row[key] for key in ("head", "settings", "condition", "layer", "pool", "hyper")}
+        choice = json.loads(json.dumps({"model": settings.model, **choice}))
+        seen += [] if choice in seen else [choice]
+    write_whole(path, json.dumps(seen, indent=1) + "\n")
+    return len(seen)
+
+
+def _about(settings: argparse.Namespace, extractor: FeatureExtractor, train: LabelledImages, val: LabelledImages) -> dict:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    on_gpu = extractor.device.type == "cuda"
+    return {
+        "command": " ".join(["python", "eval/linear_probe.py", *settings.command]),
+        "model": settings.model,
+        "weights": extractor.identity,
+        "parameters": extractor.num_parameters,
+        "img_size": extractor.img_size,
+        "class_names": list(train.class_names),
+        "num_classes": len(train.class_names),
+        "num_train": len(train.labels),
+        "num_val": len(val.labels),
+        "seed": settings.seed,
+        "commit": git.stdout.strip() or "unknown",
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} x {platform.machine()} CPU",
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _timings(maker: FeatureMaker, sweep_seconds: float, seconds: float) -> list[str]:
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    rate = f", {maker.num_made / maker.seconds:.0f} images/s" if maker.seconds else ""
+    return [
+        f"features: {maker.num_made} images fed to the network by this run in {maker.seconds:.0f} s{rate}",
+        f"sweep with its features: {sweep_seconds:.0f} s; all: {seconds:.0f} s; {torch.get_num_threads()} threads",
+        f"features on disk: {maker.bytes_used / 1e9:.3f} GB; most memory in use: {peak / 1e9:.2f} GB",
+    ]
+
+
+def _say(message: str) -> None:
+    print(f"linear_probe: {message}", file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors in one line, and lists split at commas too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"linear_probe: {message}; see --help\n")
+
+    def add_list(self, name: str, kind: Callable[[str], object], default: list, text: str) -> None:
+        """An option that takes several values, with spaces or commas between them."""
+        self.add_argument(
+            name, nargs="+", type=lambda word: [kind(w) for w in word.split(",") if w], default=[default], help=text
+        )
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(description="Linear probes on frozen features.")
+    _add_inputs(parser)
+    _add_features(parser)
+    _add_heads(parser)
+    parser.add_argument("--output", type=Path, default=Path("results/probe"), help="folder for results.json, report.md, plots")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/features"), help="folder for the features")
+    parser.add_argument("--extract-only", action="store_true", help="make the training features, beside other processes")
+    parser.add_argument("--seed", type=_whole(0), default=0, help="of noise, crops, the held-out split and random weights")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    settings = parser.parse_args(arguments)
+    for name, value in vars(settings).items():
+        if isinstance(value, list):
+            setattr(settings, name, [item for part in value for item in part])
+    settings.command = sys.argv[1:] if arguments is None else arguments
+    return settings
+
+
+def _add_inputs(parser: _Parser) -> None:
+    parser.add_argument("--model", required=True, help="shipped name, folder, hub:OWNER/NAME, timm:NAME, random:NAME, pixels")
+    parser.add_argument("--timm-weights", metavar="PATH", help='file of weights, or "pretrained" to download; random without')
+    parser.add_argument("--data", required=True, help="training images: a folder, parquet files, *.tar or hub:OWNER/NAME")
+    parser.add_argument("--val-data", help="validation images, where they are not another split of --data")
+    parser.add_argument("--train-split", help="sub-folder, prefix or split of --data (default: train)")
+    parser.add_argument("--val-split", help=f"that of the validation images (default: the first of {', '.join(VAL_SPLITS)})")
+    parser.add_argument("--image-column", default="image")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--img-size", type=_whole(1), help="for timm and pixels (default 64); a checkpoint has its own")
+    parser.add_argument("--limit-train", type=_whole(1), help="use so many training images, spread evenly over the set")
+    parser.add_argument("--limit-val", type=_whole(1), help="use so many validation images, spread evenly over the set")
+
+
+def _add_features(parser: _Parser) -> None:
+    parser.add_list("--layers", str, ["all"], "all, numbers, lastK (side by side), final, gradient (EBT), sideS (pixels)")
+    parser.add_list("--pool", _one_of("mean", "max", "attention"), ["mean"], "mean, max, attention (trained, torch head only)")
+    parser.add_list("--noise-levels", _level, [0.0], f"VP noise of the input, 0..1, or {MATCHED}: that of the timestep")
+    parser.add_list("--timesteps", _whole(0), [], "that a DiT is told, 0..999 (default 0, as in the paper)")
+    parser.add_list("--thinking-steps", _whole(0), [0], "of an EBT, before its tokens are taken")
+    parser.add_argument("--views", type=_whole(0), default=0, help="random crops of each training image for the torch head")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the features on disk")
+    parser.add_argument("--batch-size", type=_whole(1), default=128, help="images fed to the network at once")
+
+
+def _add_heads(parser: _Parser) -> None:
+    parser.add_list("--heads", _one_of("logistic", "knn", "torch"), ["logistic", "knn"], "logistic, knn, torch")
+    parser.add_list("--cs", _positive, [1e-4, 1e-3, 1e-2, 1e-1], "C of logistic regression, inverse to its L2 penalty")
+    parser.add_list("--learning-rates", _positive, [], "of the torch head, for a batch of 256 (default: a grid)")
+    parser.add_argument("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="of the torch head")
+    parser.add_argument("--epochs", type=_whole(1), default=30, help="of the torch head")
+    parser.add_argument("--probe-batch-size", type=_whole(2), default=1024, help="of the torch head")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of the training images that choices are made on")
+    parser.add_argument(
+        "--sweep-limit", type=_whole(4), default=20_000, help="training images of the sweep; the choice is fitted on all"
+    )
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; use a whole number, {low} or more")
+        return int(text)
+
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; use a number above 0")
+    return value
+
+
+def _level(text: str) -> float | str:
+    if text == MATCHED:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; use numbers in 0..1 or {MATCHED}") from None
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def word(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return word
+
+
+if __name__ == "__main__":
+    sys.exit(main())
