@@ -152,9 +152,19 @@ class Trainer:
         generator = make_generator(self.config.seed, _REPLAY, self.step, self.rank, int(part[0]))
         rows, old_ages = self.replay.sample(len(part), generator)
         if count := len(old_ages):
-            start[-count:], clean[-count:], observation[-count:] = rows["candidate"], rows["clean"], rows["observation"]
+            candidate = self._renoise(rows["candidate"], generator)
+            start[-count:], clean[-count:], observation[-count:] = candidate, rows["clean"], rows["observation"]
             ages[-count:] = old_ages
         return replace(batch, start=start, observation=observation), ages
+
+    def _renoise(self, candidates: Tensor, generator: torch.Generator) -> Tensor:
+        """Replayed candidates, the first half of them with noise; they come in random order."""
+        settings, count = self.config.replay, len(candidates) // 2
+        if not settings.renoise_std or self.step < settings.renoise_start or not count:
+            return candidates
+        std = settings.renoise_std * torch.rand(count, 1, 1, 1, generator=generator)
+        noise = std * torch.randn(count, *candidates.shape[1:], generator=generator)
+        return torch.cat([candidates[:count] + noise.to(candidates), candidates[count:]])
 
     @property
     def _replays(self) -> bool:
