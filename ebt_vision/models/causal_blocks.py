@@ -92,12 +92,16 @@ class SwiGLU(nn.Module):
 class CausalBlock(nn.Module):
     """Pre-norm block; both streams go through the same weights."""
 
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int):
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, *, init_gain: float = 1.0):
         super().__init__()
         self.norm1 = nn.RMSNorm(dim, eps=_NORM_EPS)
         self.attn = CausalAttention(dim, num_heads)
         self.norm2 = nn.RMSNorm(dim, eps=_NORM_EPS)
         self.mlp = SwiGLU(dim, hidden_dim)
+        for layer in (self.attn.qkv, self.mlp.gate_and_up):
+            nn.init.xavier_uniform_(layer.weight)
+        for layer in (self.attn.proj, self.mlp.down):  # what is added to the residual stream
+            nn.init.xavier_uniform_(layer.weight, gain=init_gain)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (B, N, dim), each (B, num_heads, N, head_dim)."""

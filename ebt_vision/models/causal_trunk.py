@@ -1,6 +1,7 @@
 """The causal trunk that CausalTextEBT and CausalTransformer share: tokens in, hidden states and a cache out."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,16 @@ class CausalTrunk(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
         hidden = round(config.embed_dim * config.mlp_ratio)
-        self.blocks = nn.ModuleList(CausalBlock(config.embed_dim, config.num_heads, hidden) for _ in range(config.depth))
+        gain = (2 * config.depth) ** -0.5  # the residual stream's variance stays that of the embedding
+        self.blocks = nn.ModuleList(
+            CausalBlock(config.embed_dim, config.num_heads, hidden, init_gain=gain) for _ in range(config.depth)
+        )
         self.norm = nn.RMSNorm(config.embed_dim, eps=1e-6)
-        for block in self.blocks:
-            for layer in (block.attn.qkv, block.attn.proj, block.mlp.gate_and_up, block.mlp.down):
-                nn.init.xavier_uniform_(layer.weight)
-            for layer in (block.attn.proj, block.mlp.down):  # the residual stream's variance stays that of the embedding
-                layer.weight.data.mul_((2 * config.depth) ** -0.5)
+
+    @property
+    def layers(self) -> list[CausalBlock]:
+        """The blocks, from the first to the last."""
+        return cast(list[CausalBlock], list(self.blocks))
 
     def encode(self, tokens: Tensor, starts: Tensor | None = None, past: Cache = ()) -> tuple[Tensor, Cache]:
         """(normed hidden states (B, N, embed_dim), cache of all tokens so far) of tokens (B, N) that follow `past`.
@@ -77,7 +81,7 @@ class CausalTrunk(nn.Module):
             raise ValueError(f"{C} candidates need as many context tokens, got {T}")
         rope = self._rope(T - C + 1, C, x.device)
         visible = visible_context(cache[0], C)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.layers):
             x = block.candidate(x, rope, cache[1 + 2 * i], cache[2 + 2 * i], visible)
         return self.norm(x)
 
@@ -93,7 +97,7 @@ class CausalTrunk(nn.Module):
         rope = self._rope(num_past, tokens.shape[1], x.device)
         visible = visible_context(all_starts, tokens.shape[1])
         cache = [all_starts]
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.layers):
             q, k, v = block.project(x, rope)
             if past:
                 k, v = torch.cat([past[1 + 2 * i], k], dim=2), torch.cat([past[2 + 2 * i], v], dim=2)
