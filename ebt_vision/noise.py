@@ -57,7 +57,7 @@ class Noise:
         return cls(kind=kind if colon else "gaussian", amount=value)
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.amount:g}"
+        return f"{self.kind}:{repr(float(self.amount)).removesuffix('.0')}"  # exact
 
     def add(self, clean: Tensor, seed: int) -> Tensor:
         """The noisy observation of clean images (B, 3, H, W) in [0, 1]; not clipped. The same seed gives the same noise."""
