@@ -17,8 +17,7 @@ from apps import service
 from ebt_vision import cli
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.model_denoisers import EBTDenoiser
-from ebt_vision.models.patch_trunk import TrunkConfig
-from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise import NOISE_KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +38,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The running page with a tiny EBT, slow enough to be stopped, and a tiny regressor."""
     regressor = tmp_path_factory.mktemp("checkpoints") / "tiny-regressor"
-    PatchRegressor(TrunkConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)).save_pretrained(regressor)
+    PatchRegressor(PatchRegressorConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)).save_pretrained(regressor)
 
     def load(name: str) -> Denoiser:
         denoiser = load_denoiser(name)
