@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -57,8 +58,8 @@ class Request:
             langevin_std=self.langevin_std,
             step_size_scale=self.step_size_scale,
             seed=self.seed,
-            sigma=self.noise and self.noise.sigma,
-            noise_level=self.noise and self.noise.noise_level,
+            sigma=None if self.noise is None else self.noise.sigma,
+            noise_level=None if self.noise is None else self.noise.noise_level,
         )
 
 
@@ -82,8 +83,8 @@ class Source:
         if self.clean is None:
             return []
         rows = zip(image.clamp(0, 1).split(256, -2), self.clean.split(256, -2), strict=True)  # they become float64
-        error = sum(mse(part, known) * known.numel() for part, known in rows) / self.clean.numel()
-        return [float(psnr_from_mse(error, data_range=1.0)[0])]
+        errors = torch.stack([mse(part, known)[0] * known.numel() for part, known in rows])
+        return [float(psnr_from_mse(errors.sum() / self.clean.numel(), data_range=1.0))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,15 +341,20 @@ def compare(request: Request, methods: dict[str, Callable[[], Denoiser]], stop: 
         if stop.is_set():
             return
         yield [*columns, Column(name=name, problem="working …")]
-        (column,) = in_thread(
-            lambda post, name=name, load=load: _column(name, load, source, options, request, stop), stop, own=False
-        )
+        work = functools.partial(_column, name, load, source, options, request, stop)
+        (column,) = in_thread(work, stop, own=False)
         columns = [*columns, column]
         yield columns
 
 
 def _column(
-    name: str, load: Callable[[], Denoiser], source: Source, options: DenoiseOptions, request: Request, stop: threading.Event
+    name: str,
+    load: Callable[[], Denoiser],
+    source: Source,
+    options: DenoiseOptions,
+    request: Request,
+    stop: threading.Event,
+    post: Callable[[Column], None],
 ) -> Column:
     try:
         denoiser = suited(load(), request.noise)

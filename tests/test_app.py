@@ -38,7 +38,9 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The running page with a tiny EBT, slow enough to be stopped, and a tiny regressor."""
     regressor = tmp_path_factory.mktemp("checkpoints") / "tiny-regressor"
-    PatchRegressor(PatchRegressorConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)).save_pretrained(regressor)
+    PatchRegressor(PatchRegressorConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)).save_pretrained(
+        regressor
+    )
 
     def load(name: str) -> Denoiser:
         denoiser = load_denoiser(name)
