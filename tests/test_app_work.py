@@ -87,7 +87,7 @@ def test_stop_ends_after_the_step_under_way(tiny: Denoiser, photo: str) -> None:
 
 def test_who_leaves_stops_the_work(tiny: Denoiser, photo: str) -> None:
     stop = threading.Event()
-    news = think_aloud(Request(path=photo, noise=GAUSSIAN, num_steps=5000), tiny, stop)
+    news = think_aloud(Request(path=photo, noise=GAUSSIAN, num_steps=300), tiny, stop)
     next(news)
     before = threading.active_count()
     news.close()
