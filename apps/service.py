@@ -139,7 +139,8 @@ class Service:
 
 def _live(update: Update) -> tuple:
     drawn = figures.curves(update.energies, update.psnrs)
-    return ((update.before, update.after), figures.progress(update), drawn, *[gr.skip()] * 7)
+    rest = [gr.skip()] * 3 + [gr.update(interactive=False)] + [gr.skip()] * 2  # but nothing of the last answer to take away
+    return ((update.before, update.after), figures.progress(update), drawn, "", *rest)
 
 
 def _remove(folder: Path) -> None:
