@@ -190,7 +190,13 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
             chart = gr.HTML(elem_id="chart")
             film = gr.HTML(elem_id="film")
         with gr.Tab("Where it is unsure", id="map", render_children=True):
-            heat = gr.Image(label="Energy of each patch", format="png", interactive=False, elem_id="heat")
+            heat = gr.Image(
+                label="Energy of each patch",
+                format="png",
+                interactive=False,
+                elem_id="heat",
+                buttons=["download", "fullscreen"],
+            )
             legend = gr.HTML()
         with gr.Tab("Candidates", id="candidates", render_children=True):
             tried = gr.HTML('<p class="hint">Nothing is denoised yet.</p>', elem_id="tried")
