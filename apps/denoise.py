@@ -92,7 +92,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
             with gr.Column(scale=3, min_width=300, elem_id="answer"):
                 tabs, outputs, compared = _answers()
 
-        def denoise(visitor: gr.Request, path, *values):
+        def show_denoising(visitor: gr.Request, path, *values):  # a name of its own: /denoise is the endpoint
             yield from service.denoise(path, values, visitor)
 
         def side_by_side(visitor: gr.Request, path, *values):
@@ -101,7 +101,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
         one = dict(concurrency_id="device", concurrency_limit=1, api_visibility="private")
         small = dict(queue=False, api_visibility="private", show_progress="hidden")
         go.click(lambda: gr.Tabs(selected="result"), None, [tabs], **small)
-        go.click(denoise, [upload, *controls], outputs, show_progress_on=[outputs[1]], **one)
+        go.click(show_denoising, [upload, *controls], outputs, show_progress_on=[outputs[1]], **one)
         other.click(lambda: gr.Tabs(selected="compare"), None, [tabs], **small)
         other.click(side_by_side, [upload, *controls], [compared], show_progress="minimal", **one)
         halt.click(service.stop, None, None, **small)
