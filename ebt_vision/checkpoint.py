@@ -15,6 +15,8 @@ MODEL_CLASSES = {
     "patch_ebt": ("ebt_vision.models.patch_ebt", "PatchEBT"),
     "patch_regressor": ("ebt_vision.models.regressor", "PatchRegressor"),
     "dit": ("ebt_vision.models.dit", "DiT"),
+    "causal_text_ebt": ("ebt_vision.models.causal_text_ebt", "CausalTextEBT"),
+    "causal_transformer": ("ebt_vision.models.causal_transformer", "CausalTransformer"),
 }
 
 

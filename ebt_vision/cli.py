@@ -1,4 +1,4 @@
-"""The command line: ebt-vision train | denoise | info.
+"""The command line: ebt-vision train | denoise | generate | info.
 
 Imports are lazy, so that --help answers at once. What a user can mend comes out as one line on stderr and exit status 2,
 without a traceback; an interrupt ends with status 130 and keeps what is done.
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands.add_parser("train", help="train a model from a YAML config"))
     _add_denoise(commands.add_parser("denoise", help="denoise image files and folders of them"))
+    _add_generate(commands.add_parser("generate", help="go on with a text"))
     _add_info(commands.add_parser("info", help="describe a checkpoint, or list the shipped ones"))
     return parser
 
@@ -101,6 +102,25 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.set_defaults(run=_denoise)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Go on with PROMPT by a text model; an EBT thinks about every token."
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--tokens", metavar="N", type=_count, default=200, help="tokens to add at most (default 200)")
+    parser.add_argument("--steps", metavar="N", type=_count, default=2, help="thinking steps a token (default 2)")
+    parser.add_argument(
+        "--candidates", metavar="N", type=_count, default=1, help="think N times a token, keep the lowest energy"
+    )
+    parser.add_argument("--tolerance", metavar="T", type=_not_negative, help="stop when a step gains less than this share")
+    parser.add_argument("--langevin", metavar="STD", type=_not_negative, default=0.0, help="noise on the logits at every step")
+    parser.add_argument("--temperature", metavar="T", type=_not_negative, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", metavar="P", type=_not_negative, default=1.0, help="draw from this share of the probability")
+    parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of all draws (default 0)")
+    parser.add_argument("--tokenizer", metavar="FILE", default="bytes", help="a tokenizer.json (default: bytes)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.set_defaults(run=_generate)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +301,47 @@ def _energies(result: DenoiseResult) -> str:
 def _steps(result: DenoiseResult) -> str:
     steps = int(result.num_steps[0])
     return f"{steps} step" + "s" * (steps != 1)
+
+
+# --- generate
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from ebt_vision.checkpoint import load_pretrained, pick_device
+    from ebt_vision.data.tokenizer import load_tokenizer
+    from ebt_vision.generation import GenerateOptions, generate
+    from ebt_vision.thinking import ThinkingError
+
+    options = GenerateOptions(
+        num_tokens=args.tokens,
+        num_steps=args.steps,
+        num_candidates=args.candidates,
+        tolerance=args.tolerance,
+        langevin_std=args.langevin,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = load_pretrained(args.model, device=pick_device(args.device))
+    start, count = time.perf_counter(), 0
+    energies: list[float] = []
+    try:
+        for token in generate(model, tokenizer, args.prompt, options):
+            if count == 0:
+                print(args.prompt, end="")
+            print(token.text, end="", flush=True)
+            count += 1
+            if token.energy is not None:
+                energies.append(token.energy)
+    except ThinkingError as error:
+        raise ValueError(f"{error}; or another --seed") from error
+    finally:
+        if count:
+            print(flush=True)
+    energy = f", mean energy {sum(energies) / len(energies):.3f}" if energies else ""
+    _say(f"{count} tokens in {_duration(time.perf_counter() - start)}{energy}")
+    return 0
 
 
 # --- info

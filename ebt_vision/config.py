@@ -11,17 +11,34 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ebt_vision.data.images import DataConfig
+from ebt_vision.data.text import TextDataConfig
+from ebt_vision.models.causal_text_ebt import CausalTextEBTConfig
+from ebt_vision.models.causal_transformer import CausalTransformerConfig
 from ebt_vision.models.dit import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBTConfig
 from ebt_vision.models.patch_trunk import PRESETS
 from ebt_vision.models.regressor import PatchRegressorConfig
 from ebt_vision.objectives import ObjectiveConfig
+from ebt_vision.text_objectives import TextObjectiveConfig
 from ebt_vision.training.optim import OptimConfig
 from ebt_vision.training.replay_buffer import ReplayConfig
-from ebt_vision.training.settings import TrainConfig, ValidationConfig
+from ebt_vision.training.settings import TextValidationConfig, TrainConfig, ValidationConfig
 
-ModelConfig = PatchEBTConfig | DiTConfig | PatchRegressorConfig
-MODEL_CONFIGS: dict[str, type] = {"patch_ebt": PatchEBTConfig, "dit": DiTConfig, "patch_regressor": PatchRegressorConfig}
+ModelConfig = PatchEBTConfig | DiTConfig | PatchRegressorConfig | CausalTextEBTConfig | CausalTransformerConfig
+MODEL_CONFIGS: dict[str, type] = {
+    "patch_ebt": PatchEBTConfig,
+    "dit": DiTConfig,
+    "patch_regressor": PatchRegressorConfig,
+    "causal_text_ebt": CausalTextEBTConfig,
+    "causal_transformer": CausalTransformerConfig,
+}
+_IMAGE_SECTIONS: dict[str, type] = {"data": DataConfig, "objective": ObjectiveConfig, "validation": ValidationConfig}
+_TEXT_SECTIONS: dict[str, type] = {
+    "data": TextDataConfig,
+    "objective": TextObjectiveConfig,
+    "validation": TextValidationConfig,
+}
+TEXT_MODELS = frozenset({"causal_text_ebt", "causal_transformer"})
 
 
 class ConfigError(ValueError):
@@ -34,14 +51,15 @@ class ExperimentConfig:
 
     name: str
     """Names the run's folder under runs/ where no --output is given."""
-    model_type: Literal["patch_ebt", "dit", "patch_regressor"]
+    model_type: Literal["patch_ebt", "dit", "patch_regressor", "causal_text_ebt", "causal_transformer"]
+    """Decides what kind of model, data, objective and validation there are: of images or of text."""
     model: ModelConfig
-    data: DataConfig
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig | TextDataConfig
+    objective: ObjectiveConfig | TextObjectiveConfig
+    validation: ValidationConfig | TextValidationConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
     seed: int = 0
 
 
@@ -67,13 +85,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Experim
 def build_config(raw: dict[str, Any]) -> ExperimentConfig:
     """An ExperimentConfig from plain data, every key and type checked; ConfigError as load_config."""
     raw = _with_preset(raw)
-    model_type = raw.get("model_type")
-    hints: dict[str, Any] = {"model": MODEL_CONFIGS.get(str(model_type), PatchEBTConfig)}
+    model_type = str(raw.get("model_type"))
+    sections = _TEXT_SECTIONS if model_type in TEXT_MODELS else _IMAGE_SECTIONS
+    hints: dict[str, Any] = {"model": MODEL_CONFIGS.get(model_type, PatchEBTConfig)} | sections
     _check_keys(ExperimentConfig, raw, (), hints)
     if model_type not in MODEL_CONFIGS:
-        raise ConfigError(f"model_type={model_type!r} is unknown; use one of {', '.join(MODEL_CONFIGS)}")
-    if "model" in raw:
-        raw = raw | {"model": _validate(hints["model"], raw["model"], "model")}
+        raise ConfigError(f"model_type={raw.get('model_type')!r} is unknown; use one of {', '.join(MODEL_CONFIGS)}")
+    raw = {"objective": {}, "validation": {}} | raw
+    for name in hints.keys() & raw.keys():
+        raw = raw | {name: _validate(hints[name], raw[name], name)}
     return _validate(ExperimentConfig, raw, "")
 
 

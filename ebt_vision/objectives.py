@@ -3,12 +3,15 @@
 An objective is a module that holds the model, so that DistributedDataParallel wraps the objective and sees one forward and
 one backward for a training step, however many times thinking differentiates inside it. That keeps the second-order
 gradient exact over processes: the inner gradients never touch `.grad`, and only the outer backward is reduced.
+
+`Objective` is what the training loop knows, whatever the modality; the rest of this file is for images, and
+text_objectives.py is for text.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,15 +72,34 @@ class Prediction:
 
 
 class Objective(nn.Module):
-    """Loss of one model on image batches; `forward` returns {"loss": (), and tensors to log or to replay}."""
+    """Loss of one model on batches of its modality; `forward` returns {"loss": (), and tensors to log or to replay}."""
+
+    thinks: ClassVar[bool] = False
+    """Whether there are trajectories that a replay buffer can continue; such an objective has the next three methods."""
+
+    @abstractmethod
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """{"loss": () with a graph, ...}."""
+
+    def continue_thinking(self, batch: Any, rows: dict[str, Tensor]) -> Any:
+        """The batch with explicit starts, its last places taken by replayed rows (none of them where `rows` is empty)."""
+        raise NotImplementedError(f"{type(self).__name__} has no trajectories")
+
+    def replay_rows(self, batch: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a replay buffer keeps of a batch, and continue_thinking takes back: tensors (B, ...) by name."""
+        raise NotImplementedError(f"{type(self).__name__} has no trajectories")
+
+    def logs(self, batch: Any, output: dict[str, Tensor]) -> dict[str, float | Callable[[], float]]:
+        """Numbers to log beside the loss; a callable is called only where they are logged."""
+        return {}
+
+
+class ImageObjective(Objective):
+    """An objective on image batches."""
 
     def __init__(self, model: nn.Module, config: ObjectiveConfig):
         super().__init__()
         self.model, self.config = model, config
-
-    @abstractmethod
-    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
-        """{"loss": () with a graph, ...}."""
 
     @staticmethod
     @abstractmethod
@@ -95,8 +117,25 @@ class Objective(nn.Module):
         return function(prediction, clean, reduction="none").flatten(1).mean(1)
 
 
-class EBTObjective(Objective):
+def put_last(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """`tensor` (B, ...) with its last places taken by `rows` (K, ...), as a new tensor."""
+    return tensor if rows is None else torch.cat([tensor[: len(tensor) - len(rows)], rows])
+
+
+def thinking_logs(output: dict[str, Tensor], energy_after: Callable[[], float]) -> dict[str, float | Callable[[], float]]:
+    """Step size, and the energy before and after the *last* update; the latter is computed only when logged."""
+    return {
+        "step_size": output["step_size"].item(),
+        "candidate_gradient_norm": output["candidate_gradient_norm"].mean().item(),
+        "energy_before_last_update": output["energy_before_last_update"].mean().item(),
+        "energy_after_last_update": energy_after,
+    }
+
+
+class EBTObjective(ImageObjective):
     """Think from the observation (or from a replayed candidate) and compare with the clean image (paper, sec. 3)."""
+
+    thinks = True
 
     def __init__(self, model: PatchEBT, config: ObjectiveConfig, *, compile_gradient: bool = False):
         super().__init__(model, config)
@@ -130,6 +169,21 @@ class EBTObjective(Objective):
             "candidate_gradient_norm": result.gradient_norms[last],
         }
 
+    def continue_thinking(self, batch: ImageBatch, rows: dict[str, Tensor]) -> ImageBatch:
+        """See Objective: observations are made once and go with the candidate that was thought from them."""
+        observation = put_last(self.observe(batch), rows.get("observation"))
+        start = put_last(self.observe(batch), rows.get("candidate"))
+        return replace(batch, clean=put_last(batch.clean, rows.get("clean")), start=start, observation=observation)
+
+    def replay_rows(self, batch: ImageBatch, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See Objective."""
+        return {"candidate": output["candidate"], "clean": batch.clean, "observation": output["observation"]}
+
+    def logs(self, batch: ImageBatch, output: dict[str, Tensor]) -> dict[str, float | Callable[[], float]]:
+        """See Objective."""
+        candidate, observation = output["candidate"], output["observation"]
+        return thinking_logs(output, lambda: self.energy_of(candidate, observation).mean().item())
+
     @torch.no_grad()
     def energy_of(self, candidate: Tensor, observation: Tensor) -> Tensor:
         """Energy (B,) of candidates, to log what the last update reached."""
@@ -143,7 +197,7 @@ class EBTObjective(Objective):
         return Prediction(images=list(result.predictions), energies=result.energies)
 
 
-class RegressorObjective(Objective):
+class RegressorObjective(ImageObjective):
     """The clean image in one pass; at validation the model is applied to its own output again."""
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
@@ -159,7 +213,7 @@ class RegressorObjective(Objective):
         return Prediction(images=images)
 
 
-class DiTObjective(Objective):
+class DiTObjective(ImageObjective):
     """Noise prediction with learned variance, timesteps uniform up to the training level (paper's code: [0, 100))."""
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ class EnergyFunction(Protocol):
     """`(candidate (B, ...), *context) -> energies (B,) or (B, S)`; lower is better."""
 
     def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class SteppedEnergy(Protocol):
+    """An energy that changes with the thinking step: `at_step(t)` is the one whose gradient makes update t + 1.
+
+    The energy after the last of T updates is `at_step(T)`'s.
+    """
+
+    def at_step(self, step: int) -> EnergyFunction: ...
 
 
 class CompiledEnergy:
@@ -226,7 +236,7 @@ class _Descent:
 
         if evaluate_final:
             with torch.no_grad():
-                energy = self._energy(self._select(self.y.detach()))
+                energy = self._energy(self._select(self.y.detach()), num_steps)
             self._count(forwards)
         else:
             energy = torch.full_like(self._select(self.energies[0]), torch.nan) if self.energies else self._nan_energy()
@@ -240,7 +250,7 @@ class _Descent:
         candidate = self._select(start)
         if self.config.langevin_std > 0:
             candidate = candidate + self.config.langevin_std * randn_like(candidate, self._generators())
-        energy, gradient = self._energy_and_gradient(candidate, in_graph)
+        energy, gradient = self._energy_and_gradient(candidate, step, in_graph)
         norm = gradient.detach().flatten(energy.ndim).norm(dim=-1)
         finite = (torch.isfinite(norm) & torch.isfinite(energy.detach())).reshape(len(norm), -1).all(1)
         if not finite.all():
@@ -248,21 +258,22 @@ class _Descent:
             raise NonFiniteGradientError(step, bad.tolist())
         return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient, norm
 
-    def _energy_and_gradient(self, candidate: Tensor, in_graph: bool) -> tuple[Tensor, Tensor]:
+    def _energy_and_gradient(self, candidate: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Tensor]:
         if isinstance(self.energy_fn, CompiledEnergy):
             with torch.set_grad_enabled(in_graph):
                 context = tuple(self._select(tensor) for tensor in self.context)
                 return self.energy_fn.energy_and_gradient(candidate, *context)
         if not candidate.requires_grad:
             candidate.requires_grad_()
-        energy = self._energy(candidate)
+        energy = self._energy(candidate, step)
         if not energy.requires_grad:
             raise ThinkingError("the energy does not depend on the candidate, so there is no gradient to follow")
         (gradient,) = torch.autograd.grad(energy.sum(), candidate, create_graph=in_graph)
         return energy, gradient
 
-    def _energy(self, candidate: Tensor) -> Tensor:
-        return self.energy_fn(candidate, *(self._select(tensor) for tensor in self.context))
+    def _energy(self, candidate: Tensor, step: int) -> Tensor:
+        energy_fn = self.energy_fn.at_step(step) if isinstance(self.energy_fn, SteppedEnergy) else self.energy_fn
+        return energy_fn(candidate, *(self._select(tensor) for tensor in self.context))
 
     def _nan_energy(self) -> Tensor:
         return torch.full(self.y.shape[:1], torch.nan, device=self.y.device)

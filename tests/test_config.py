@@ -42,6 +42,18 @@ def test_the_configs_that_the_project_promises_are_there():
     assert max(counts) <= 1.1 * min(counts)
 
 
+def test_the_text_configs_share_budget_order_and_size():
+    configs = {path.stem: load_config(path) for path in CONFIGS if path.stem.startswith("text_shakespeare")}
+    assert len({(c.seed, c.train, c.data, c.validation) for c in configs.values()}) == 1
+    assert len({(c.optim.lr, c.optim.weight_decay, c.optim.betas, c.optim.warmup_updates) for c in configs.values()}) == 1
+    counts = {}
+    for name, config in configs.items():
+        with torch.device("meta"):
+            counts[name] = build_model(config).num_parameters
+    assert counts["text_shakespeare_ebt"] == counts["text_shakespeare_transformer"] + 1
+    assert max(counts.values()) <= 1.1 * min(counts.values())
+
+
 @pytest.mark.parametrize(
     ("override", "answer"),
     [

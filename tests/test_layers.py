@@ -19,6 +19,8 @@ LEVELS = {
     "models/": 2,
     "checkpoint.py": 3,
     "objectives.py": 3,
+    "text_objectives.py": 3,
+    "generation.py": 3,
     "features.py": 3,
     "feature_cache.py": 3,
     "denoiser.py": 3,

@@ -57,7 +57,7 @@ def experiment(photos: Path, model_type: str = "patch_ebt", **sections: dict) ->
 
 
 FULL_THINKING = dict(thinking=dict(num_steps=2, min_num_steps=1, step_size_factor=1.5, langevin_std=0.05))
-REPLAY = dict(capacity=16, share=0.5, max_age=4, start=2)
+REPLAY = dict(capacity=16, share=0.5, max_age=4, start=2, renoise_std=0.2, renoise_start=3)
 
 
 def train(raw: dict, output: Path) -> Path:

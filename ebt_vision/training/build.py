@@ -1,16 +1,26 @@
-"""From a config to a model and its objective: the one place that knows which belongs to which."""
+"""From a config to a model, its objective and its task: the one place that knows which belongs to which."""
+
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ebt_vision.checkpoint import model_class
-from ebt_vision.config import ExperimentConfig
+from ebt_vision.config import ConfigError, ExperimentConfig
+from ebt_vision.data.images import DataConfig
+from ebt_vision.data.text import TextDataConfig
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.objectives import DiTObjective, EBTObjective, Objective, RegressorObjective
+from ebt_vision.text_objectives import LanguageModelObjective, TextEBTObjective
+
+if TYPE_CHECKING:
+    from ebt_vision.training.task import Task
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "patch_ebt": EBTObjective,
     "patch_regressor": RegressorObjective,
     "dit": DiTObjective,
+    "causal_text_ebt": TextEBTObjective,
+    "causal_transformer": LanguageModelObjective,
 }
 
 
@@ -20,9 +30,24 @@ def build_model(config: ExperimentConfig) -> PretrainedModel:
 
 
 def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
-    """The objective of the model, compiled if the config says so."""
-    if config.model_type == "patch_ebt":
-        return EBTObjective(model, config.objective, compile_gradient=config.train.compile)  # type: ignore[arg-type]
+    """The objective of the model, compiled if the config says so; ConfigError for a replay buffer it has no use for."""
+    cls: Any = OBJECTIVES[config.model_type]
+    if config.replay.capacity and not cls.thinks:
+        raise ConfigError(f"replay.capacity={config.replay.capacity} is for energy-based models; use 0 for {config.model_type}")
+    if cls.thinks:  # its gradient is what is compiled
+        objective: Objective = cls(model, config.objective, compile_gradient=config.train.compile)
+        return objective
     if config.train.compile:
         model.compile()
-    return OBJECTIVES[config.model_type](model, config.objective)
+    objective = cls(model, config.objective)
+    return objective
+
+
+def build_task(config: ExperimentConfig) -> "Task":
+    """The modality's part of the run. ConfigError for settings that do not go together."""
+    # Tasks validate with the objectives above, so they import this file.
+    from ebt_vision.training.image_task import ImageTask
+    from ebt_vision.training.text_task import TextTask
+
+    tasks: dict[type, type[Task]] = {DataConfig: ImageTask, TextDataConfig: TextTask}
+    return tasks[type(config.data)](config)

@@ -1,4 +1,4 @@
-"""The training loop, for every model: order, noise, update, log, validate, checkpoint, resume.
+"""The training loop, for every model and modality: order, noise, update, log, validate, checkpoint, resume.
 
 Everything random comes from (seed, epoch, sample) or (seed, step), so a run does not depend on how many processes or
 accumulated parts share a batch, and a resumed run goes on exactly where it stopped.
@@ -7,7 +7,6 @@ accumulated parts share a batch, and a resumed run goes on exactly where it stop
 import contextlib
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ from accelerate.utils import DistributedDataParallelKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from ebt_vision import corruption
 from ebt_vision.config import ConfigError, ExperimentConfig, config_to_dict
-from ebt_vision.data.images import ImageSet, load_image_set
 from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.objectives import EBTObjective, ImageBatch, Objective
-from ebt_vision.rng import make_generator, randn_like
-from ebt_vision.training.build import build_model, build_objective
+from ebt_vision.objectives import Objective
+from ebt_vision.rng import make_generator
+from ebt_vision.training.build import build_model, build_objective, build_task
 from ebt_vision.training.optim import build_optimizer, set_learning_rate
 from ebt_vision.training.replay_buffer import ReplayBuffer
 from ebt_vision.training.reporting import Reporter
@@ -35,10 +32,10 @@ from ebt_vision.training.state import (
     read_checkpoint,
     write_checkpoint,
 )
-from ebt_vision.training.validation import validate
+from ebt_vision.training.task import Samples
 
-# Streams of make_generator, so that no two uses of the seed draw the same numbers.
-_NOISE, _MODEL, _REPLAY = 1, 2, 3
+# A stream of make_generator, so that no two uses of the seed draw the same numbers; a task has others.
+_REPLAY = 3
 
 
 class TrainingDivergedError(RuntimeError):
@@ -49,7 +46,7 @@ class Trainer:
     """One run of an experiment in `output`; goes on from the newest checkpoint there, if any."""
 
     def __init__(self, config: ExperimentConfig, output: Path, *, device: str | None = None):
-        self.config, self.output = config, output
+        self.config, self.output, self.task = config, output, build_task(config)
         handlers = [
             DistributedDataParallelKwargs(find_unused_parameters=True)
         ]  # a linear head's last norm bias has no gradient
@@ -73,12 +70,12 @@ class Trainer:
 
     def run(self) -> Path:
         """Train to the end; returns the folder of the exported model (averaged weights)."""
-        images = load_image_set(self.config.data, seed=self.config.seed)
-        held_out = self._held_out()
+        samples: Samples = self.task.load_samples()
+        held_out = self.task.load_held_out() if self.accelerator.is_main_process else None
         reporter = Reporter(self.output, self.config, self.step, is_main=self.accelerator.is_main_process)
-        reporter.say(f"{self.model.num_parameters:,} parameters; {images.report()}")
+        reporter.say(f"{self.model.num_parameters:,} parameters; {samples.report()}")
         stream = BatchStream(
-            len(images),
+            len(samples),
             self.config.train.batch_size,
             self.config.seed,
             rank=self.rank,
@@ -89,7 +86,7 @@ class Trainer:
             for indices in stream:
                 if self.step >= self.config.train.num_updates:
                     break
-                self._advance(images, indices, held_out, reporter)
+                self._advance(samples, indices, held_out, reporter)
         except KeyboardInterrupt:
             self.save()
             reporter.say(f"interrupted at update {self.step}; the same command goes on from here")
@@ -98,31 +95,31 @@ class Trainer:
             reporter.close()
         return self.output / "model"
 
-    def _advance(self, images: ImageSet, indices: BatchIndices, held_out: Tensor | None, reporter: Reporter) -> None:
+    def _advance(self, samples: Samples, indices: BatchIndices, held_out: Any | None, reporter: Reporter) -> None:
         """One update and whatever is due after it."""
-        logs = self.update(images, indices)
+        logs = self.update(samples, indices)
         settings, last = self.config.train, self.step == self.config.train.num_updates
         if self.step % settings.log_every == 0 or last:
             reporter.log(self.step, {name: value() if callable(value) else value for name, value in logs.items()})
         if held_out is not None and (self.step % self.config.validation.every == 0 or last):
-            reporter.validation(self.step, validate(self.ema.module, held_out, self.config, self.accelerator.device))
+            reporter.validation(self.step, self.task.validate(self.ema.module, held_out, self.accelerator.device))
         if self.step % settings.checkpoint_every == 0 or last:
             self.save()
 
-    def update(self, images: ImageSet, indices: BatchIndices) -> dict[str, Any]:
+    def update(self, samples: Samples, indices: BatchIndices) -> dict[str, Any]:
         """Make update number `step`; returns what to log. Raises TrainingDivergedError before a non-finite update."""
         lr = set_learning_rate(self.optimizer, self.config.optim, self.step, self.config.train.num_updates)
         self.optimizer.zero_grad()
         parts = torch.arange(len(indices.indices)).chunk(self.config.train.num_accumulation)
         losses = []
         for i, part in enumerate(parts):
-            batch, ages = self._batch(images, indices, part)
+            batch, ages = self._batch(samples, indices, part)
             with self.accelerator.no_sync(self.objective) if i < len(parts) - 1 else contextlib.nullcontext():
                 output = self.objective(batch)
                 self.accelerator.backward(output["loss"])  # divided by the number of parts
             losses.append(output["loss"].detach())
             if self._replays:
-                self._remember(output, batch, ages)
+                self.replay.add(self._objective.replay_rows(batch, output), ages + 1)
         loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optim.clip_norm)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
@@ -134,48 +131,40 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.ema.update(self.model, step=self.step)
-        return {"loss": loss.item(), "lr": lr, "gradient_norm": norm.item()} | self._thinking_logs(output)
+        return {"loss": loss.item(), "lr": lr, "gradient_norm": norm.item()} | self._objective.logs(batch, output)
 
-    def _batch(self, images: ImageSet, indices: BatchIndices, part: Tensor) -> tuple[ImageBatch, Tensor]:
+    def _batch(self, samples: Samples, indices: BatchIndices, part: Tensor) -> tuple[Any, Tensor]:
         """The part of this process's share of a batch, with replayed candidates in its last places, and their ages."""
-        device = self.accelerator.device
         picks, epochs = indices.indices[part].tolist(), indices.epochs[part].tolist()
-        clean = corruption.to_model_range(images.images(picks, epochs).to(device).float() / 255.0)
-        generators = [make_generator(self.config.seed, _NOISE, e, i) for e, i in zip(epochs, picks, strict=True)]
-        noise = randn_like(clean.cpu(), generators).to(device)
+        batch = self.task.make_batch(samples, picks, epochs, self.accelerator.device)
         ages = torch.zeros(len(part), dtype=torch.int64)
-        batch = ImageBatch(clean=clean, noise=noise, generators=generators)
         if not self._replays:
             return batch, ages
-        observation = self.accelerator.unwrap_model(self.objective).observe(batch)
-        start = observation.clone()
         generator = make_generator(self.config.seed, _REPLAY, self.step, self.rank, int(part[0]))
         rows, old_ages = self.replay.sample(len(part), generator)
         if count := len(old_ages):
-            start[-count:], clean[-count:], observation[-count:] = rows["candidate"], rows["clean"], rows["observation"]
-            ages[-count:] = old_ages
-        return replace(batch, start=start, observation=observation), ages
+            rows["candidate"] = self._renoise(rows["candidate"], generator)
+            ages[len(part) - count :] = old_ages
+        return self._objective.continue_thinking(batch, rows if count else {}), ages
+
+    def _renoise(self, candidates: Tensor, generator: torch.Generator) -> Tensor:
+        """Replayed candidates, the first half of them with noise; they come in random order."""
+        settings, count = self.config.replay, len(candidates) // 2
+        if not settings.renoise_std or self.step < settings.renoise_start or not count:
+            return candidates
+        std = settings.renoise_std * torch.rand(count, *[1] * (candidates.ndim - 1), generator=generator)
+        noise = std * torch.randn(count, *candidates.shape[1:], generator=generator)
+        return torch.cat([candidates[:count] + noise.to(candidates), candidates[count:]])
 
     @property
     def _replays(self) -> bool:
         return self.config.replay.capacity > 0 and self.step >= self.config.replay.start
 
-    def _remember(self, output: dict[str, Tensor], batch: ImageBatch, ages: Tensor) -> None:
-        rows = {"candidate": output["candidate"], "clean": batch.clean, "observation": output["observation"]}
-        self.replay.add(rows, ages + 1)
-
-    def _thinking_logs(self, output: dict[str, Tensor]) -> dict[str, Any]:
-        """Step size, and the energy before and after the *last* update; the latter is computed only when logged."""
-        objective = self.accelerator.unwrap_model(self.objective)
-        if not isinstance(objective, EBTObjective):
-            return {}
-        candidate, observation = output["candidate"], output["observation"]
-        return {
-            "step_size": output["step_size"].item(),
-            "candidate_gradient_norm": output["candidate_gradient_norm"].mean().item(),
-            "energy_before_last_update": output["energy_before_last_update"].mean().item(),
-            "energy_after_last_update": lambda: objective.energy_of(candidate, observation).mean().item(),
-        }
+    @property
+    def _objective(self) -> Objective:
+        """The objective itself, without what accelerate wraps it in."""
+        objective: Objective = self.accelerator.unwrap_model(self.objective)
+        return objective
 
     def save(self) -> None:
         """Write a checkpoint and export the averaged weights as output/model."""
@@ -234,14 +223,3 @@ class Trainer:
                 f"train.batch_size={self.config.train.batch_size} is not divisible by {self.world_size} processes times "
                 f"num_accumulation={self.config.train.num_accumulation}; use a multiple of {parts}"
             )
-
-    def _held_out(self) -> Tensor | None:
-        """The validation images, float (B, C, H, W) in [-1, 1], on the main process alone."""
-        settings = self.config.validation
-        if settings.path is None or not self.accelerator.is_main_process:
-            return None
-        data = replace(
-            self.config.data, path=settings.path, split=settings.split, limit=settings.num_images, crop="center", flip=False
-        )
-        images = load_image_set(data, seed=self.config.seed)
-        return corruption.to_model_range(images.images(list(range(len(images)))).float() / 255.0)

@@ -22,12 +22,20 @@ class ReplayConfig:
     """A trajectory is dropped after so many training steps."""
     start: int = 0
     """The first update that replays: a young model's steps overshoot, and repeated they drive candidates out of all range."""
+    renoise_std: float = 0.0
+    """Half of the replayed candidates get Gaussian noise of a standard deviation uniform in [0, renoise_std], on [-1, 1]: an
+    energy that meets half-finished candidates only where its own steps leave them takes every other one for finished."""
+    renoise_start: int = 0
+    """The first update that adds it."""
 
     def __post_init__(self) -> None:
         if self.capacity < 0:
             raise ValueError(f"replay.capacity={self.capacity} is negative; use 0 to turn the buffer off")
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"replay.share={self.share} is not in [0, 1]")
+        for name in ("renoise_std", "renoise_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"replay.{name}={getattr(self, name)} is negative; use 0 or more")
         if self.start < 0:
             raise ValueError(f"replay.start={self.start} is negative; use 0 to replay from the first update")
         if self.max_age < 1:

@@ -8,10 +8,9 @@ from typing import Any
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 
 from ebt_vision.config import ExperimentConfig, config_to_dict
-from ebt_vision.training.validation import ValidationResult
+from ebt_vision.training.task import ValidationResult
 
 
 class Reporter:
@@ -49,15 +48,15 @@ class Reporter:
         self.say(f"update {step}/{self.total}  {left} left  {numbers}")
 
     def validation(self, step: int, result: ValidationResult) -> None:
-        """PSNR at every step and level, and the sample grid as samples/STEP.png."""
+        """What a validation found, to every place; its sample as samples/STEP."""
         if not self.writer:
             return
-        self._write({"step": step, "validation_psnr": result.psnr, "validation_energy": result.energies})
-        for level, values in result.psnr.items():
-            for steps, value in enumerate(values):
-                self.writer.add_scalar(f"validation/psnr_level_{level}/steps_{steps}", value, step)
-            self.say(f"  level {level}: noisy {values[0]:.2f} dB, then " + " ".join(f"{v:.2f}" for v in values[1:]))
-        save_image(result.grid, self.output / "samples" / f"{step:08d}.png", nrow=result.grid_columns)
+        self._write({"step": step, **result.record()})
+        for name, value in result.scalars().items():
+            self.writer.add_scalar(f"validation/{name}", value, step)
+        for line in result.lines():
+            self.say(line)
+        result.save_sample(self.output / "samples", step)
 
     def close(self) -> None:
         """Flush what TensorBoard holds."""

@@ -53,3 +53,26 @@ class ValidationConfig:
         for name in ("num_images", "num_steps", "every", "num_grid_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"validation.{name}={getattr(self, name)} must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextValidationConfig:
+    """What is measured on text while training, on the averaged weights."""
+
+    path: str | None = None
+    """Held-out text, as data.path; null turns validation off."""
+    split: str | None = None
+    share: tuple[float, float] = (0.0, 1.0)
+    """The part of its token stream to use, as data.share."""
+    max_tokens: int | None = None
+    num_sequences: int = 64
+    """The first so many sequences are measured."""
+    num_steps: int = 8
+    every: int = 500
+    """Updates between two validations; one more is made at the end."""
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("num_sequences", "num_steps", "every", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"validation.{name}={getattr(self, name)} must be 1 or more")

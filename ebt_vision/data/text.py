@@ -1,0 +1,239 @@
+"""Text for training and measuring: documents from files, parquet or the hub, packed into sequences of one length.
+
+The tokens lie in memory as one stream, `boundary doc boundary doc boundary`, because an epoch's order needs random access; a
+hub set is streamed and read no further than `max_tokens`. Sequences are cut from the stream whatever the documents, and each
+token carries the place where its document starts, which is what attention may look back to.
+"""
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebt_vision.data.sources import HUB_PREFIX, DataError
+from ebt_vision.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from ebt_vision.rng import make_generator
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".py")
+_OFFSET_STREAM = 0x74657874
+IGNORED = -1
+"""The target of a place that is no token: the padding behind the last sequence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextDataConfig:
+    """Which text, and how it becomes sequences of `context_length` predictions."""
+
+    path: str
+    """Text file, parquet file, a glob of either, a folder of them, or hub:OWNER/NAME; a file or a row is one document."""
+    split: str | None = None
+    """Split of a hub set (default "train")."""
+    text_column: str = "text"
+    """Column of the text in parquet and hub sets."""
+    tokenizer: str = BYTES
+    """bytes, a tokenizer.json of the `tokenizers` library, or a folder that has one."""
+    context_length: int = 256
+    """Predictions in a sequence."""
+    share: tuple[float, float] = (0.0, 1.0)
+    """The part of the token stream to use, so that one file can hold training and validation text."""
+    random_offset: bool = False
+    """Cut every epoch's sequences at another place, drawn from (seed, epoch)."""
+    max_tokens: int | None = None
+    """Read no more documents once there are so many tokens; None reads all."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty; give text or parquet files, a folder of them or hub:OWNER/NAME")
+        if self.context_length < 1:
+            raise ValueError(f"context_length={self.context_length} must be 1 or more")
+        first, last = self.share
+        if not 0.0 <= first < last <= 1.0:
+            raise ValueError(f"share={list(self.share)} is not two growing numbers in [0, 1]")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be 1 or more, or null for all")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """Packed sequences: S tokens to look back on, and after each the token to predict."""
+
+    tokens: Tensor
+    """int64 (B, S)."""
+    targets: Tensor
+    """int64 (B, S): the token after each, IGNORED behind the end of the text."""
+    starts: Tensor
+    """int64 (B, S): where in its sequence the document of each token starts (see CausalTrunk.encode)."""
+
+
+class TextSet:
+    """A token stream cut into sequences; `len` of them. Made by `load_text_set`."""
+
+    def __init__(self, config: TextDataConfig, stream: np.ndarray, tokenizer: Tokenizer, *, bytes_per_token: float, seed: int):
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.bytes_per_token = bytes_per_token
+        """Bytes of text for one token of the stream, boundaries counted as tokens: bits per byte from bits per token."""
+        self._stream = stream
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream, boundaries included; all but the first are predicted."""
+        return len(self._stream)
+
+    def __len__(self) -> int:
+        whole = (self.num_tokens - 1) // self.config.context_length
+        return max(whole - 1, 1) if self.config.random_offset else max(whole, 1)
+
+    @property
+    def num_windows(self) -> int:
+        """Sequences that hold every token once, a padded last one included; see `all_sequences`."""
+        return -(-(self.num_tokens - 1) // self.config.context_length)
+
+    def text(self) -> str:
+        """The whole stream as text, its documents one after the other."""
+        return self.tokenizer.decode(self._stream.tolist())
+
+    def report(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.num_tokens:,} tokens ({self.config.tokenizer}, {self.bytes_per_token:.2f} bytes each) from "
+            f"{self.config.path}, {len(self)} sequences of {self.config.context_length}"
+        )
+
+    def sequences(self, indices: Sequence[int], epochs: Sequence[int]) -> TokenBatch:
+        """Training sequences by index, each cut as drawn for its epoch from (seed, epoch) alone."""
+        places = []
+        for index, epoch in zip(indices, epochs, strict=True):
+            if not 0 <= index < len(self):
+                raise IndexError(f"index {index} is not in 0..{len(self) - 1}")
+            places.append(index * self.config.context_length + self._offset(epoch))
+        return self._cut(places)
+
+    def all_sequences(self, first: int, last: int) -> TokenBatch:
+        """Sequences first..last-1 of `num_windows` that cover the stream, every token predicted once."""
+        return self._cut([index * self.config.context_length for index in range(first, min(last, self.num_windows))])
+
+    def _offset(self, epoch: int) -> int:
+        room = self.num_tokens - 1 - len(self) * self.config.context_length
+        if not self.config.random_offset or room < 1:
+            return 0
+        limit = min(room, self.config.context_length - 1) + 1
+        return int(torch.randint(limit, (), generator=make_generator(self.seed, _OFFSET_STREAM, epoch)))
+
+    def _cut(self, places: Sequence[int]) -> TokenBatch:
+        S = self.config.context_length
+        rows = np.full((len(places), S + 1), self.tokenizer.boundary, dtype=np.int64)
+        targets = np.full((len(places), S), IGNORED, dtype=np.int64)
+        for row, target, place in zip(rows, targets, places, strict=True):
+            piece = self._stream[place : place + S + 1]
+            row[: len(piece)] = piece
+            target[: len(piece) - 1] = piece[1:]
+        tokens = rows[:, :-1]
+        at = np.where(tokens == self.tokenizer.boundary, np.arange(S), 0)
+        starts = np.maximum.accumulate(at, axis=1)
+        return TokenBatch(
+            tokens=torch.from_numpy(np.ascontiguousarray(tokens)),
+            targets=torch.from_numpy(targets),
+            starts=torch.from_numpy(starts),
+        )
+
+
+def load_text_set(config: TextDataConfig, seed: int = 0) -> TextSet:
+    """Read and tokenise the documents of `config`.
+
+    Raises DataError where there is no text, where a file is not UTF-8 or a column is missing; TokenizerError for a tokenizer.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    boundary = np.array([tokenizer.boundary], dtype)
+    pieces, num_bytes, num_tokens = [boundary], 0, 1
+    for document in read_documents(config):
+        tokens = np.asarray(tokenizer.encode(document), dtype)
+        if not len(tokens):
+            continue
+        pieces += [tokens, boundary]
+        num_bytes += len(document.encode())
+        num_tokens += len(tokens) + 1
+        if config.max_tokens is not None and num_tokens >= config.max_tokens:
+            break
+    stream = np.concatenate(pieces)[: config.max_tokens]
+    if num_tokens == 1:
+        raise DataError(f"no text in {config.path}: it is empty; check the path")
+    stream = stream[round(config.share[0] * len(stream)) : round(config.share[1] * len(stream))]
+    if len(stream) < 2:
+        raise DataError(f"share={list(config.share)} of {config.path} holds {len(stream)} tokens; use a larger share")
+    return TextSet(config, stream, tokenizer, bytes_per_token=num_bytes / (num_tokens - 1), seed=seed)
+
+
+def read_documents(config: TextDataConfig) -> Iterator[str]:
+    """The documents of a text set, one by one, as its config says; DataError as load_text_set."""
+    if config.path.startswith(HUB_PREFIX):
+        yield from _hub_documents(config)
+        return
+    for file in _files(config.path):
+        if file.suffix.lower() == ".parquet":
+            yield from _parquet_documents(file, config.text_column)
+        else:
+            yield _read_text(file)
+
+
+def _files(path: str) -> list[Path]:
+    root = Path(path).expanduser()
+    if root.is_dir():
+        known = (*TEXT_SUFFIXES, ".parquet")
+        files = [file for file in root.rglob("*") if file.suffix.lower() in known and not file.name.startswith(".")]
+    else:
+        files = [root] if root.is_file() else [Path(match) for match in glob.glob(str(root), recursive=True)]
+    files = sorted(file for file in files if file.is_file())
+    if not files:
+        raise DataError(
+            f"no text at {path}: it is not there or holds none; give text or parquet files or {HUB_PREFIX}OWNER/NAME"
+        )
+    return files
+
+
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 at byte {error.start}; convert it, for example with iconv -t UTF-8") from None
+
+
+def _parquet_documents(file: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} is no parquet file, or is damaged ({' '.join(str(error).split())}); copy it again") from error
+    if column not in table.schema_arrow.names:
+        raise DataError(f"{file} has no column {column!r}; set text_column to one of {table.schema_arrow.names}")
+    for batch in table.iter_batches(batch_size=256, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"column {column!r} of {file} holds {type(value).__name__}, not text; set text_column")
+            yield value or ""
+
+
+def _hub_documents(config: TextDataConfig) -> Iterator[str]:
+    import datasets
+
+    name, split = config.path.removeprefix(HUB_PREFIX), config.split or "train"
+    try:
+        rows = datasets.load_dataset(name, split=split, streaming=True)
+        for row in rows:
+            if config.text_column not in row:
+                raise DataError(f"{config.path} has no column {config.text_column!r}; set text_column to one of {list(row)}")
+            yield row[config.text_column] or ""
+    except DataError:
+        raise
+    except Exception as error:  # each library below has its own errors
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise DataError(
+            f"{config.path} cannot be loaded ({reason}); check the name, the split {split!r} and the net"
+        ) from error

@@ -1,0 +1,244 @@
+"""Text generation, token by token, against a cache of keys and values.
+
+The context does not depend on candidates, so an EBT's cache is that of any transformer, and every thinking step runs on the
+one new candidate. Every draw comes from (seed, place in the text, candidate): the candidates of a place are the same whether
+it is reached token by token or all places are thought at once (`predict_all`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ebt_vision.checkpoint import CheckpointError
+from ebt_vision.data.tokenizer import Tokenizer
+from ebt_vision.models.causal_text_ebt import CausalTextEBT
+from ebt_vision.models.causal_transformer import CausalTransformer
+from ebt_vision.models.causal_trunk import Cache
+from ebt_vision.rng import make_generator
+from ebt_vision.thinking import ThinkingConfig, best_of
+
+# Streams of make_generator.
+_START, _LANGEVIN, _SAMPLE = 21, 22, 23
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateOptions:
+    """How to choose tokens; the thinking settings are for an EBT alone."""
+
+    num_tokens: int = 200
+    """Tokens to add at most; the document's end stops before."""
+    num_steps: int = 2
+    """Thinking steps on every token, the largest number of them with a tolerance."""
+    num_candidates: int = 1
+    """Think from so many random starts and keep the one of lowest energy."""
+    tolerance: float | None = None
+    """If set, a token's thinking stops once a step gains no more than this share of what the first did."""
+    langevin_std: float = 0.0
+    """Noise on the logits before each gradient."""
+    temperature: float = 1.0
+    """Logits are divided by it before a token is drawn; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this much of the probability (Holtzman et al. 2020)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "num_steps", "num_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative; use 0 for the likeliest token")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
+        self.thinking()  # raises for the rest
+
+    def thinking(self) -> ThinkingConfig:
+        """The thinking that is asked for."""
+        return ThinkingConfig(num_steps=self.num_steps, tolerance=self.tolerance, langevin_std=self.langevin_std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guess:
+    """What a model says of the next token after each of P places."""
+
+    logits: Tensor
+    """(P, vocab_size)."""
+    energies: Tensor | None = None
+    """Final energy of every candidate, (N, P); None for a model without energies."""
+    num_forward: int = 1
+    """Forward passes spent on each place, over all candidates; an EBT's come with a gradient but the last of each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedToken:
+    """One new token."""
+
+    token: int
+    text: str
+    """The characters that it completes; may be empty."""
+    energy: float | None
+    """Energy of the chosen candidate."""
+    num_forward: int
+
+
+class Reader(ABC):
+    """A model that has read some tokens, and says what comes next."""
+
+    def __init__(self) -> None:
+        self.cache: Cache = ()
+
+    @property
+    def num_read(self) -> int:
+        """Tokens in the cache."""
+        return self.cache[0].shape[1] if self.cache else 0
+
+    @abstractmethod
+    def read(self, tokens: Tensor) -> None:
+        """Go on with tokens (1, N)."""
+
+    @abstractmethod
+    def guess(self, place: int, options: GenerateOptions) -> Guess:
+        """What follows the last token that was read, the `place`-th of the text, 0-based: a Guess of one place."""
+
+
+class EBTReader(Reader):
+    """A causal EBT: thinks on one candidate against the cache."""
+
+    def __init__(self, model: CausalTextEBT):
+        super().__init__()
+        self.model = model
+
+    def read(self, tokens: Tensor) -> None:
+        self.cache = self.model.context_of(tokens, past=self.cache)
+
+    def guess(self, place: int, options: GenerateOptions) -> Guess:
+        return _think(self.model, self.cache, [place], options)
+
+
+class TransformerReader(Reader):
+    """A language model: its logits come with the reading."""
+
+    def __init__(self, model: CausalTransformer):
+        super().__init__()
+        self.model = model
+        self._logits: Tensor | None = None
+
+    def read(self, tokens: Tensor) -> None:
+        logits, self.cache = self.model.extend(tokens, past=self.cache)
+        self._logits = logits[0, -1:]
+
+    def guess(self, place: int, options: GenerateOptions) -> Guess:
+        if self._logits is None:
+            raise ValueError("nothing was read yet; read at least one token")
+        return Guess(logits=self._logits)
+
+
+def make_reader(model: nn.Module) -> Reader:
+    """The reader of a text model; CheckpointError for a model of another modality."""
+    if isinstance(model, CausalTextEBT):
+        return EBTReader(model)
+    if isinstance(model, CausalTransformer):
+        return TransformerReader(model)
+    kind = getattr(model, "model_type", type(model).__name__)
+    raise CheckpointError(f"a {kind} model writes no text; use a causal_text_ebt or causal_transformer checkpoint")
+
+
+@torch.no_grad()
+def predict_all(model: nn.Module, tokens: Tensor, options: GenerateOptions) -> Guess:
+    """What guess() gives after each of tokens (N,), all N places at once; Langevin noise and tolerance aside.
+
+    Both of these treat the places of one text together: the noise is drawn for all of them, and they stop together.
+    """
+    if isinstance(model, CausalTextEBT):
+        return _think(model, model.context_of(tokens[None]), range(len(tokens)), options)
+    reader = make_reader(model)
+    assert isinstance(reader, TransformerReader)
+    return Guess(logits=reader.model(tokens[None])[0])
+
+
+def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: GenerateOptions) -> Guess:
+    """Best of N candidates at the last len(places) places of the cache."""
+    weight = model.head.weight
+    shape = (model.config.vocab_size,)
+
+    def start(candidate: int) -> Tensor:
+        generators = (make_generator(options.seed, _START, place, candidate) for place in places)
+        drawn = torch.stack([torch.randn(shape, generator=g, dtype=weight.dtype) for g in generators])
+        return drawn[None].to(weight.device)  # (1, P, vocab_size)
+
+    result = best_of(
+        model,
+        (start(candidate) for candidate in range(options.num_candidates)),
+        options.thinking(),
+        context=cache,
+        step_size=model.step_size.detach(),
+        generator=make_generator(options.seed, _LANGEVIN, places[0]),
+    )
+    return Guess(logits=result.final[0], energies=result.energies[:, 0], num_forward=int(result.num_forward[0]))
+
+
+def choose_token(logits: Tensor, options: GenerateOptions, generator: torch.Generator) -> int:
+    """A token drawn from logits (vocab_size,) as the options say; `generator` is one of the CPU."""
+    if options.temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits.double().cpu() / options.temperature).softmax(0)
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered  # what the likelier tokens hold together
+    kept = ordered.where(before < options.top_p, torch.zeros_like(ordered))
+    return int(tokens[torch.multinomial(kept, 1, generator=generator)])
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, model: nn.Module) -> list[int]:
+    """The document boundary and the prompt's tokens; ValueError, in one line, for a prompt that the model cannot take."""
+    if not prompt:
+        raise ValueError("the prompt is empty; give some text to go on from")
+    config = model.config
+    if tokenizer.vocab_size != config.vocab_size:  # type: ignore[union-attr]
+        raise ValueError(
+            f"the model has {config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; "  # type: ignore[union-attr]
+            "give the --tokenizer that the model was trained with"
+        )
+    tokens = [tokenizer.boundary, *tokenizer.encode(prompt)]
+    limit: int = config.context_length  # type: ignore[union-attr, assignment]
+    if len(tokens) > limit:
+        raise ValueError(f"the prompt has {len(tokens) - 1} tokens, the model looks back on {limit - 1}; shorten it")
+    return tokens
+
+
+def generate(
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, options: GenerateOptions, *, use_cache: bool = True
+) -> Iterator[GeneratedToken]:
+    """Go on with a prompt, token by token, until the document ends or there are enough of them.
+
+    A full context is re-read from its later half. `use_cache=False` reads everything again for every token: the same tokens, to
+    show what the cache saves. Raises ValueError for a prompt or model that does not fit, before the first token.
+    """
+    make_reader(model)  # refuses a model of another modality
+    tokens = encode_prompt(prompt, tokenizer, model)
+    return _generate(model, tokenizer, tokens, options, use_cache)
+
+
+def _generate(
+    model: nn.Module, tokenizer: Tokenizer, tokens: list[int], options: GenerateOptions, use_cache: bool
+) -> Iterator[GeneratedToken]:
+    limit: int = model.config.context_length  # type: ignore[union-attr, assignment]
+    device = next(model.parameters()).device
+    add = tokenizer.stream()
+    first, reader = 0, make_reader(model)  # the reader has read tokens[first:...]
+    for _ in range(options.num_tokens):
+        with torch.no_grad():
+            if len(tokens) - first > limit:
+                first, reader = len(tokens) - max(limit // 2, 1), make_reader(model)
+            if not use_cache:
+                reader = make_reader(model)
+            reader.read(torch.tensor([tokens[first + reader.num_read :]], device=device))
+            place = len(tokens) - 1
+            guess = reader.guess(place, options)
+        token = choose_token(guess.logits[0], options, make_generator(options.seed, _SAMPLE, place))
+        if token == tokenizer.boundary:
+            return
+        tokens.append(token)
+        energy = None if guess.energies is None else float(guess.energies.min())
+        yield GeneratedToken(token=token, text=add(token), energy=energy, num_forward=guess.num_forward)

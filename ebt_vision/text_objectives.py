@@ -1,0 +1,176 @@
+"""What the text models are trained on: packed sequences go in, the cross-entropy of the next token and what to log come out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebt_vision.data.text import IGNORED
+from ebt_vision.models.causal_text_ebt import CausalTextEBT
+from ebt_vision.models.causal_transformer import CausalTransformer
+from ebt_vision.objectives import Objective, put_last, thinking_logs
+from ebt_vision.rng import Generators, randn_like
+from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextBatch:
+    """One process's share of a training batch of packed sequences."""
+
+    tokens: Tensor
+    """int64 (B, S)."""
+    targets: Tensor
+    """int64 (B, S): the token after each, IGNORED where there is none."""
+    starts: Tensor
+    """int64 (B, S): where the document of each token starts."""
+    generators: list[torch.Generator]
+    """One for each sequence, for every draw."""
+    start: Tensor | None = None
+    """Candidate logits to think on from, (B, S, vocab_size), where a replay buffer gave some; None draws them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextObjectiveConfig:
+    """How the loss is made; all of it is for the EBT, the language model has nothing to choose."""
+
+    loss_steps: Literal["every", "last"] = "every"
+    """Average the loss over every thinking step, or take the last one's alone."""
+    thinking: ThinkingConfig = field(default_factory=lambda: ThinkingConfig(num_steps=2))
+    """Thinking during training; its step_size is not used: the model's learned one is."""
+
+    def __post_init__(self) -> None:
+        if self.thinking.tolerance is not None:
+            raise ValueError("objective.thinking.tolerance must be null in training: the graph needs every sample")
+        if self.thinking.num_steps < 1 or self.thinking.min_num_steps == 0:
+            raise ValueError("objective.thinking.num_steps and min_num_steps must be 1 or more in training")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextPrediction:
+    """`logits[i]` (B, S, vocab_size) after i + 1 steps, and energies (T + 1, B, S) if the model has any."""
+
+    logits: list[Tensor]
+    energies: Tensor | None = None
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token in nats, (B, S), float32 or wider; 0 where the target is IGNORED."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets)
+
+
+def batch_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the sequences of each one's mean over its tokens, (): parts of a batch then average to the whole."""
+    return (token_losses(logits, targets).sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()
+
+
+def draw_candidates(tokens: Tensor, vocab_size: int, dtype: torch.dtype, generator: Generators | None) -> Tensor:
+    """Where thinking starts: logits ~ N(0, 1), (B, S, vocab_size), as in the paper."""
+    return randn_like(torch.empty(*tokens.shape, vocab_size, dtype=dtype, device=tokens.device), generator)
+
+
+class TextObjective(Objective):
+    """An objective on text batches."""
+
+    def __init__(self, model: nn.Module, config: TextObjectiveConfig):
+        super().__init__()
+        self.model, self.config = model, config
+
+    @staticmethod
+    def predict(model: nn.Module, batch: TextBatch, num_steps: int) -> TextPrediction:
+        """What the model says of every next token at 1..num_steps steps, for validation."""
+        raise NotImplementedError
+
+
+class TextEBTObjective(TextObjective):
+    """Think from random logits (or from replayed ones) and compare with the next token (paper, sec. 3)."""
+
+    thinks = True
+
+    def __init__(self, model: CausalTextEBT, config: TextObjectiveConfig, *, compile_gradient: bool = False):
+        super().__init__(model, config)
+        if compile_gradient and model.config.num_landscapes > 1:
+            raise ValueError("train.compile has one graph for one energy; use compile: false with num_landscapes above 1")
+        self.energy_fn: EnergyFunction = CompiledEnergy(model) if compile_gradient else model
+
+    def forward(self, batch: TextBatch) -> dict[str, Tensor]:
+        model: CausalTextEBT = self.model  # type: ignore[assignment]
+        result = think(
+            self.energy_fn,
+            self._drawn(batch) if batch.start is None else batch.start,
+            self.config.thinking,
+            context=model.context_of(batch.tokens, batch.starts),  # once, for every step
+            step_size=model.step_size,
+            create_graph=True,
+            generator=batch.generators,
+            evaluate_final=False,
+        )
+        # Only steps that the graph reaches can train; truncation leaves the last few.
+        predictions = [p for p in result.predictions if p.requires_grad]
+        if self.config.loss_steps == "last":
+            predictions = predictions[-1:]
+        last = len(result.predictions) - 1
+        return {
+            "loss": torch.stack([batch_loss(p, batch.targets) for p in predictions]).mean(),
+            "candidate": result.final.detach(),
+            "step_size": model.step_size.detach(),
+            "energy_before_last_update": result.energies[last].detach(),
+            "candidate_gradient_norm": result.gradient_norms[last],
+        }
+
+    def continue_thinking(self, batch: TextBatch, rows: dict[str, Tensor]) -> TextBatch:
+        """See Objective."""
+        return replace(
+            batch,
+            tokens=put_last(batch.tokens, rows.get("tokens")),
+            targets=put_last(batch.targets, rows.get("targets")),
+            starts=put_last(batch.starts, rows.get("starts")),
+            start=put_last(self._drawn(batch), rows.get("candidate")),
+        )
+
+    def replay_rows(self, batch: TextBatch, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See Objective."""
+        return {"candidate": output["candidate"], "tokens": batch.tokens, "targets": batch.targets, "starts": batch.starts}
+
+    def logs(self, batch: TextBatch, output: dict[str, Tensor]) -> dict[str, float | Callable[[], float]]:
+        """See Objective."""
+        return thinking_logs(output, lambda: self.energy_of(output["candidate"], batch).mean().item())
+
+    @torch.no_grad()
+    def energy_of(self, candidate: Tensor, batch: TextBatch) -> Tensor:
+        """Energy (B, S) of candidates, to log what the last update reached."""
+        model: CausalTextEBT = self.model  # type: ignore[assignment]
+        return model(candidate, *model.context_of(batch.tokens, batch.starts))
+
+    def _drawn(self, batch: TextBatch) -> Tensor:
+        model: CausalTextEBT = self.model  # type: ignore[assignment]
+        return draw_candidates(batch.tokens, model.config.vocab_size, torch.float32, batch.generators)
+
+    @staticmethod
+    def predict(model: nn.Module, batch: TextBatch, num_steps: int) -> TextPrediction:
+        assert isinstance(model, CausalTextEBT)
+        result = think(
+            model,
+            draw_candidates(batch.tokens, model.config.vocab_size, torch.float32, batch.generators),
+            context=model.context_of(batch.tokens, batch.starts),
+            step_size=model.step_size.detach(),
+            num_steps=num_steps,
+        )
+        return TextPrediction(logits=list(result.predictions), energies=result.energies)
+
+
+class LanguageModelObjective(TextObjective):
+    """The next token in one pass."""
+
+    def forward(self, batch: TextBatch) -> dict[str, Tensor]:
+        return {"loss": batch_loss(self.model(batch.tokens, batch.starts), batch.targets)}
+
+    @staticmethod
+    def predict(model: nn.Module, batch: TextBatch, num_steps: int) -> TextPrediction:
+        """The same logits whatever the number of steps: one entry."""
+        assert isinstance(model, CausalTransformer)
+        return TextPrediction(logits=[model(batch.tokens, batch.starts)])
