@@ -36,6 +36,14 @@ def default_pretrained() -> str:
     return names[0]
 
 
+def model_type_of(name_or_path: str) -> str | None:
+    """The model_type of a shipped name or a folder, without loading it; None for what is neither."""
+    try:
+        return str(read_config(resolve(name_or_path) / CONFIG_NAME)["model_type"])
+    except CheckpointError:
+        return None
+
+
 def pick_device(name: str | None = None) -> str:
     """The device to run on: the one named, if this machine has it (ValueError otherwise), or the best there is."""
     available = ["cpu"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
+    from ebt_vision.noise import Noise
 
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -87,9 +88,17 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", metavar="N", type=_count, default=4, help="thinking steps (default 4)")
     parser.add_argument("--candidates", metavar="N", type=_count, default=1, help="think N times, keep the lowest energy")
     parser.add_argument("--tolerance", metavar="T", type=_not_negative, help="stop when a step gains less than this share")
-    parser.add_argument("--add-noise", metavar="SIGMA", type=_not_negative, help="add Gaussian noise first, in 0..255 units")
+    parser.add_argument("--step-size-scale", metavar="F", type=_positive, default=1.0, help="factor on the learned step size")
+    parser.add_argument("--langevin", metavar="STD", type=_not_negative, default=0.0, help="noise in each thinking step")
+    parser.add_argument(
+        "--add-noise",
+        metavar="SIGMA",
+        type=_noise,
+        help="add Gaussian noise first, in 0..255 units; or KIND:AMOUNT of gaussian, paper, poisson, salt-and-pepper, jpeg",
+    )
     parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of all noise (default 0)")
     parser.add_argument("--tile", metavar="SIZE", type=_count, help="tile side in pixels for large images")
+    parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.set_defaults(run=_denoise)
@@ -155,7 +164,7 @@ class _Job:
 
 
 def _denoise(args: argparse.Namespace) -> int:
-    jobs, problems = _plan(args.inputs, args.output, args.overwrite)
+    jobs, problems = _plan(args.inputs, args.output, args.overwrite, args.png)
     for problem in problems:
         _say(problem)
     failed, done = len(problems), 0
@@ -186,13 +195,13 @@ def _denoise(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(inputs: Sequence[Path], output: Path, overwrite: bool) -> tuple[list[_Job], list[str]]:
+def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> tuple[list[_Job], list[str]]:
     """What to denoise into which file, and a line for each input that cannot be done."""
     jobs: dict[Path, _Job] = {}
     problems: list[str] = []
     for path in inputs:
         try:
-            pairs = list(_targets(path, output))
+            pairs = list(_targets(path, output, png))
         except (ValueError, OSError) as error:
             problems.append(_one_line(error))
             continue
@@ -206,14 +215,14 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool) -> tuple[list[_
     return list(jobs.values()), problems
 
 
-def _targets(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
+def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]:
     from ebt_vision.image_files import WRITABLE_SUFFIXES, find_images
 
     for source in find_images([path]):
         relative = source.relative_to(path) if path.is_dir() else Path(source.name)
         if path.is_dir() and path.resolve() != output.resolve() and source.resolve().is_relative_to(output.resolve()):
             continue  # results of an earlier run, in a folder inside this one
-        suffix = relative.suffix if relative.suffix.lower() in WRITABLE_SUFFIXES else ".png"
+        suffix = relative.suffix if relative.suffix.lower() in WRITABLE_SUFFIXES and not png else ".png"
         yield source, output / relative.with_suffix(suffix)
 
 
@@ -228,21 +237,28 @@ def _make_folder(folder: Path) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     from ebt_vision.checkpoint import default_pretrained, pick_device
-    from ebt_vision.denoiser import DenoiseOptions, for_photographs, load_denoiser
+    from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+    from ebt_vision.noise import suited
 
+    noise = args.add_noise
     options = DenoiseOptions(
-        num_steps=args.steps, num_candidates=args.candidates, tolerance=args.tolerance, seed=args.seed, sigma=args.add_noise
+        num_steps=args.steps,
+        num_candidates=args.candidates,
+        tolerance=args.tolerance,
+        langevin_std=args.langevin,
+        step_size_scale=args.step_size_scale,
+        seed=args.seed,
+        sigma=noise and noise.sigma,
+        noise_level=noise and noise.noise_level,
     )
     denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
-    return for_photographs(denoiser), options
+    return suited(denoiser, noise), options
 
 
 def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:
     """Denoise one file and write the result; returns the line to print."""
-    from ebt_vision.corruption import add_gaussian_noise
     from ebt_vision.image_files import read_image, write_image
     from ebt_vision.metrics import psnr
-    from ebt_vision.rng import make_generator
     from ebt_vision.tiling import denoise_tiled
 
     start = time.perf_counter()
@@ -250,7 +266,7 @@ def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: a
     clean = image.pixels[None]  # (1, 3, H, W)
     noisy = clean
     if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
-        noisy = add_gaussian_noise(clean, args.add_noise, make_generator(args.seed))
+        noisy = args.add_noise.add(clean, args.seed)
     result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, callback=_tile_progress(job.source, start))
     job.target.parent.mkdir(parents=True, exist_ok=True)
     write_image(job.target, image.with_pixels(result.image[0].cpu()), overwrite=args.overwrite)
@@ -411,6 +427,22 @@ def _seed(text: str) -> int:
 
 def _not_negative(text: str) -> float:
     return float(_number(text, float, 0, "use a number, 0 or more"))
+
+
+def _positive(text: str) -> float:
+    value = _not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; use a number above 0")
+    return value
+
+
+def _noise(text: str) -> Noise:
+    from ebt_vision.noise import Noise
+
+    try:
+        return Noise.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _version() -> str:

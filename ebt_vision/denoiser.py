@@ -99,6 +99,8 @@ class DenoiseResult:
     """Which candidate won, int64 (B,)."""
     candidate_images: Tensor | None = None
     """With keep_candidates: the final image of every candidate, (N, B, 3, H, W), like `image`, which is one of them."""
+    candidate_wins: Tensor | None = None
+    """Of an image in tiles, which choose each for itself: how many each candidate won, int64 (N, B)."""
     trajectory: tuple[Tensor, ...] | None = None
     """With keep_trajectory: the images before the first and after every step, like `image`, which is the last."""
 
@@ -156,6 +158,13 @@ class Denoiser(ABC):
     def resolve_options(self, noisy: Tensor, options: DenoiseOptions) -> DenoiseOptions:
         """The options with what is estimated from `noisy` (1, 3, H, W) filled in, so that its tiles share one estimate."""
         return options
+
+    def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor | None:
+        """Energy of each patch of `images` (B, 3, H, W) in [0, 1], (B, H / patch_size, W / patch_size); None without one.
+
+        `noisy` is what they were made from; the sides must be multiples of patch_size.
+        """
+        return None
 
     def activation_bytes(self, height: int, width: int) -> int:
         """About how much memory one image of this size takes while it is worked on."""

@@ -80,6 +80,11 @@ class EBTDenoiser(ModelDenoiser):
             trajectory=watch.trajectory(result.chosen, image) if options.keep_trajectory else None,
         )
 
+    def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor:
+        x = to_model_range(self.to_network(noisy)) * self.input_scale
+        with torch.no_grad():
+            return self.model.energy_map(to_model_range(self.to_network(images)), *self.model.context_of(x))
+
     def _mean(self, energies: Tensor, x: Tensor) -> Tensor:
         return patch_energy_mean(energies, x.shape, self.patch_size)
 

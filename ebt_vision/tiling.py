@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ebt_vision.denoiser import MIN_SIDE, DenoiseOptions, Denoiser, DenoiseResult, check_images
+from ebt_vision.denoiser import (
+    MIN_SIDE,
+    DenoiseOptions,
+    Denoiser,
+    DenoiseResult,
+    DenoiseStep,
+    check_images,
+    crop,
+    pad_to_multiple,
+)
 
 MEMORY_BUDGET = 512 * 2**20
 """Bytes of activations that a batch of tiles may take, by the denoiser's own estimate."""
@@ -15,6 +24,33 @@ MAX_BATCH_SIZE = 64
 
 Progress = Callable[[int, int], object]
 """(tiles done, tiles in total), called at the start and after each batch; raise in it to give up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TiledStep:
+    """What a step callback hears: a step of the batch of tiles that is worked on, the rest being done or still to come."""
+
+    index: int
+    num_steps: int
+    candidate: int
+    num_candidates: int
+    energy: float | None
+    """Mean over the patches of the tiles of this batch."""
+    tiles_done: int
+    tiles_now: int
+    num_tiles: int
+    image: Callable[[], Tensor]
+    """Makes the image so far, (1, 3, H, W) in [0, 1], noisy where no tile is yet; call it during the callback or not at all."""
+
+    @property
+    def share_done(self) -> float:
+        """How much of the work is done, in 0..1, if every tile takes all its steps."""
+        batch = (self.candidate + self.index / self.num_steps) / self.num_candidates
+        return (self.tiles_done + self.tiles_now * batch) / self.num_tiles
+
+
+StepCallback = Callable[[TiledStep], object]
+"""Returning True ends the work there; what is done so far is the result, noisy where nothing is."""
 
 
 def denoise_tiled(
@@ -27,6 +63,7 @@ def denoise_tiled(
     batch_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     callback: Progress | None = None,
+    on_step: StepCallback | None = None,
 ) -> DenoiseResult:
     """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in square tiles of `tile_size` px with `overlap` px in common.
 
@@ -35,7 +72,8 @@ def denoise_tiled(
     inside the image. The result does not depend on batch_size: each tile's random numbers depend on the seed and its place.
 
     The result is as of Denoiser.denoise with B = 1: energies are means over the tiles, and so over all their patches; num_steps
-    is the largest of the tiles; num_forward is their sum; `chosen` is None, because each tile chooses for itself.
+    is the largest of the tiles; num_forward is their sum; `chosen` is None, because each tile chooses for itself: see
+    `candidate_wins`. `on_step` may stop the work; the energies are then of the tiles that were done, or of the first batch.
     Raises ValueError for a tile below 8 px, an overlap that leaves no stride, and what Denoiser.denoise raises.
     """
     noisy = noisy[None] if noisy.ndim == 3 else noisy
@@ -55,58 +93,132 @@ def denoise_tiled(
     elif batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more")
     options = denoiser.resolve_options(noisy, options or DenoiseOptions())
-    return _run(denoiser, noisy, options, (height, width), overlap, batch_size, callback)
+    tiling = _Tiling(noisy, (height, width), overlap)
+    return _run(denoiser, tiling, options, batch_size, callback, on_step)
+
+
+class _Tiling:
+    """An image cut into tiles: their places, their pixels, and sums that blend them."""
+
+    def __init__(self, noisy: Tensor, tile: tuple[int, int], overlap: int):
+        self.noisy, self.tile = noisy, tile
+        self.tops, self.lefts = (tile_starts(side, size, overlap) for side, size in zip(noisy.shape[-2:], tile, strict=True))
+        self.row_weights = tile_weights(self.tops, tile[0], noisy.shape[-2], overlap).to(noisy)
+        self.column_weights = tile_weights(self.lefts, tile[1], noisy.shape[-1], overlap).to(noisy)
+        self.places = [(i, j) for i in range(len(self.tops)) for j in range(len(self.lefts))]
+
+    def cut(self, images: Tensor, start: int, stop: int) -> Tensor:
+        """Tiles start..stop - 1 of `images` (1, C, H, W), (n, C, h, w)."""
+        return torch.stack([images[0][self._window(place)] for place in self.places[start:stop]])
+
+    def add(self, total: Tensor, tiles: Tensor, start: int) -> None:
+        """Add tiles (n, C, h, w), the first of which is number `start`, to `total` (1, C, H, W), each with its weights."""
+        for image, place in zip(tiles, self.places[start : start + len(tiles)], strict=True):
+            weight = self.row_weights[place[0]][:, None] * self.column_weights[place[1]]  # (h, w)
+            total[0][self._window(place)] += weight * image
+
+    def fill(self, total: Tensor, start: int) -> None:
+        """Add the noisy pixels of the tiles from `start` on."""
+        for number in range(start, len(self.places)):
+            self.add(total, self.cut(self.noisy, number, number + 1), number)
+
+    def _window(self, place: tuple[int, int]) -> tuple[slice, slice, slice]:
+        top, left = self.tops[place[0]], self.lefts[place[1]]
+        return slice(None), slice(top, top + self.tile[0]), slice(left, left + self.tile[1])
 
 
 def _run(
     denoiser: Denoiser,
-    noisy: Tensor,
+    tiling: _Tiling,
     options: DenoiseOptions,
-    tile: tuple[int, int],
-    overlap: int,
     batch_size: int,
     callback: Progress | None,
+    on_step: StepCallback | None,
 ) -> DenoiseResult:
-    tops, lefts = (tile_starts(side, size, overlap) for side, size in zip(noisy.shape[-2:], tile, strict=True))
-    row_weights = tile_weights(tops, tile[0], noisy.shape[-2], overlap).to(noisy)
-    column_weights = tile_weights(lefts, tile[1], noisy.shape[-1], overlap).to(noisy)
-    places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
-
-    def add(total: Tensor, tiles: Tensor, where: list[tuple[int, int]]) -> None:
-        for image, (i, j) in zip(tiles, where, strict=True):
-            weight = row_weights[i][:, None] * column_weights[j]  # (height, width)
-            total[0, :, tops[i] : tops[i] + tile[0], lefts[j] : lefts[j] + tile[1]] += weight * image
-
+    noisy, num_tiles = tiling.noisy, len(tiling.places)
     image = torch.zeros_like(noisy)
     trajectory: list[Tensor] = []
     candidates: list[Tensor] = []
     combined: DenoiseResult | None = None
+    counted = done = 0  # tiles in `combined`, and in `image`
     if callback is not None:
-        callback(0, len(places))
-    for start in range(0, len(places), batch_size):
-        where = places[start : start + batch_size]
-        tiles = [noisy[0, :, tops[i] : tops[i] + tile[0], lefts[j] : lefts[j] + tile[1]] for i, j in where]
-        ids = list(range(start, start + len(where)))
-        result = denoiser.denoise(torch.stack(tiles), options, image_ids=ids)
+        callback(0, num_tiles)
+    while done < num_tiles:
+        tiles = tiling.cut(noisy, done, done + batch_size)
+        watch = _Watch(tiling, image, tiles, done, on_step)
+        result = denoiser.denoise(tiles, options, image_ids=range(done, done + len(tiles)), callback=watch)
+        if watch.stopped and watch.index == 0 and watch.candidate == 0:  # as it is seen, not as the network gets it
+            result = replace(result, image=tiles.clamp(0, 1))
         # Add the images in place, and let go of them.
-        add(image, result.image, where)
+        tiling.add(image, result.image, done)
         for totals, several in ((trajectory, result.trajectory), (candidates, result.candidate_images)):
             for index, images in enumerate(() if several is None else several):
                 if index == len(totals):
                     totals.append(torch.zeros_like(noisy))
-                add(totals[index], images, where)
-        combined = _combine(combined, replace(result, image=image, trajectory=None, chosen=None, candidate_images=None))
+                tiling.add(totals[index], images, done)
+        if combined is None or not watch.stopped:  # a batch that was cut short may have fewer candidates
+            combined = _combine(combined, _shared(result, image, options))
+            counted += len(tiles)
+        else:
+            candidates.clear()
+            combined = replace(combined, num_forward=combined.num_forward + result.num_forward.sum(), candidate_energies=None)
+        done += len(tiles)
         if callback is not None:
-            callback(start + len(where), len(places))
+            callback(done, num_tiles)
+        if watch.stopped:
+            for total in (image, *trajectory, *candidates):
+                tiling.fill(total, done)
+            break
     assert combined is not None
     return replace(
         combined,
-        image=image.clamp(0, 1),  # the weights sum to 1 but for rounding
-        energies=_over(combined.energies, len(places)),
-        candidate_energies=_over(combined.candidate_energies, len(places)),
+        image=image.clamp_(0, 1),  # the weights sum to 1 but for rounding
+        energies=_over(combined.energies, counted),
+        candidate_energies=_over(combined.candidate_energies, counted),
         candidate_images=torch.stack(candidates).clamp(0, 1) if candidates else None,
-        trajectory=tuple(step.clamp(0, 1) for step in trajectory) or None,
+        trajectory=tuple(step.clamp_(0, 1) for step in trajectory) or None,
     )
+
+
+class _Watch:
+    """Hears of the steps of one batch of tiles and tells `on_step` of the whole image."""
+
+    def __init__(self, tiling: _Tiling, image: Tensor, tiles: Tensor, start: int, on_step: StepCallback | None):
+        self.tiling, self.image, self.tiles, self.start, self.on_step = tiling, image, tiles, start, on_step
+        self.stopped, self.index, self.candidate = False, 0, 0
+
+    def __call__(self, step: DenoiseStep) -> bool:
+        if self.on_step is None:
+            return False
+        self.index, self.candidate = step.index, step.candidate
+        told = self.on_step(
+            TiledStep(
+                index=step.index,
+                num_steps=step.num_steps,
+                candidate=step.candidate,
+                num_candidates=step.num_candidates,
+                energy=None if step.energies is None else float(step.energies.mean()),
+                tiles_done=self.start,
+                tiles_now=len(self.tiles),
+                num_tiles=len(self.tiling.places),
+                image=lambda: self._image(step),
+            )
+        )
+        self.stopped = told is True
+        return self.stopped
+
+    def _image(self, step: DenoiseStep) -> Tensor:
+        image = self.image.clone()
+        # Before the first step: the tiles as they are seen, not as the network gets them.
+        self.tiling.add(image, self.tiles if step.index == 0 else step.image.to(image), self.start)
+        self.tiling.fill(image, self.start + len(self.tiles))
+        return image.clamp_(0, 1)
+
+
+def _shared(result: DenoiseResult, image: Tensor, options: DenoiseOptions) -> DenoiseResult:
+    """A batch's result with what all batches share in it: the image, and how many tiles each candidate won."""
+    wins = None if result.chosen is None else torch.bincount(result.chosen, minlength=options.num_candidates)[:, None]
+    return replace(result, image=image, trajectory=None, chosen=None, candidate_images=None, candidate_wins=wins)
 
 
 def _combine(total: DenoiseResult | None, batch: DenoiseResult) -> DenoiseResult:
@@ -128,6 +240,7 @@ def _combine(total: DenoiseResult | None, batch: DenoiseResult) -> DenoiseResult
         num_forward=num_forward,
         energies=add("energies"),
         candidate_energies=add("candidate_energies"),
+        candidate_wins=add("candidate_wins"),
     )
 
 
@@ -160,3 +273,27 @@ def tile_weights(starts: list[int], tile: int, length: int, overlap: int) -> Ten
     for weight, start in zip(weights, starts, strict=True):
         weight /= total[start : start + tile]
     return weights
+
+
+def energy_map_tiled(denoiser: Denoiser, images: Tensor, noisy: Tensor, *, tile_size: int | None = None) -> Tensor | None:
+    """Energy of the patch that each pixel lies in, float32 (H, W), blended over tiles as in denoise_tiled.
+
+    `images` (1, 3, H, W) in [0, 1] is what the energy is of, `noisy`, of the same shape, what it was made from. None for a
+    method without an energy.
+    """
+    check_images(images)
+    tile_size = denoiser.tile_size if tile_size is None else tile_size
+    tile = (min(tile_size, images.shape[-2]), min(tile_size, images.shape[-1]))
+    tiling = _Tiling(images, tile, tile_size // 4)
+    total = torch.zeros_like(images[:, :1])
+    batch_size = min(max(MEMORY_BUDGET // max(denoiser.activation_bytes(*tile), 1), 1), MAX_BATCH_SIZE)
+    for start in range(0, len(tiling.places), batch_size):
+        tiles, sources = (
+            pad_to_multiple(tiling.cut(whole, start, start + batch_size), denoiser.patch_size) for whole in (images, noisy)
+        )
+        energies = denoiser.energy_map(tiles, sources)  # (n, h / patch_size, w / patch_size)
+        if energies is None:
+            return None
+        pixels = energies.repeat_interleave(denoiser.patch_size, 1).repeat_interleave(denoiser.patch_size, 2)
+        tiling.add(total, crop(pixels[:, None].to(total), tile), start)
+    return total[0, 0]

@@ -1,151 +1,200 @@
-"""The Gradio page: what it computes, and the real page in a real browser."""
+"""The Gradio page in a real browser, and its endpoints through gradio_client."""
 
-import re
+import functools
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
-import torch
 from browser import browser
 from PIL import Image
 
 from apps import denoise as app
-from ebt_vision.denoiser import Denoiser, IdentityDenoiser, load_denoiser
+from apps import service
+from ebt_vision import cli
+from ebt_vision.denoiser import Denoiser, load_denoiser
+from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
+from ebt_vision.noise import NOISE_KINDS
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = str(ROOT / "apps" / "examples" / "coffee.png")
+EXAMPLE = ROOT / "apps" / "examples" / "coffee.png"
+LONG = 180_000
+"""Milliseconds to wait for anything: the machine may be busy."""
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Denoiser:
-    return load_denoiser(str(tiny_checkpoint))
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small photograph, 96 x 64."""
+    path = tmp_path_factory.mktemp("photos") / "mine.png"
+    Image.open(EXAMPLE).resize((96, 64)).save(path)
+    return path
 
 
-# --- What it computes
+@pytest.fixture(scope="module")
+def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The running page with a tiny EBT, slow enough to be stopped, and a tiny regressor."""
+    regressor = tmp_path_factory.mktemp("checkpoints") / "tiny-regressor"
+    PatchRegressor(PatchRegressorConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)).save_pretrained(
+        regressor
+    )
+
+    def load(name: str) -> Denoiser:
+        denoiser = load_denoiser(name)
+        if isinstance(denoiser, EBTDenoiser):
+            denoiser.model.register_forward_pre_hook(lambda *_: time.sleep(0.25))
+        return denoiser
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = int(sock.getsockname()[1])
+    page = app.build_page({"tiny-ebt": str(tiny_checkpoint), "tiny-regressor": str(regressor)}, functools.lru_cache(load))
+    page.launch(server_port=port, prevent_thread_lock=True, quiet=True, **app.launch_options())
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        page.close(verbose=False)
 
 
-@pytest.mark.parametrize("noise", [app.GAUSSIAN, app.PAPER])
-def test_an_answer_has_a_point_for_every_step(tiny: Denoiser, noise: str) -> None:
-    result = app.answer(app.Request(path=EXAMPLE, noise=noise, num_steps=3), tiny)
-    assert len(result.energies) == len(result.psnrs) == 4
-    assert result.before.shape == result.after.shape == (171, 256, 3) and result.before.dtype == np.uint8
-    assert app.curves(result).count("<circle") == 8
+def by_command(photo: Path, checkpoint: Path, output: Path, *options: str) -> np.ndarray:
+    command = ["denoise", photo, "--model", checkpoint, "--output", output, *options]
+    assert cli.main([str(word) for word in command]) == 0
+    return np.asarray(Image.open(output / photo.name))
 
 
-def test_without_added_noise_there_is_no_psnr(tiny: Denoiser) -> None:
-    result = app.answer(app.Request(path=EXAMPLE, noise=app.NO_NOISE, num_steps=2), tiny)
-    assert result.psnrs == [] and "PSNR" not in app.facts(result) + app.curves(result)
-    assert (result.before == np.asarray(Image.open(EXAMPLE))).all()
+# --- Requests
 
 
-def test_a_model_without_an_energy_has_no_energy_curve() -> None:
-    result = app.answer(app.Request(path=EXAMPLE, noise=app.GAUSSIAN, sigma=25), IdentityDenoiser())
-    assert result.energies == [] and "curve-energy" not in app.curves(result)
-    assert result.psnrs[0] == pytest.approx(result.psnrs[-1]) == pytest.approx(20.7, abs=0.5)
+def controls(**changed) -> list:
+    """The values of the page's controls, in their order."""
+    values = dict(how=service.ADD, kind="gaussian") | {name: known.default for name, known in NOISE_KINDS.items()}
+    values |= dict(seed=3, steps=4, model="m", scale=1, tolerance=0, langevin=0, candidates=1, tile=service.OWN_TILES)
+    return list((values | changed).values())
 
 
-def test_the_seed_decides_the_noise() -> None:
-    clean = torch.full((1, 3, 16, 16), 0.5)
-    first, again, other = (app.add_noise(clean, app.Request(path="", seed=seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+def test_controls_become_a_request() -> None:
+    request, label = service.read_controls("a.png", controls(tile="64", tolerance=0.2))
+    assert (label, str(request.noise), request.seed, request.tile_size, request.tolerance) == ("m", "gaussian:25", 3, 64, 0.2)
+    assert service.read_controls("a.png", controls(how=service.NOISY_ALREADY))[0].noise is None
 
 
-def test_a_large_image_is_shrunk_and_says_so(tmp_path: Path) -> None:
-    Image.new("RGB", (app.MAX_SIDE * 2, 300), "grey").save(tmp_path / "wide.png")
-    result = app.answer(app.Request(path=str(tmp_path / "wide.png"), noise=app.NO_NOISE), IdentityDenoiser())
-    assert result.after.shape == (150, app.MAX_SIDE, 3) and f"to {app.MAX_SIDE}×150" in app.facts(result)
-
-
-@pytest.mark.parametrize("values", [[1.0], [2.0, 2.0, 2.0], [-1e-9, 1e-9], [3e5, -2e5, 1.0]])
-def test_a_curve_stays_in_its_frame(values: list[float]) -> None:
-    svg = app.curve(values, "Energy", "unit", "name")
-    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([-\d.]+)"', svg)]
-    assert len(heights) == len(values) and all(0 <= y <= 160 for y in heights)
+@pytest.mark.parametrize(
+    "changed", [{"steps": 33}, {"candidates": 9}, {"seed": -1}, {"gaussian": 999}, {"scale": 0}, {"tile": "4"}, {"steps": None}]
+)
+def test_what_is_out_of_range_is_refused(changed: dict) -> None:
+    with pytest.raises(gr.Error):
+        service.read_controls("a.png", controls(**changed))
 
 
 def test_errors_do_not_name_the_servers_folders(tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
-    assert app.friendly(ValueError(f"{path} is empty"), str(path)) == "photo.png is empty"
+    assert service.friendly(ValueError(f"{path} is empty"), str(path)) == "photo.png is empty"
 
 
-def test_a_wrong_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["--checkpoint", "no/such/folder"]) == 2
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1 and "no/such/folder" in err[0]
+# --- Endpoints
+
+
+@pytest.mark.slow
+def test_the_endpoints_give_the_pixels_of_the_command_line(
+    address: str, photo: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from gradio_client import Client, handle_file
+
+    client = Client(address, verbose=False, download_files=str(tmp_path))
+    given = dict(image=handle_file(str(photo)), noise="gaussian", amount=25, seed=5, api_name="/denoise")
+    file, told = client.predict(steps=3, **given)
+    expected = by_command(photo, tiny_checkpoint, tmp_path / "out", "--add-noise", "25", "--seed", "5", "--steps", "3")
+    assert (np.asarray(Image.open(file)) == expected).all() and len(told["energies"]) == 4
+    with pytest.raises(Exception, match="steps=99 is out of range"):
+        client.predict(steps=99, **given)
+    with pytest.raises(Exception, match="not in the list of choices"):
+        client.predict(model="/etc", **given)
+    # A file of the server, named instead of sent.
+    with pytest.raises(Exception):  # noqa: B017 (gradio's own, of whatever kind)
+        client.predict(**(given | {"image": {"path": str(ROOT / "README.md"), "meta": {"_type": "gradio.FileData"}}}))
+    rows = client.predict(image=handle_file(str(photo)), noise="gaussian", amount=25, steps=2, api_name="/compare")
+    assert (
+        [row["name"] for row in rows] == ["Noisy", "EBT", "Regressor", "BM3D"]
+        and rows[1]["num_forward"] == 3
+        and rows[1]["psnrs"]
+    )
 
 
 # --- The page
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The running page with the tiny model, started as a user starts it."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("app") / "log.txt"
-    command = [sys.executable, "apps/denoise.py", "--port", str(port), "--checkpoint", str(tiny_checkpoint)]
-    with log.open("w") as out:
-        server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10)
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, f"the page did not start:\n{log.read_text()}"
-                time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # on a fresh machine it installs the browser
-@pytest.mark.parametrize(("width", "height"), [(1366, 900), (390, 844)], ids=["laptop", "phone"])
-def test_denoise_in_a_browser(address: str, tmp_path: Path, width: int, height: int) -> None:
-    (tmp_path / "mine.png").write_bytes(Path(EXAMPLE).read_bytes())
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"), [(1366, 900, "light"), (390, 844, "dark")], ids=["laptop", "phone-dark"]
+)
+def test_denoise_in_a_browser(
+    address: str, photo: Path, tiny_checkpoint: Path, tmp_path: Path, width: int, height: int, scheme: str
+) -> None:
     (tmp_path / "text.png").write_text("not an image")
     outside: list[str] = []
     with browser() as chromium:
-        page = chromium.new_page(viewport={"width": width, "height": height})
+        page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True)
+        page.set_default_timeout(LONG)
         page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or outside.append(r.url))
         page.goto(address)
 
         # Denoise an upload in the default four steps.
-        upload(page, tmp_path / "mine.png")
+        upload(page, photo)
         page.click("#denoise")
-        page.wait_for_selector("#chart .curve-energy circle", timeout=60_000)
+        page.wait_for_function("document.querySelectorAll('#film img').length == 5")
         assert page.locator("#chart .curve-energy circle").count() == 5
         assert page.locator("#chart .curve-psnr circle").count() == 5
-        page.wait_for_function("[...document.querySelectorAll('#result img')].filter(i => i.naturalWidth == 256).length == 2")
+        page.wait_for_function("[...document.querySelectorAll('#result img')].filter(i => i.naturalWidth == 96).length == 2")
+        assert all(".png" in source for source in page.eval_on_selector_all("#result img", "found => found.map(i => i.src)"))
         assert "dB" in page.inner_text("#facts")
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
-        # More steps, more points.
-        page.fill("#steps input[type=number]", "7")
+        # What is taken away is what the command line makes.
+        tab(page, "Take away")
+        with page.expect_download() as download:
+            page.click("#download")
+        taken = np.asarray(Image.open(download.value.path()))
+        expected = by_command(photo, tiny_checkpoint, tmp_path / "out", "--add-noise", "paper:0.1")
+        assert (taken == expected).all() and download.value.suggested_filename == "mine-denoised.png"
+
+        if scheme == "dark":
+            red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")[:3]
+            assert max(red, green, blue) < 60
+            return
+
+        # Stop.
+        page.fill("#steps input[type=number]", "32")
         page.keyboard.press("Tab")
+        tab(page, "Result")
         page.click("#denoise")
-        page.wait_for_function("document.querySelectorAll('#chart .curve-energy circle').length == 8", timeout=60_000)
+        page.wait_for_function("document.querySelector('#facts').innerText.includes('left')")
+        page.click("#stop")
+        page.wait_for_function("document.querySelector('#facts').innerText.includes('Stopped early')")
+
+        # Side by side.
+        page.click("#compare")
+        page.wait_for_function("document.querySelectorAll('#columns .column').length == 4")
+        assert page.locator("#columns figcaption b").all_inner_texts() == ["Noisy", "EBT", "Regressor", "BM3D"]
 
         # A file that is no image: a sentence, and the page goes on.
         upload(page, tmp_path / "text.png")
         page.click("#denoise")
-        page.wait_for_selector("text=text.png is not", timeout=60_000)
+        page.wait_for_selector("text=text.png is not")
     assert outside == [], "the page must work without the network"
+
+
+def tab(page, name: str) -> None:
+    """Go to a tab of the answer, in the menu of those that do not fit if it is there."""
+    if not page.get_by_role("tab", name=name, exact=True).first.is_visible():
+        page.locator("#answer .overflow-menu button").first.click()
+        page.locator("#answer .overflow-dropdown button", has_text=name).click()
+        return
+    page.get_by_role("tab", name=name, exact=True).first.click()
 
 
 def upload(page, path: Path) -> None:

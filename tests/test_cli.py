@@ -89,6 +89,21 @@ def test_candidates_tolerance_and_tiles_are_taken(run, good: Path) -> None:
     assert status == 0 and len(out) == 1
 
 
+def test_other_noises_and_all_of_thinking_are_taken(run, good: Path, tmp_path: Path) -> None:
+    plain = ("--add-noise", "salt-and-pepper:0.1")
+    results = []
+    for number, more in enumerate(((), ("--step-size-scale", "3"), ("--langevin", "0.05"))):
+        assert run(good, *plain, *more, output=tmp_path / str(number))[0] == 0
+        results.append((tmp_path / str(number) / "good.png").read_bytes())
+    assert len(set(results)) == 3
+
+
+def test_png_is_written_when_asked_for(run, tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg")
+    assert run(tmp_path / "a.jpg", "--png")[0] == 0
+    assert Image.open(tmp_path / "out" / "a.png").format == "PNG"
+
+
 def test_info_describes_a_checkpoint(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", str(tiny_checkpoint)]) == 0
     out = capsys.readouterr().out
@@ -190,6 +205,8 @@ def test_unwritable_output_is_said_before_any_work(run, good: Path, tmp_path: Pa
         ("--candidates", "0"),
         ("--tolerance", "nan"),
         ("--add-noise", "-5"),
+        ("--add-noise", "fog:5"),
+        ("--step-size-scale", "0"),
         ("--seed", "-1"),
         ("--tile", "0"),
         ("--stepz", "3"),

@@ -26,6 +26,7 @@ LEVELS = {
     "denoiser.py": 3,
     "model_denoisers.py": 3,
     "tiling.py": 3,
+    "noise.py": 3,
     "classical.py": 3,
     "image_files.py": 3,
     "data/": 3,

@@ -10,7 +10,7 @@ from ebt_vision.classical import NonLocalMeansDenoiser
 from ebt_vision.denoiser import DenoiseOptions, Denoiser, IdentityDenoiser, no_network_result
 from ebt_vision.model_denoisers import EBTDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.tiling import denoise_tiled, tile_starts, tile_weights
+from ebt_vision.tiling import denoise_tiled, energy_map_tiled, tile_starts, tile_weights
 
 
 def tiny_ebt() -> EBTDenoiser:
@@ -154,3 +154,68 @@ def test_arguments_that_cannot_be_used(arguments, message):
         denoise_tiled(IdentityDenoiser(), torch.rand(3, 16, 16), **arguments)
     with pytest.raises(ValueError, match="batch of 2"):
         denoise_tiled(IdentityDenoiser(), torch.rand(2, 3, 16, 16))
+
+
+# --- Steps, stopping, maps
+
+
+def scene(height: int = 40, width: int = 52) -> torch.Tensor:
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(3))
+
+
+def test_steps_are_told_of_the_whole_image():
+    noisy, heard = scene(), []
+    plain = denoise_tiled(tiny_ebt(), noisy, DenoiseOptions(num_steps=2), batch_size=5)
+    result = denoise_tiled(
+        tiny_ebt(),
+        noisy,
+        DenoiseOptions(num_steps=2),
+        batch_size=5,
+        on_step=lambda step: heard.append((step, step.image())) and None,
+    )
+    assert torch.equal(result.image, plain.image)
+    num_tiles = heard[0][0].num_tiles
+    assert num_tiles > 10 and len(heard) == 3 * -(-num_tiles // 5)
+    shares = [step.share_done for step, _ in heard]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    torch.testing.assert_close(heard[0][1], noisy)  # nothing done yet
+    torch.testing.assert_close(heard[-1][1], result.image)
+    single = denoise_tiled(
+        tiny_ebt(), noisy[..., :16, :16], DenoiseOptions(num_steps=2), on_step=lambda s: heard.append((s, 0))
+    )
+    assert [step.energy for step, _ in heard[-3:]] == pytest.approx(single.energies[:, 0].tolist())
+
+
+@pytest.mark.parametrize(("tiles", "index"), [(0, 0), (0, 1), (5, 0), (5, 1)])
+def test_true_stops_between_steps_and_the_rest_stays_noisy(tiles, index):
+    noisy, last = scene(), []
+
+    def on_step(step):
+        last[:] = [step, step.image()]
+        return step.tiles_done == tiles and step.index == index
+
+    options = DenoiseOptions(num_steps=3, num_candidates=2, keep_trajectory=True, keep_candidates=True)
+    result = denoise_tiled(tiny_ebt(), noisy, options, batch_size=5, on_step=on_step)
+    assert last[0].tiles_done == tiles and last[0].index == index and last[0].candidate == 0
+    torch.testing.assert_close(result.image, last[1])
+    torch.testing.assert_close(result.image[..., -8:, -8:], noisy[..., -8:, -8:])
+    assert torch.isfinite(result.energies).all() and result.trajectory[-1].shape == noisy.shape
+    assert int(result.num_forward) == (5 * 2 * 4 if tiles else 0) + 5 * (index + 1)
+
+
+def test_every_tile_chooses_for_itself_and_wins_are_counted():
+    result = denoise_tiled(tiny_ebt(), scene(), DenoiseOptions(num_candidates=3), batch_size=4)
+    assert result.candidate_wins.shape == (3, 1)
+    assert int(result.candidate_wins.sum()) == len(tile_starts(40, 16, 4)) * len(tile_starts(52, 16, 4))
+
+
+def test_the_energy_map_sums_to_the_energy():
+    denoiser, image = tiny_ebt(), scene(16, 16)
+    energies = energy_map_tiled(denoiser, image, image)
+    result = denoiser.denoise(image)
+    assert energies.shape == (16, 16)
+    assert float(energies.mean()) == pytest.approx(float(result.energies[0]), rel=1e-5)
+    assert energy_map_tiled(denoiser, scene(30, 37), scene(30, 37)).shape == (30, 37)  # sides that no patch divides
+    flat = energies.reshape(4, 4, 4, 4)
+    assert torch.equal(flat[:, :1, :, :1].expand_as(flat), flat)  # the same all over a patch
+    assert energy_map_tiled(IdentityDenoiser(), image, image) is None

@@ -1,0 +1,51 @@
+"""The command line and the Python program that make the pixels that the page shows."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from apps.work import Request
+
+
+def command(request: Request, model: str, device: str) -> str:
+    """The command line for a request, the image being in the folder that it is given in."""
+    words = ["ebt-vision", "denoise", Path(request.path).name, "--model", model, "--steps", str(request.num_steps)]
+    if request.noise is not None:
+        words += ["--add-noise", str(request.noise)]
+    words += ["--seed", str(request.seed)]
+    if request.num_candidates != 1:
+        words += ["--candidates", str(request.num_candidates)]
+    if request.tolerance is not None:
+        words += ["--tolerance", repr(request.tolerance)]
+    if request.langevin_std:
+        words += ["--langevin", repr(request.langevin_std)]
+    if request.step_size_scale != 1:
+        words += ["--step-size-scale", repr(request.step_size_scale)]
+    if request.tile_size is not None:
+        words += ["--tile", str(request.tile_size)]
+    return shlex.join([*words, "--png", "--device", device, "--output", "out/"])
+
+
+def program(request: Request, model: str, device: str) -> str:
+    """The same as a Python program."""
+    path = Path(request.path)
+    options = {field: getattr(request.options(), field) for field in request.options().__slots__}
+    plain = {field: getattr(type(request.options())(), field) for field in options}
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value != plain[name] or name == "num_steps")
+    noise = request.noise
+    made = "None" if noise is None else f"Noise(kind={noise.kind!r}, amount={noise.amount!r})"
+    noisy = "image.pixels[None]" if noise is None else f"noise.add(image.pixels[None], seed={request.seed})"
+    tile = "" if request.tile_size is None else f", tile_size={request.tile_size}"
+    return f"""from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+from ebt_vision.image_files import read_image, write_image
+from ebt_vision.noise import Noise, suited
+from ebt_vision.tiling import denoise_tiled
+
+image = read_image({path.name!r})
+noise = {made}
+noisy = {noisy}
+denoiser = suited(load_denoiser({model!r}, device={device!r}), noise)
+result = denoise_tiled(denoiser, noisy, DenoiseOptions({given}){tile})
+write_image({path.stem + "-denoised.png"!r}, image.with_pixels(result.image[0]))
+"""

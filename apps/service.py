@@ -1,0 +1,193 @@
+"""What the page's buttons and endpoints do: from controls to a request, from news and answers to what is shown."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from apps import figures, recipes
+from apps.work import Answer, Request, Update, compare, estimate, free_memory, think_aloud
+from ebt_vision.checkpoint import list_pretrained, model_type_of
+from ebt_vision.denoiser import Denoiser
+from ebt_vision.image_files import write_image
+from ebt_vision.noise import NOISE_KINDS, Noise
+from ebt_vision.thinking import ThinkingError
+
+MAX_STEPS, MAX_CANDIDATES = 32, 8
+NOISY_ALREADY, ADD = "My photo is noisy already", "Add noise first"
+OWN_TILES = "The model's own"
+KIND_OF_MODEL = {"patch_ebt": "EBT", "dit": "DiT", "patch_regressor": "Regressor"}
+
+
+class Service:
+    """What the page's buttons and its endpoints do. One request at a time is worked on; each visitor can stop their own."""
+
+    def __init__(self, models: dict[str, str], load: Callable[[str], Denoiser], device: str):
+        self.models, self.load, self.device = models, load, device
+        self._stops: dict[str, threading.Event] = {}
+
+    def denoise(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[tuple]:
+        """A generator of values for the page's outputs: see `_live` and `_final`."""
+        request, label = read_controls(path, values)
+        with tempfile.TemporaryDirectory() as folder:
+            for news in self._guarded(think_aloud(request, self._denoiser(label), self._start(visitor)), path):
+                if isinstance(news, Update):
+                    yield _live(news)
+                else:
+                    yield self._final(news, request, label, Path(folder))
+
+    def compare(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[str]:
+        """A generator of HTML."""
+        request, label = read_controls(path, values)
+        stop = self._start(visitor)
+        for columns in self._guarded(compare(request, self._methods(label), stop), path):
+            yield figures.comparison(columns)
+
+    def api_denoise(self, image, noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile):
+        """Denoise an image: a PNG file, and a dictionary of figures."""
+        values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile)
+        request, label = api_request(image, *values)
+        folder = Path(tempfile.mkdtemp())
+        try:
+            *_, answer = self._guarded(think_aloud(request, self._denoiser(label), threading.Event()), image)
+            target = folder / f"{Path(image).stem}-denoised.png"
+            write_image(target, answer.file)
+            told = {name: getattr(answer, name) for name in ("energies", "psnrs", "num_steps", "num_forward", "seconds")}
+            yield str(target), told  # a generator: the file is copied before it goes on
+        finally:
+            _remove(folder)
+
+    def api_compare(self, image, noise, amount, seed, steps, model):
+        """Compare the methods on an image: a list of dictionaries."""
+        request, label = api_request(image, noise, amount, seed, steps, model, 1.0, 0.0, 0.0, 1, 0)
+        *_, columns = self._guarded(compare(request, self._methods(label), threading.Event()), image)
+        fields = ("name", "psnrs", "num_forward", "seconds", "problem")
+        return [{name: getattr(column, name) for name in fields} for column in columns]
+
+    def estimate(self, path: str | None) -> str:
+        """What the noise of a photograph seems to be, in words; nothing for what cannot be read."""
+        if not path:
+            return ""
+        try:
+            return f"Noise that is in it already: about σ = **{estimate(path):.0f}** of 255, by its finest wavelets."
+        except (ValueError, OSError):
+            return ""  # the button says what is wrong
+
+    def stop(self, visitor: gr.Request) -> None:
+        """End what this visitor has running, after the step that is under way."""
+        event = self._stops.get(visitor.session_hash or "")
+        if event is not None:
+            event.set()
+
+    def forget(self, visitor: gr.Request) -> None:
+        """The visitor has left."""
+        self.stop(visitor)
+        self._stops.pop(visitor.session_hash or "", None)
+
+    def _start(self, visitor: gr.Request) -> threading.Event:
+        self.stop(visitor)
+        event = self._stops[visitor.session_hash or ""] = threading.Event()
+        return event
+
+    def _denoiser(self, label: str) -> Denoiser:
+        if label not in self.models:
+            raise gr.Error(f"There is no model {label!r} here.", print_exception=False)
+        return self.load(self.models[label])
+
+    def _methods(self, label: str) -> dict[str, Callable[[], Denoiser]]:
+        """The chosen EBT, or the best there is, then DiT, regressor and BM3D."""
+        found = {kind: name for name in reversed(self.models.values()) for kind in [model_type_of(name)]}
+        if model_type_of(self.models.get(label, "")) == "patch_ebt":
+            found["patch_ebt"] = self.models[label]
+        methods = {title: functools.partial(self.load, found[kind]) for kind, title in KIND_OF_MODEL.items() if kind in found}
+        return methods | {"BM3D": functools.partial(self.load, "bm3d")}
+
+    def _final(self, answer: Answer, request: Request, label: str, folder: Path) -> tuple:
+        target = folder / f"{Path(request.path).stem}-denoised.png"
+        write_image(target, answer.file)
+        heat, legend = figures.heat_map(answer.steps)
+        model = self.models[label] if self.models[label] in list_pretrained() else label  # no folders of ours
+        return (
+            (answer.before, answer.after),
+            figures.facts(answer),
+            figures.curves(answer.steps.energies, answer.steps.psnrs),
+            figures.filmstrip(answer.steps),
+            heat,
+            legend,
+            figures.candidates(answer.steps),
+            gr.update(value=str(target), interactive=True),
+            recipes.command(request, model, self.device),
+            recipes.program(request, model, self.device),
+        )
+
+    def _guarded(self, news: Iterator, path: str | None) -> Iterator:
+        """`news`, with errors that are the visitor's told in a sentence."""
+        try:
+            yield from news
+        except (ValueError, OSError, ThinkingError, MemoryError) as error:
+            raise gr.Error(friendly(error, path or ""), title="This did not work", print_exception=False) from None
+        finally:
+            free_memory()
+
+
+def _live(update: Update) -> tuple:
+    drawn = figures.curves(update.energies, update.psnrs)
+    rest = [gr.skip()] * 3 + [gr.update(interactive=False)] + [gr.skip()] * 2  # but nothing of the last answer to take away
+    return ((update.before, update.after), figures.progress(update), drawn, "", *rest)
+
+
+def _remove(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def read_controls(path: str | None, values: Sequence[Any]) -> tuple[Request, str]:
+    """The request of the page's controls, in their order on it, and the model's label."""
+    how, kind, *amounts, seed, steps, label, scale, tolerance, langevin, candidates, tile = values
+    amount = dict(zip(NOISE_KINDS, amounts, strict=True))[kind]
+    size = None if tile == OWN_TILES else int(tile)
+    noise = "none" if how == NOISY_ALREADY else kind
+    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size or 0)
+
+
+def api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, tile) -> tuple[Request, str]:
+    """The request of what an endpoint was given, checked."""
+    if not path:
+        raise gr.Error("Upload an image or pick one of the examples first.", title="No image", print_exception=False)
+    try:
+        request = Request(
+            path=path,
+            noise=None if noise == "none" else Noise(kind=noise, amount=float(amount)),
+            seed=int(seed or 0),
+            num_steps=_whole(steps, "steps", 1, MAX_STEPS),
+            step_size_scale=float(scale),
+            tolerance=float(tolerance) or None,
+            langevin_std=float(langevin),
+            num_candidates=_whole(candidates, "candidates", 1, MAX_CANDIDATES),
+            tile_size=_whole(tile, "tile", 16, 512) if tile else None,
+        )
+        request.options()
+    except (ValueError, TypeError) as error:
+        raise gr.Error(str(error), title="This did not work", print_exception=False) from None
+    return request, label
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> int:
+    if not low <= int(value) <= high:
+        raise ValueError(f"{name}={value} is out of range; use {low}..{high}")
+    return int(value)
+
+
+def friendly(error: BaseException, path: str) -> str:
+    """An error's message for a visitor: without the server's folders."""
+    if isinstance(error, MemoryError):
+        return "There is not enough memory for this image; try a smaller one."
+    return str(error).replace(str(Path(path).parent) + os.sep, "")

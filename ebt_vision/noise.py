@@ -1,0 +1,92 @@
+"""Noise by name: what people ask for on a command line and on a page, and what a denoiser is told of it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ebt_vision import corruption
+from ebt_vision.denoiser import Denoiser, for_photographs
+from ebt_vision.rng import make_generator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseKind:
+    """One kind of noise: the amounts that it takes."""
+
+    unit: str
+    """What the amount is, to be read after "amount:"."""
+    low: float
+    high: float
+    default: float
+    step: float
+
+
+NOISE_KINDS: dict[str, NoiseKind] = {
+    "gaussian": NoiseKind(unit="standard deviation, 0 to 255 units", low=0, high=255, default=25, step=1),
+    "paper": NoiseKind(unit="noise level of the paper; it trains at 0.1", low=0.01, high=1, default=0.1, step=0.01),
+    "poisson": NoiseKind(unit="photons at white; fewer is noisier", low=1, high=1000, default=30, step=1),
+    "salt-and-pepper": NoiseKind(unit="share of the pixels", low=0, high=1, default=0.1, step=0.01),
+    "jpeg": NoiseKind(unit="JPEG quality; lower is worse", low=1, high=100, default=10, step=1),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    """Noise of one kind and amount, as NOISE_KINDS describes them."""
+
+    kind: str
+    amount: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in NOISE_KINDS:
+            raise ValueError(f"noise {self.kind!r} is unknown; use one of {', '.join(NOISE_KINDS)}")
+        known = NOISE_KINDS[self.kind]
+        if not known.low <= self.amount <= known.high:
+            raise ValueError(
+                f"amount={self.amount:g} of {self.kind} noise is out of range; use {known.low:g}..{known.high:g} ({known.unit})"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Noise":
+        """Noise from "KIND:AMOUNT", or from a number, which is Gaussian noise of that sigma; ValueError for another text."""
+        kind, colon, amount = text.rpartition(":")
+        try:
+            value = float(amount)
+        except ValueError:
+            raise ValueError(f"noise {text!r} is not valid; use a number (Gaussian, 0..255), or KIND:AMOUNT") from None
+        return cls(kind=kind if colon else "gaussian", amount=value)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{repr(float(self.amount)).removesuffix('.0')}"  # exact
+
+    def add(self, clean: Tensor, seed: int) -> Tensor:
+        """The noisy observation of clean images (B, 3, H, W) in [0, 1]; not clipped. The same seed gives the same noise."""
+        generator = make_generator(seed)
+        match self.kind:
+            case "gaussian":
+                return corruption.add_gaussian_noise(clean, self.amount, generator)
+            case "paper":
+                noisy = corruption.add_vp_noise(corruption.to_model_range(clean), self.amount, generator)
+                return corruption.to_image_range(noisy)
+            case "poisson":
+                return corruption.add_poisson_noise(clean, self.amount, generator)
+            case "salt-and-pepper":
+                return corruption.add_salt_and_pepper(clean, self.amount, generator)
+            case "jpeg":
+                return corruption.add_jpeg(clean, round(self.amount))
+        raise AssertionError(self.kind)
+
+    @property
+    def noise_level(self) -> float | None:
+        """What DenoiseOptions.noise_level should be."""
+        return self.amount if self.kind == "paper" else None
+
+    @property
+    def sigma(self) -> float | None:
+        """What DenoiseOptions.sigma should be: the true one of Gaussian noise; None has others estimate it."""
+        return self.amount if self.kind == "gaussian" else None
+
+
+def suited(denoiser: Denoiser, noise: Noise | None) -> Denoiser:
+    """The denoiser as it should be used for images with this noise, None for photographs that are noisy as they are."""
+    return denoiser if noise is not None and noise.kind == "paper" else for_photographs(denoiser)

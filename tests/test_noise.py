@@ -1,0 +1,40 @@
+"""Noise by name, on the command line and in the library."""
+
+import pytest
+import torch
+
+from ebt_vision.corruption import add_gaussian_noise, signal_and_noise_scale
+from ebt_vision.denoiser import IdentityDenoiser
+from ebt_vision.noise import NOISE_KINDS, Noise, suited
+from ebt_vision.rng import make_generator
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_the_seed_decides_the_noise(kind: str) -> None:
+    noise = Noise(kind=kind, amount=NOISE_KINDS[kind].default)
+    clean = torch.rand(1, 3, 19, 23, generator=make_generator(5))
+    kept = clean.clone()
+    first, again, other = (noise.add(clean, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and torch.equal(clean, kept) and not torch.equal(first, clean)
+    assert torch.equal(first, other) == (kind == "jpeg")  # the one without a random draw
+    assert Noise.parse(str(noise)) == noise
+
+
+def test_a_number_is_gaussian_noise() -> None:
+    clean = torch.full((1, 3, 8, 8), 0.5)
+    assert Noise.parse("25") == Noise(kind="gaussian", amount=25)
+    assert torch.equal(Noise.parse("25").add(clean, 3), add_gaussian_noise(clean, 25, make_generator(3)))
+
+
+def test_only_the_papers_noise_comes_scaled_already() -> None:
+    photograph = signal_and_noise_scale(0.1)[0]
+    scales = [suited(IdentityDenoiser(), noise).input_scale for noise in (None, Noise.parse("25"), Noise.parse("paper:0.1"))]
+    assert scales == [photograph, photograph, 1.0]
+    assert Noise.parse("paper:0.2").noise_level == 0.2 and Noise.parse("paper:0.2").sigma is None
+    assert Noise.parse("25").sigma == 25 and Noise.parse("poisson:30").sigma is None
+
+
+@pytest.mark.parametrize("text", ["", "loud", "300", "-1", "nan", "fog:1", "jpeg:0", "paper:2", "gaussian:", ":5"])
+def test_a_wrong_noise_says_what_to_use(text: str) -> None:
+    with pytest.raises(ValueError, match="use"):
+        Noise.parse(text)
