@@ -106,7 +106,9 @@ class Service:
         found = {kind: name for name in reversed(self.models.values()) for kind in [model_type_of(name)]}
         if model_type_of(self.models.get(label, "")) == "patch_ebt":
             found["patch_ebt"] = self.models[label]
-        methods = {title: functools.partial(self.load, found[kind]) for kind, title in KIND_OF_MODEL.items() if kind in found}
+        methods: dict[str, Callable[[], Denoiser]] = {
+            title: functools.partial(self.load, found[kind]) for kind, title in KIND_OF_MODEL.items() if kind in found
+        }
         return methods | {"BM3D": functools.partial(self.load, "bm3d")}
 
     def _final(self, answer: Answer, request: Request, label: str, folder: Path) -> tuple:

@@ -194,7 +194,11 @@ def think_aloud(request: Request, denoiser: Denoiser, stop: threading.Event) -> 
 
     Raises ValueError (ImageFileError among them), OSError and ThinkingError with a message for the visitor.
     """
-    yield from in_thread(lambda post: _answer(request, denoiser, stop, post), stop)
+
+    def work(post: Callable[[Update | Answer], None]) -> Update | Answer:
+        return _answer(request, denoiser, stop, post)
+
+    yield from in_thread(work, stop)
 
 
 def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: Callable[[Update], None]) -> Answer:
