@@ -28,7 +28,7 @@ CSS = """
 .curve polyline {fill: none; stroke: var(--primary-500); stroke-width: 2; stroke-linejoin: round}
 .curve circle {fill: var(--primary-500); stroke: var(--background-fill-primary); stroke-width: 1.5}
 .curve-psnr polyline {stroke: #0d9488} .curve-psnr circle {fill: #0d9488}
-.pictures {display: flex; gap: 10px; overflow-x: auto; padding: 4px 2px 8px}
+.pictures {display: flex; gap: 10px; overflow-x: auto; padding: 4px 2px 8px; width: 0; min-width: 100%}
 .pictures figure {margin: 0; flex: 0 0 auto; width: 168px}
 .pictures img, .columns img {width: 100%; height: auto; display: block; border-radius: 6px}
 .pictures figcaption, .columns figcaption {font-size: 13px; line-height: 1.4; margin-top: 4px; color: var(--body-text-color)}
