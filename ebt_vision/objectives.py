@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ebt_vision import corruption
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
+from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from ebt_vision.models.dit import DiT
@@ -122,6 +122,24 @@ def put_last(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else torch.cat([tensor[: len(tensor) - len(rows)], rows])
 
 
+def thinking_output(
+    result: ThinkingResult, step_size: Tensor, loss_steps: str, loss_of: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """What an energy-based objective returns: the mean of `loss_of` over the steps that train, and what to log or to replay."""
+    # Only steps that the graph reaches can train; truncation leaves the last few.
+    predictions = [p for p in result.predictions if p.requires_grad]
+    if loss_steps == "last":
+        predictions = predictions[-1:]
+    last = len(result.predictions) - 1
+    return {
+        "loss": torch.stack([loss_of(p) for p in predictions]).mean(),
+        "candidate": result.final.detach(),
+        "step_size": step_size.detach(),
+        "energy_before_last_update": result.energies[last].detach(),
+        "candidate_gradient_norm": result.gradient_norms[last],
+    }
+
+
 def thinking_logs(output: dict[str, Tensor], energy_after: Callable[[], float]) -> dict[str, float | Callable[[], float]]:
     """Step size, and the energy before and after the *last* update; the latter is computed only when logged."""
     return {
@@ -154,25 +172,15 @@ class EBTObjective(ImageObjective):
             generator=batch.generators,
             evaluate_final=False,
         )
-        # Only steps that the graph reaches can train; truncation leaves the last few.
-        predictions = [p for p in result.predictions if p.requires_grad]
-        if self.config.loss_steps == "last":
-            predictions = predictions[-1:]
-        loss = torch.stack([self.distance(p, batch.clean).mean() for p in predictions]).mean()
-        last = len(result.predictions) - 1
-        return {
-            "loss": loss,
-            "candidate": result.final.detach(),
-            "observation": observation,
-            "step_size": model.step_size.detach(),
-            "energy_before_last_update": result.energies[last].detach(),
-            "candidate_gradient_norm": result.gradient_norms[last],
-        }
+        output = thinking_output(
+            result, model.step_size, self.config.loss_steps, lambda p: self.distance(p, batch.clean).mean()
+        )
+        return output | {"observation": observation}
 
     def continue_thinking(self, batch: ImageBatch, rows: dict[str, Tensor]) -> ImageBatch:
         """See Objective: observations are made once and go with the candidate that was thought from them."""
-        observation = put_last(self.observe(batch), rows.get("observation"))
-        start = put_last(self.observe(batch), rows.get("candidate"))
+        own = self.observe(batch)
+        start, observation = put_last(own, rows.get("candidate")), put_last(own, rows.get("observation"))
         return replace(batch, clean=put_last(batch.clean, rows.get("clean")), start=start, observation=observation)
 
     def replay_rows(self, batch: ImageBatch, output: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ebt_vision.data.text import IGNORED
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.models.causal_transformer import CausalTransformer
-from ebt_vision.objectives import Objective, put_last, thinking_logs
+from ebt_vision.objectives import Objective, put_last, thinking_logs, thinking_output
 from ebt_vision.rng import Generators, randn_like
 from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
 
@@ -109,18 +109,7 @@ class TextEBTObjective(TextObjective):
             generator=batch.generators,
             evaluate_final=False,
         )
-        # Only steps that the graph reaches can train; truncation leaves the last few.
-        predictions = [p for p in result.predictions if p.requires_grad]
-        if self.config.loss_steps == "last":
-            predictions = predictions[-1:]
-        last = len(result.predictions) - 1
-        return {
-            "loss": torch.stack([batch_loss(p, batch.targets) for p in predictions]).mean(),
-            "candidate": result.final.detach(),
-            "step_size": model.step_size.detach(),
-            "energy_before_last_update": result.energies[last].detach(),
-            "candidate_gradient_norm": result.gradient_norms[last],
-        }
+        return thinking_output(result, model.step_size, self.config.loss_steps, lambda p: batch_loss(p, batch.targets))
 
     def continue_thinking(self, batch: TextBatch, rows: dict[str, Tensor]) -> TextBatch:
         """See Objective."""

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.report import by_condition
-from ebt_vision.benchmark.results import MergeError, merge_rows, read_results, select, write_text
+from ebt_vision.benchmark.results import MergeError, merge_rows, read_results, select
 from ebt_vision.benchmark.summary import combine
 from ebt_vision.benchmark.tables import comma_separated, latex, markdown, row_columns, spread_columns
+from ebt_vision.whole_files import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,10 +10,6 @@ command give the same results.json but for the date and the seconds. eval/compar
 """
 
 import argparse
-import datetime
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +18,6 @@ from typing import Literal, cast
 
 import pyarrow
 import pyarrow.parquet
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -34,12 +29,14 @@ from ebt_vision.benchmark.measure import Bench, Measured, Subject
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition, observed
 from ebt_vision.benchmark.report import report
-from ebt_vision.benchmark.results import write_results, write_text
+from ebt_vision.benchmark.results import write_results
 from ebt_vision.benchmark.rows import Row, RowSettings, kind_of, rows_of, sweep_rows_of
 from ebt_vision.benchmark.summary import candidate_columns, combine, per_image_columns, summarise
 from ebt_vision.benchmark.verification import verify_candidates, verify_thinking
 from ebt_vision.checkpoint import checkpoint_hash, pick_device
 from ebt_vision.denoiser import Denoiser, load_denoiser
+from ebt_vision.provenance import provenance
+from ebt_vision.whole_files import write_text
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 Protocol = Literal["paper", "awgn", "ood"]
@@ -208,7 +205,6 @@ def _results(settings: argparse.Namespace, bench: Bench, measured: Sequence[Meas
     resampling = {"num_resamples": settings.resamples, "seed": settings.seed}
     rows = summarise(measured, image_hash=bench.images.hash, reference=settings.reference, **resampling)
     tables = [run for run in measured if not run.sweep]
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     protocol = {
         "name": settings.protocol,
         "data": settings.data,
@@ -223,13 +219,7 @@ def _results(settings: argparse.Namespace, bench: Bench, measured: Sequence[Meas
         "bootstrap": resampling,
     }
     return {
-        "about": {
-            "command": " ".join(["python eval/denoising.py", *settings.command]),
-            "commit": git.stdout.strip() or "unknown",
-            "hardware": _hardware(settings.device),
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-        },
+        "about": provenance("eval/denoising.py", settings.command, settings.device),
         "protocol": protocol,
         "rows": rows,
         "combined": combine(rows, groups),
@@ -264,12 +254,6 @@ def _write(folder: Path, results: dict, bench: Bench, collected: _Collected) -> 
         plots.plot_strips(strips, folder / file)
         drawn.append(file)
     write_text(folder / "report.md", report(results, drawn))
-
-
-def _hardware(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} x {platform.machine()} CPU"
 
 
 def _with_progress(batches: list[list[int]], title: str):

@@ -13,23 +13,19 @@ disk and memory that large sets take.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 
+from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.checkpoint import pick_device
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.lazy_images import LazyImages
@@ -51,10 +47,11 @@ from ebt_vision.probing.selection import (
     make_training_features,
     sweep,
     validate,
-    write_whole,
 )
 from ebt_vision.probing.torch_head import LEARNING_RATES, TorchHead
+from ebt_vision.provenance import provenance
 from ebt_vision.thinking import ThinkingError
+from ebt_vision.whole_files import write_text
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
 MATCHED = "matched"
@@ -127,9 +124,9 @@ def _write_results(settings: argparse.Namespace, about: dict, swept: SweepResult
     }
     names = draw_sweep(settings.output, swept.entries)
     results = {"about": about, "validation": rows, "sweep": [asdict(entry) for entry in swept.entries]}
-    write_whole(settings.output / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(settings.output / "results.json", json.dumps(results, indent=1) + "\n")
     text = report(about, swept.entries, rows) + "\n" + "\n".join(f"![]({name})" for name in names) + "\n"
-    write_whole(settings.output / "report.md", text)
+    write_text(settings.output / "report.md", text)
     print(text)
 
 
@@ -261,15 +258,12 @@ def _num_choices(rows: list[dict], settings: argparse.Namespace) -> int:
         choice = {key: row[key] for key in ("head", "settings", "condition", "layer", "pool", "hyper")}
         choice = json.loads(json.dumps({"model": settings.model, **choice}))
         seen += [] if choice in seen else [choice]
-    write_whole(path, json.dumps(seen, indent=1) + "\n")
+    write_text(path, json.dumps(seen, indent=1) + "\n")
     return len(seen)
 
 
 def _about(settings: argparse.Namespace, extractor: FeatureExtractor, train: LabelledImages, val: LabelledImages) -> dict:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    on_gpu = extractor.device.type == "cuda"
     return {
-        "command": " ".join(["python", "eval/linear_probe.py", *settings.command]),
         "model": settings.model,
         "weights": extractor.identity,
         "parameters": extractor.num_parameters,
@@ -279,10 +273,7 @@ def _about(settings: argparse.Namespace, extractor: FeatureExtractor, train: Lab
         "num_train": len(train.labels),
         "num_val": len(val.labels),
         "seed": settings.seed,
-        "commit": git.stdout.strip() or "unknown",
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} x {platform.machine()} CPU",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
+        **provenance("eval/linear_probe.py", settings.command, str(extractor.device)),
     }
 
 
@@ -301,11 +292,8 @@ def _say(message: str) -> None:
     print(f"linear_probe: {message}", file=sys.stderr, flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with its errors in one line, and lists split at commas too."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"linear_probe: {message}; see --help\n")
+class _Parser(OneLineParser):
+    """Lists are split at commas too."""
 
     def add_list(self, name: str, kind: Callable[[str], object], default: list, text: str) -> None:
         """An option that takes several values, with spaces or commas between them."""
@@ -315,7 +303,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(description="Linear probes on frozen features.")
+    parser = _Parser(prog="linear_probe", description="Linear probes on frozen features.")
     _add_inputs(parser)
     _add_features(parser)
     _add_heads(parser)
@@ -324,7 +312,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--extract-only", action="store_true", help="make the training features, beside other processes")
     parser.add_argument("--seed", type=_whole(0), default=0, help="of noise, crops, the held-out split and random weights")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    settings = parser.parse_args(arguments)
+    settings = parser.parse(arguments)
     for name, value in vars(settings).items():
         if isinstance(value, list):
             setattr(settings, name, [item for part in value for item in part])

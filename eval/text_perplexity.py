@@ -16,19 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import ebt_vision.thinking
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.text import SHIFTS, TextScores, score_text
 from ebt_vision.checkpoint import checkpoint_hash, load_pretrained, pick_device
 from ebt_vision.data.text import TextDataConfig, TextSet, load_text_set
 from ebt_vision.generation import make_reader
+from ebt_vision.provenance import provenance
+from ebt_vision.whole_files import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     settings = _parser().parse(arguments)
+    settings.command = sys.argv[1:] if arguments is None else list(arguments)
     try:
         run(settings)
     except (ValueError, OSError) as error:
@@ -55,9 +56,11 @@ def run(settings: Any) -> None:
                 raise ValueError(f"--tokenizer {settings.tokenizer} has {sizes}; give the one it was trained with")
         if length > model.config.context_length:
             raise ValueError(f"--context-length {length} is above the {model.config.context_length} of {name}")
-    settings.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
-        "about": {"torch": torch.__version__, "context_length": length, "seed": settings.seed, "data": settings.data},
+        "about": {
+            **provenance("eval/text_perplexity.py", settings.command, str(device)),
+            **{"context_length": length, "seed": settings.seed, "data": settings.data},
+        },
         "models": {
             name: {"kind": model.model_type, "parameters": model.num_parameters, "hash": checkpoint_hash(name)}
             for name, model in models.items()
@@ -80,9 +83,9 @@ def run(settings: Any) -> None:
                 seed=settings.seed,
             )
         _collect(results, text, scores)
-    (settings.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(settings.output / "results.json", json.dumps(results, indent=1) + "\n")
     lines = report(results)
-    (settings.output / "report.md").write_text(lines)
+    write_text(settings.output / "report.md", lines)
     print(lines)
 
 
@@ -125,7 +128,10 @@ def _collect(results: dict[str, Any], text: str, scores: dict[str, TextScores]) 
 
 def report(results: dict[str, Any]) -> str:
     """The tables, as Markdown."""
-    lines = ["# Text: perplexity against thinking", ""]
+    about = results["about"]
+    lines = ["# Text: perplexity against thinking", "", f"    {about['command']}", ""]
+    made = ", ".join([f"commit {about['commit']}", about["hardware"], f"torch {about['torch']}", about["date"]])
+    lines += [f"{made}, seed {about['seed']}.", ""]
     lines += [f"- `{name}`: {m['kind']}, {m['parameters']:,} parameters, {m['hash']}" for name, m in results["models"].items()]
     head = "| model | text | candidates | steps | perplexity | bits per byte | gain over one step (nats a token) |"
     lines += ["", head, "|---|---|---|---|---|---|---|"]

@@ -18,6 +18,8 @@ LEVELS = {
     "models/blocks.py": 1,
     "models/": 2,
     "checkpoint.py": 3,
+    "provenance.py": 3,
+    "whole_files.py": 3,
     "objectives.py": 3,
     "text_objectives.py": 3,
     "generation.py": 3,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ebt_vision.whole_files import write_text
+
 Part = dict[str, np.ndarray]
 """Arrays with one row for each image of a batch."""
 
@@ -26,9 +28,7 @@ class Parts:
         if path.exists():
             _check_key(folder, _read_key(path), key)
         else:
-            temporary = path.with_suffix(".writing")
-            temporary.write_text(json.dumps(key, sort_keys=True, indent=1))
-            os.replace(temporary, path)
+            write_text(path, json.dumps(key, sort_keys=True, indent=1))
 
     def get(self, indices: Sequence[int], make: Callable[[Sequence[int]], Part]) -> Part:
         """The part of these images, made and written if it is not there; one that cannot be read is made again."""

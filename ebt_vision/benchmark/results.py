@@ -1,9 +1,10 @@
 """results.json on disk: written whole, read back checked, and merged only where that is fair."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ebt_vision.whole_files import write_text
 
 FIELDS = ("about", "protocol", "rows", "combined", "verification")
 
@@ -15,13 +16,6 @@ class MergeError(ValueError):
 def write_results(path: Path, results: Mapping) -> None:
     """Write results.json in one go."""
     write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one go: it is there whole, or as it was before."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def read_results(path: Path) -> dict:

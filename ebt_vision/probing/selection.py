@@ -7,7 +7,6 @@ validation images.
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from ebt_vision.probing.heads import Head, ProbeSet, Trial
 from ebt_vision.probing.labels import stratified_split
 from ebt_vision.probing.report import Swept
 from ebt_vision.probing.scores import Measured, measure
+from ebt_vision.whole_files import write_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +135,7 @@ def sweep(protocol: Protocol, train: LabelledImages, candidates: Sequence[Candid
             trials = [Trial(**record) for record in json.loads(path.read_text())]
         else:
             trials = head.sweep(_probe_set(caches, candidate, train), fit, held_out)
-            write_whole(path, json.dumps([asdict(trial) for trial in trials]))
+            write_text(path, json.dumps([asdict(trial) for trial in trials]))
         condition, layer, pool = candidate.condition, candidate.layer, candidate.pool
         entry = Swept(head=head.name, condition=condition, layer=layer, pool=pool, trials=tuple(trials))
         protocol.say(f"{head.name}, {condition.name} {layer} {pool}: held-out top-1 {100 * entry.best.top1:.2f} %")
@@ -184,14 +184,6 @@ def validate(protocol: Protocol, train: LabelledImages, choice: Choice, val: Lab
         dimensions=data.views[0].shape[1:],
         seconds=time.perf_counter() - begin,
     )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _probe_set(caches: Sequence[FeatureCache], candidate: Candidate, train: LabelledImages) -> ProbeSet:
