@@ -143,18 +143,20 @@ class Trainer:
         generator = make_generator(self.config.seed, _REPLAY, self.step, self.rank, int(part[0]))
         rows, old_ages = self.replay.sample(len(part), generator)
         if count := len(old_ages):
-            rows["candidate"] = self._renoise(rows["candidate"], generator)
+            rows["candidate"] = self._renoise(rows["candidate"], old_ages, generator)
             ages[len(part) - count :] = old_ages
         return self._objective.continue_thinking(batch, rows if count else {}), ages
 
-    def _renoise(self, candidates: Tensor, generator: torch.Generator) -> Tensor:
-        """Replayed candidates, the first half of them with noise; they come in random order."""
-        settings, count = self.config.replay, len(candidates) // 2
-        if not settings.renoise_std or self.step < settings.renoise_start or not count:
+    def _renoise(self, candidates: Tensor, ages: Tensor, generator: torch.Generator) -> Tensor:
+        """Replayed candidates, about half of those that are replayed for the first time with noise."""
+        settings = self.config.replay
+        if not settings.renoise_std or self.step < settings.renoise_start:
             return candidates
-        std = settings.renoise_std * torch.rand(count, *[1] * (candidates.ndim - 1), generator=generator)
-        noise = std * torch.randn(count, *candidates.shape[1:], generator=generator)
-        return torch.cat([candidates[:count] + noise.to(candidates), candidates[count:]])
+        each = [len(candidates), *[1] * (candidates.ndim - 1)]
+        std = settings.renoise_std * torch.rand(each, generator=generator)
+        noise = std * torch.randn(candidates.shape, generator=generator)
+        chosen = (torch.rand(each, generator=generator) < 0.5) & (ages == 1).view(each)
+        return candidates + (chosen * noise).to(candidates)
 
     @property
     def _replays(self) -> bool:

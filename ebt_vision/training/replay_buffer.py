@@ -23,8 +23,9 @@ class ReplayConfig:
     start: int = 0
     """The first update that replays: a young model's steps overshoot, and repeated they drive candidates out of all range."""
     renoise_std: float = 0.0
-    """Half of the replayed candidates get Gaussian noise of a standard deviation uniform in [0, renoise_std], on [-1, 1]: an
-    energy that meets half-finished candidates only where its own steps leave them takes every other one for finished."""
+    """Half of the trajectories get Gaussian noise once, where they are first replayed, of a standard deviation uniform in
+    [0, renoise_std], on [-1, 1]: an energy that meets half-finished candidates only where its own steps leave them takes
+    every other one for finished. The other half stays as it is, to learn when to leave a candidate alone."""
     renoise_start: int = 0
     """The first update that adds it."""
 
