@@ -98,12 +98,20 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
         def side_by_side(visitor: gr.Request, path, *values):
             yield from service.compare(path, values, visitor)
 
-        one = dict(concurrency_id="device", concurrency_limit=1, api_visibility="private")
+        def ask_for_result(visitor: gr.Request):
+            service.ask(visitor)
+            return gr.Tabs(selected="result")
+
+        def ask_for_comparison(visitor: gr.Request):
+            service.ask(visitor)
+            return gr.Tabs(selected="compare")
+
+        one = dict(concurrency_id="device", concurrency_limit=1, api_visibility="private", trigger_mode="once")
         small = dict(queue=False, api_visibility="private", show_progress="hidden")
-        go.click(lambda: gr.Tabs(selected="result"), None, [tabs], **small)
-        go.click(show_denoising, [upload, *controls], outputs, show_progress_on=[outputs[1]], **one)
-        other.click(lambda: gr.Tabs(selected="compare"), None, [tabs], **small)
-        other.click(side_by_side, [upload, *controls], [compared], show_progress="minimal", **one)
+        asked = go.click(ask_for_result, None, [tabs], **small)
+        asked.then(show_denoising, [upload, *controls], outputs, show_progress_on=[outputs[1]], **one)
+        asked = other.click(ask_for_comparison, None, [tabs], **small)
+        asked.then(side_by_side, [upload, *controls], [compared], show_progress="minimal", **one)
         halt.click(service.stop, None, None, **small)
         page.unload(service.forget)
         _endpoints(service, models)

@@ -37,7 +37,7 @@ class Service:
         """A generator of values for the page's outputs: see `_live` and `_final`."""
         request, label = read_controls(path, values)
         with tempfile.TemporaryDirectory() as folder:
-            for news in self._guarded(think_aloud(request, self._denoiser(label), self._start(visitor)), path):
+            for news in self._guarded(think_aloud(request, self._denoiser(label), self._stop_of(visitor)), path):
                 if isinstance(news, Update):
                     yield _live(news)
                 else:
@@ -46,7 +46,7 @@ class Service:
     def compare(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[str]:
         """A generator of HTML."""
         request, label = read_controls(path, values)
-        stop = self._start(visitor)
+        stop = self._stop_of(visitor)
         for columns in self._guarded(compare(request, self._methods(label), stop), path):
             yield figures.comparison(columns)
 
@@ -80,8 +80,14 @@ class Service:
         except (ValueError, OSError):
             return ""  # the button says what is wrong
 
+    def ask(self, visitor: gr.Request) -> None:
+        """A visitor has pressed a button, and may press Stop while the request waits in the queue."""
+        event = self._stops.get(visitor.session_hash or "")
+        if event is None or event.is_set():
+            self._stops[visitor.session_hash or ""] = threading.Event()
+
     def stop(self, visitor: gr.Request) -> None:
-        """End what this visitor has running, after the step that is under way."""
+        """End what this visitor has running, after the step that is under way, or waiting, as soon as it is served."""
         event = self._stops.get(visitor.session_hash or "")
         if event is not None:
             event.set()
@@ -91,9 +97,12 @@ class Service:
         self.stop(visitor)
         self._stops.pop(visitor.session_hash or "", None)
 
-    def _start(self, visitor: gr.Request) -> threading.Event:
-        self.stop(visitor)
-        event = self._stops[visitor.session_hash or ""] = threading.Event()
+    def _stop_of(self, visitor: gr.Request) -> threading.Event:
+        """The event of the visitor's last `ask`; a visitor who has left counts as one who stopped."""
+        event = self._stops.get(visitor.session_hash or "")
+        if event is None:
+            event = threading.Event()
+            event.set()
         return event
 
     def _denoiser(self, label: str) -> Denoiser:

@@ -2,8 +2,11 @@
 
 import functools
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
@@ -48,10 +51,17 @@ def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             denoiser.model.register_forward_pre_hook(lambda *_: time.sleep(0.25))
         return denoiser
 
+    models = {"tiny-ebt": str(tiny_checkpoint), "tiny-regressor": str(regressor)}
+    with served(app.build_page(models, functools.lru_cache(load))) as address:
+        yield address
+
+
+@contextmanager
+def served(page: gr.Blocks) -> Iterator[str]:
+    """The address of a page that runs meanwhile."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = int(sock.getsockname()[1])
-    page = app.build_page({"tiny-ebt": str(tiny_checkpoint), "tiny-regressor": str(regressor)}, functools.lru_cache(load))
     page.launch(server_port=port, prevent_thread_lock=True, quiet=True, **app.launch_options())
     try:
         yield f"http://127.0.0.1:{port}"
@@ -121,6 +131,81 @@ def test_the_endpoints_give_the_pixels_of_the_command_line(
         and rows[1]["num_forward"] == 3
         and rows[1]["psnrs"]
     )
+
+
+@dataclass
+class Gated:
+    """A page whose model waits until `gate` is set."""
+
+    address: str
+    gate: threading.Event
+
+
+@pytest.fixture
+def gated(tiny_checkpoint: Path) -> Iterator[Gated]:
+    gate = threading.Event()
+
+    def load(name: str) -> Denoiser:
+        denoiser = load_denoiser(name)
+        assert isinstance(denoiser, EBTDenoiser)
+        denoiser.model.register_forward_pre_hook(lambda *_: gate.wait(600) and None)
+        return denoiser
+
+    with served(app.build_page({"tiny-ebt": str(tiny_checkpoint)}, functools.lru_cache(load))) as address:
+        yield Gated(address, gate)
+        gate.set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_visitors_are_served_and_the_next_is_told_to_wait(gated: Gated, photo: Path, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    client = Client(gated.address, verbose=False, download_files=str(tmp_path), max_workers=40)
+    given = dict(image=handle_file(str(photo)), noise="gaussian", amount=25, steps=1, api_name="/denoise")
+    jobs = [client.submit(**given)]
+    wait_until(lambda: jobs[0].status().code.name == "PROCESSING")  # it holds the model, and is not in the queue any more
+    jobs += [client.submit(**given) for _ in range(19)]
+    wait_until(lambda: all(job.status().code.name in ("IN_QUEUE", "PROCESSING") for job in jobs))
+    with pytest.raises(Exception, match="full"):
+        client.predict(**given)
+    with browser() as chromium:
+        page = chromium.new_page()
+        page.goto(gated.address)
+        page.click("#denoise")
+        page.wait_for_selector("text=currently busy", timeout=LONG)
+    gated.gate.set()
+    images = [np.asarray(Image.open(job.result()[0])) for job in jobs]
+    assert len(images) == 20 and all((image == images[0]).all() for image in images)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stop_reaches_a_request_that_waits_in_the_queue(gated: Gated, photo: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    client = Client(gated.address, verbose=False)
+    first = client.submit(image=handle_file(str(photo)), noise="gaussian", amount=25, steps=1, api_name="/denoise")
+    wait_until(lambda: first.status().code.name == "PROCESSING")
+    with browser() as chromium:
+        page = chromium.new_page()
+        page.set_default_timeout(LONG)
+        page.goto(gated.address)
+        page.click("#denoise")
+        page.wait_for_function("document.querySelector('#answer').innerText.includes('queue')")
+        page.click("#stop")
+        page.wait_for_timeout(500)
+        gated.gate.set()
+        page.wait_for_function("document.querySelector('#facts').innerText.includes('Stopped early')")
+        assert page.locator("#film img").count() == 1, "only the start"
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    """Look every tenth of a second."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.1)
 
 
 # --- The page
