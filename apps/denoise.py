@@ -192,7 +192,7 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
     with gr.Tabs() as tabs:
         with gr.Tab("Result", id="result"):
             slider = gr.ImageSlider(
-                label="Before | after", format="png", type="numpy", max_height=520, elem_id="result", interactive=False
+                label="Before | after", format="png", type="filepath", max_height=520, elem_id="result", interactive=False
             )
             line = gr.Markdown(elem_id="facts")
             chart = gr.HTML(elem_id="chart")

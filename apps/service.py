@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import tempfile
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
 from apps import figures, recipes
 from apps.work import Answer, Request, Update, compare, estimate, free_memory, think_aloud
@@ -39,7 +42,7 @@ class Service:
         with tempfile.TemporaryDirectory() as folder:
             for news in self._guarded(think_aloud(request, self._denoiser(label), self._stop_of(visitor)), path):
                 if isinstance(news, Update):
-                    yield _live(news)
+                    yield _live(news, Path(folder))
                 else:
                     yield self._final(news, request, label, Path(folder))
 
@@ -126,7 +129,7 @@ class Service:
         heat, legend = figures.heat_map(answer.steps)
         model = self.models[label] if self.models[label] in list_pretrained() else label  # no folders of ours
         return (
-            (answer.before, answer.after),
+            _pair(answer.before, answer.after, folder),
             figures.facts(answer),
             figures.curves(answer.steps.energies, answer.steps.psnrs),
             figures.filmstrip(answer.steps),
@@ -148,10 +151,23 @@ class Service:
             free_memory()
 
 
-def _live(update: Update) -> tuple:
+def _live(update: Update, folder: Path) -> tuple:
     drawn = figures.curves(update.energies, update.psnrs)
     rest = [gr.skip()] * 3 + [gr.update(interactive=False)] + [gr.skip()] * 2  # but nothing of the last answer to take away
-    return ((update.before, update.after), figures.progress(update), drawn, "", *rest)
+    return (_pair(update.before, update.after, folder), figures.progress(update), drawn, "", *rest)
+
+
+def _pair(before: np.ndarray, after: np.ndarray, folder: Path) -> tuple[str, str]:
+    """Two images as PNG files named by their pixels. Given arrays, gradio would write a picture that comes again, as the noisy
+    one does with every step, over the file that a browser is just fetching, and the browser would show a broken image."""
+    return _png(before, folder), _png(after, folder)
+
+
+def _png(image: np.ndarray, folder: Path) -> str:
+    path = folder / f"{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
+    if not path.exists():
+        Image.fromarray(image).save(path, compress_level=1)
+    return str(path)
 
 
 def _remove(folder: Path) -> None:

@@ -104,6 +104,15 @@ def test_errors_do_not_name_the_servers_folders(tmp_path: Path) -> None:
     assert service.friendly(ValueError(f"{path} is empty"), str(path)) == "photo.png is empty"
 
 
+def test_a_picture_that_comes_again_is_not_written_again(tmp_path: Path) -> None:
+    before, after = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    first = service._pair(before, after, tmp_path)
+    written = [Path(path).stat().st_mtime_ns for path in first]
+    assert service._pair(before, after, tmp_path) == first and first[0] != first[1]
+    assert [Path(path).stat().st_mtime_ns for path in first] == written
+    assert (np.asarray(Image.open(first[1])) == after).all()
+
+
 # --- Endpoints
 
 
@@ -236,6 +245,7 @@ def test_denoise_in_a_browser(
         page.wait_for_function("[...document.querySelectorAll('#result img')].filter(i => i.naturalWidth == 96).length == 2")
         assert all(".png" in source for source in page.eval_on_selector_all("#result img", "found => found.map(i => i.src)"))
         assert "dB" in page.inner_text("#facts")
+        assert slide(page, -60) < 50 < slide(page, 120)
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -271,6 +281,21 @@ def test_denoise_in_a_browser(
         page.click("#denoise")
         page.wait_for_selector("text=text.png is not")
     assert outside == [], "the page must work without the network"
+
+
+def slide(page, pixels: int) -> float:
+    """Drag the slider between before and after; how much of the right image is cut off then, in percent."""
+    handle = page.locator("#result .outer")
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + pixels, y, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(300)
+    style = page.eval_on_selector_all("#result img", "found => found.map(image => image.style.clipPath).join('')")
+    return float(style.split()[-1].rstrip("%)"))
 
 
 def tab(page, name: str) -> None:
