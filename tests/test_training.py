@@ -121,6 +121,18 @@ def test_a_resumed_run_ends_with_bit_equal_weights(photos: Path, tmp_path: Path,
     assert_bit_equal(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_half_of_the_trajectories_are_noised_again_and_only_once(photos: Path, tmp_path: Path):
+    trainer = Trainer(build_config(experiment(photos, replay=REPLAY)), tmp_path, device="cpu")
+    candidates, ages = torch.zeros(400, 3, 8, 8), torch.arange(400) % 2 + 1
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(trainer._renoise(candidates, ages, generator), candidates)  # not before renoise_start
+    trainer.step = REPLAY["renoise_start"]
+    stds = trainer._renoise(candidates, ages, generator).flatten(1).std(1)
+    assert (stds[ages > 1] == 0).all()
+    noised = stds[(ages == 1) & (stds > 0)]
+    assert 70 < len(noised) < 130 and 0.15 < noised.max() < 0.25  # of 200; uniform up to renoise_std, 0.2
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_bit_equal(photos: Path, tmp_path: Path):
     raw = experiment(photos, objective=FULL_THINKING, replay=REPLAY, train=dict(num_updates=40, checkpoint_every=1))
