@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import compare
 import denoising
 import picture
-import training_speed
 
 QUICK = ["--sweep", "--strip", "0", "--candidates", "0", "--resamples", "100"]
 
@@ -365,11 +364,3 @@ def test_the_picture_is_drawn(tmp_path: Path, photos: Path, tiny_checkpoint: Pat
     target = tmp_path / "picture.png"
     picture.main(["--model", str(tiny_checkpoint), "--images", str(photos / "0.png"), "--steps", "1", "--output", str(target)])
     assert Image.open(target).width > 100
-
-
-def test_the_plain_step_is_the_paper_s(capsys: pytest.CaptureFixture):
-    """The plain version has the published size: about 685 M parameters at depth 24, width 1536, MLP ratio 1."""
-    size = ["--img-size", "128", "--patch-size", "16", "--embed-dim", "1536", "--depth", "24", "--num-heads", "16"]
-    with torch.device("meta"):
-        model = training_speed.PlainEBT(training_speed._parse([*size, "--mlp-ratio", "1"]))
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(685e6, rel=0.02)

@@ -108,26 +108,3 @@ def test_the_program_writes_a_report_of_every_model_and_text(book: Path, tmp_pat
         assert main([*words, *extra, "--output", str(tmp_path / "bad")]) == 2
         err = capsys.readouterr().err
         assert answer in err and err.count("\n") == 1
-
-
-def test_the_speed_program_checks_that_both_versions_do_the_same(capsys: pytest.CaptureFixture[str]):
-    tiny = [
-        "--context-length",
-        "8",
-        "--embed-dim",
-        "16",
-        "--depth",
-        "1",
-        "--num-heads",
-        "2",
-        "--batch-size",
-        "2",
-        "--rounds",
-        "1",
-    ]
-    main = program("text_speed").main
-    for head in ("quadratic", "linear"):
-        assert main([*tiny, "--energy-head", head]) == 0
-    assert main([*tiny, "--generate", "6"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("x plain") == 4 and "6 tokens" in out and "same text" in out

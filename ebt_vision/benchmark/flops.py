@@ -4,6 +4,7 @@ The gradient with respect to the image is counted like everything else. Element-
 counter knows products alone. Attention takes its math path while it is counted, so that its products are seen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,17 @@ def _measure(denoiser: Denoiser, height: int, width: int) -> Cost:
     image = torch.full((1, 3, height, width), 0.5)
     counts = []
     for num_steps in (1, 2):
-        with sdpa_kernel(SDPBackend.MATH), _counter() as counter:
-            denoiser.denoise(image, DenoiseOptions(num_steps=num_steps, noise_level=0.1))
-        counts.append(counter.get_total_flops())
+        options = DenoiseOptions(num_steps=num_steps, noise_level=0.1)
+        counts.append(count_flops(lambda options=options: denoiser.denoise(image, options)))  # type: ignore[misc]
     step = counts[1] - counts[0]
     return Cost(step=step, final=counts[0] - step)
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """FLOPs of the matrix products and convolutions of one call, backward passes in it included."""
+    with sdpa_kernel(SDPBackend.MATH), _counter() as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def _counter() -> FlopCounterMode:

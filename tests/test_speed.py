@@ -1,0 +1,121 @@
+"""The speed program: it runs, counts and refuses; no timing is asserted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebt_vision.benchmark.timing import MatrixProduct, Version, time_side_by_side
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
+import plain_steps
+import speed
+
+TINY = [
+    "--rounds",
+    "1",
+    "--img-size",
+    "16",
+    "--patch-size",
+    "4",
+    "--embed-dim",
+    "48",
+    "--depth",
+    "1",
+    "--num-heads",
+    "2",
+    "--batch-size",
+    "2",
+    "--dit-dim",
+    "16",
+    "--dit-depth",
+    "1",
+    "--dit-heads",
+    "2",
+    "--dit-passes",
+    "3",
+    "--tokens",
+    "16",
+    "64",
+    "--context-length",
+    "8",
+    "--text-embed-dim",
+    "16",
+    "--text-depth",
+    "1",
+    "--text-num-heads",
+    "2",
+    "--text-batch-size",
+    "2",
+    "--generate",
+    "6",
+    "--device",
+    "cpu",
+]
+
+
+def test_every_part_runs_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert speed.main([*TINY, "--no-compile", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["parts"]) == list(speed.PARTS) and results["about"]["command"].startswith(
+        "python eval/speed.py --rounds 1"
+    )
+    rows = {part: {row.get("name"): row for row in found["rows"]} for part, found in results["parts"].items()}
+    image = rows["image"]
+    assert list(image) == [
+        "plain, eager, float32",
+        "ours, linear head, eager",
+        "ours, quadratic head, eager",
+        "feed-forward, eager",
+    ]
+    assert image["plain, eager, float32"]["ratio"] == 1 and all(row["rate"] > 0 for row in image.values())
+    # Six products against three, but for what the first and the last layers need not do, and attention.
+    six, three = (image[name]["flops_per_unit"] for name in ("ours, quadratic head, eager", "feed-forward, eager"))
+    assert 1.8 < six / three < 2.4
+    one, eight = (rows["inference"][f"EBT, {steps} steps"]["flops_per_unit"] for steps in (1, 8))
+    assert 5 < eight / one < 8  # the last energy needs no gradient
+    # Over two steps of 2S tokens ours does more than half of the work once.
+    plain, ours = (rows["text"][name]["flops_per_unit"] for name in ("plain, 16 tokens a step", "ours, context read once"))
+    assert 1.3 < plain / ours < 3
+    assert results["parts"]["generation"]["rows"][0]["tokens"] == 6
+    report = (tmp_path / "report.md").read_text()
+    assert report in capsys.readouterr().out and "| feed-forward, eager |" in report and "GFLOP/s" in report
+
+
+@pytest.mark.slow
+def test_compiled_steps_count_the_products_of_the_eager_ones(tmp_path: Path):
+    assert speed.main([*TINY, "--parts", "image", "--precision", "bf16", "--output", str(tmp_path)]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "results.json").read_text())["parts"]["image"]["rows"]}
+    for name in ("ours, linear head", "ours, quadratic head", "feed-forward"):
+        assert rows[f"{name}, compiled"]["flops_per_unit"] == rows[f"{name}, eager"]["flops_per_unit"] > 0
+
+
+def test_steps_that_disagree_are_not_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(speed, "_plain_text_loss", lambda *arguments: torch.tensor(99.0))
+    assert speed.main([*TINY, "--parts", "text", "--output", str(tmp_path)]) == 2
+    assert "disagree" in capsys.readouterr().err
+    assert speed.main([*TINY, "--parts", "tokens", "--tokens", "60", "--output", str(tmp_path)]) == 2
+    assert "--tokens 60 is no square" in capsys.readouterr().err
+
+
+def test_rates_and_shares_come_from_units_and_counted_products():
+    left = torch.randn(64, 32)
+    twice = Version(name="two", call=lambda: [left @ left.T for _ in range(2)], units=1)
+    once = Version(name="one", call=lambda: left @ left.T, units=1, counted=lambda: [left @ left.T for _ in range(5)])
+    timings, rate = time_side_by_side([twice, once], MatrixProduct(rows=8, inner=8, columns=8), rounds=3)
+    product = 2 * 64 * 32 * 64
+    assert [timing.flops_per_unit for timing in timings] == [2 * product, 5 * product]
+    for timing in timings:
+        assert timing.rate == pytest.approx(1 / timing.seconds) and timing.peak_bytes is None
+        assert timing.share_of_matrix_rate == pytest.approx(timing.flops_per_unit * timing.rate / rate)
+    assert timings[0].ratio == 1 and timings[1].ratio == pytest.approx(timings[1].rate / timings[0].rate)
+
+
+def test_the_plain_image_model_is_the_paper_s():
+    """It has the published size: about 685 M parameters at depth 24, width 1536, MLP ratio 1."""
+    sizes = plain_steps.ImageSizes(img_size=128, patch_size=16, embed_dim=1536, depth=24, num_heads=16, mlp_ratio=1)
+    with torch.device("meta"):
+        model = plain_steps.PlainEBT(sizes)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(685e6, rel=0.02)
