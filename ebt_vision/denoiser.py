@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebt_vision.checks import check
 from ebt_vision.corruption import signal_and_noise_scale
 
 MIN_SIDE = 8
@@ -48,21 +49,16 @@ class DenoiseOptions:
     """EBT: keep the final image of every candidate, not of the winner alone."""
 
     def __post_init__(self) -> None:
-        _check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
-        _check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "use 1 (plain thinking) or more")
-        _check(self.candidate_noise_std >= 0, "candidate_noise_std", self.candidate_noise_std, "use 0 or more")
-        _check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
-        _check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
-        _check(self.step_size_scale > 0, "step_size_scale", self.step_size_scale, "use a positive number")
-        _check(self.seed >= 0, "seed", self.seed, "use 0 or more")
+        check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
+        check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "use 1 (plain thinking) or more")
+        check(self.candidate_noise_std >= 0, "candidate_noise_std", self.candidate_noise_std, "use 0 or more")
+        check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
+        check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
+        check(self.step_size_scale > 0, "step_size_scale", self.step_size_scale, "use a positive number")
+        check(self.seed >= 0, "seed", self.seed, "use 0 or more")
         level = self.noise_level
-        _check(level is None or 0 < level <= 1, "noise_level", level, "use a number in (0, 1], or None")
-        _check(self.sigma is None or 0 <= self.sigma <= 255, "sigma", self.sigma, "use 0..255, or None to estimate it")
-
-
-def _check(valid: bool, name: str, value: object, remedy: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}={value} is out of range; {remedy}")
+        check(level is None or 0 < level <= 1, "noise_level", level, "use a number in (0, 1], or None")
+        check(self.sigma is None or 0 <= self.sigma <= 255, "sigma", self.sigma, "use 0..255, or None to estimate it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.checkpoint import CheckpointError
+from ebt_vision.checks import check
 from ebt_vision.data.tokenizer import Tokenizer
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.models.causal_transformer import CausalTransformer
@@ -46,12 +47,9 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "num_steps", "num_candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; use 0 for the likeliest token")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        check(self.temperature >= 0, "temperature", self.temperature, "use 0 for the likeliest token, or more")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "use a number in (0, 1]")
         self.thinking()  # raises for the rest
 
     def thinking(self) -> ThinkingConfig:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ebt_vision.checks import check
 from ebt_vision.rng import Generators, rand_like, randn_like
 
 
@@ -104,19 +105,14 @@ class ThinkingConfig:
     """If set, a sample stops once a step lowers its energy by no more than this share of what its first step did."""
 
     def __post_init__(self) -> None:
-        _check(self.num_steps >= 0, "num_steps", self.num_steps, "use 1 or more, or 0 to return the start")
+        check(self.num_steps >= 0, "num_steps", self.num_steps, "use 1 or more, or 0 to return the start")
         low = self.min_num_steps
-        _check(low is None or 0 <= low <= self.num_steps, "min_num_steps", low, f"use 0..{self.num_steps}")
-        _check(self.step_size > 0, "step_size", self.step_size, "use a positive number")
-        _check(self.step_size_factor >= 1, "step_size_factor", self.step_size_factor, "use 1 (off) or more")
-        _check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
-        _check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
-        _check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
-
-
-def _check(valid: bool, name: str, value: object, remedy: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}={value} is out of range; {remedy}")
+        check(low is None or 0 <= low <= self.num_steps, "min_num_steps", low, f"use 0..{self.num_steps}")
+        check(self.step_size > 0, "step_size", self.step_size, "use a positive number")
+        check(self.step_size_factor >= 1, "step_size_factor", self.step_size_factor, "use 1 (off) or more")
+        check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
+        check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
+        check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,7 +339,7 @@ class _Descent:
 
 def _draw_num_steps(config: ThinkingConfig, num_steps: int | None, generator: Generators | None) -> int:
     if num_steps is not None:
-        _check(num_steps >= 0, "num_steps", num_steps, "use 1 or more, or 0 to return the start")
+        check(num_steps >= 0, "num_steps", num_steps, "use 1 or more, or 0 to return the start")
         return num_steps
     if config.min_num_steps is None:
         return config.num_steps

@@ -11,6 +11,7 @@ TOP = 5
 # The level of a file of ebt_vision/ by the longest matching prefix of its path.
 LEVELS = {
     "__init__.py": 0,
+    "checks.py": 0,
     "rng.py": 0,
     "thinking.py": 1,
     "corruption.py": 1,
