@@ -121,16 +121,21 @@ def test_a_resumed_run_ends_with_bit_equal_weights(photos: Path, tmp_path: Path,
     assert_bit_equal(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_half_of_the_trajectories_are_noised_again_and_only_once(photos: Path, tmp_path: Path):
-    trainer = Trainer(build_config(experiment(photos, replay=REPLAY)), tmp_path, device="cpu")
+@pytest.mark.parametrize("max_age", [1, None])
+def test_half_of_the_candidates_are_noised_again_up_to_an_age(photos: Path, tmp_path: Path, max_age: int | None):
+    replay = REPLAY | dict(renoise_max_age=max_age)
+    trainer = Trainer(build_config(experiment(photos, replay=replay)), tmp_path, device="cpu")
     candidates, ages = torch.zeros(400, 3, 8, 8), torch.arange(400) % 2 + 1
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(trainer._renoise(candidates, ages, generator), candidates)  # not before renoise_start
     trainer.step = REPLAY["renoise_start"]
     stds = trainer._renoise(candidates, ages, generator).flatten(1).std(1)
-    assert (stds[ages > 1] == 0).all()
-    noised = stds[(ages == 1) & (stds > 0)]
-    assert 70 < len(noised) < 130 and 0.15 < noised.max() < 0.25  # of 200; uniform up to renoise_std, 0.2
+    for age in (1, 2):
+        noised = stds[(ages == age) & (stds > 0)]
+        if age == 2 and max_age == 1:
+            assert len(noised) == 0
+        else:
+            assert 70 < len(noised) < 130 and 0.15 < noised.max() < 0.25  # of 200; uniform up to renoise_std, 0.2
 
 
 @pytest.mark.slow

@@ -148,14 +148,15 @@ class Trainer:
         return self._objective.continue_thinking(batch, rows if count else {}), ages
 
     def _renoise(self, candidates: Tensor, ages: Tensor, generator: torch.Generator) -> Tensor:
-        """Replayed candidates, about half of those that are replayed for the first time with noise."""
+        """Replayed candidates, about half of them, as far as their ages allow, with noise."""
         settings = self.config.replay
         if not settings.renoise_std or self.step < settings.renoise_start:
             return candidates
         each = [len(candidates), *[1] * (candidates.ndim - 1)]
         std = settings.renoise_std * torch.rand(each, generator=generator)
         noise = std * torch.randn(candidates.shape, generator=generator)
-        chosen = (torch.rand(each, generator=generator) < 0.5) & (ages == 1).view(each)
+        young = ages <= (settings.renoise_max_age or settings.max_age)
+        chosen = (torch.rand(each, generator=generator) < 0.5) & young.view(each)
         return candidates + (chosen * noise).to(candidates)
 
     @property

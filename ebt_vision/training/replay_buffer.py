@@ -23,9 +23,11 @@ class ReplayConfig:
     start: int = 0
     """The first update that replays: a young model's steps overshoot, and repeated they drive candidates out of all range."""
     renoise_std: float = 0.0
-    """Half of the trajectories get Gaussian noise once, where they are first replayed, of a standard deviation uniform in
-    [0, renoise_std], on [-1, 1]: an energy that meets half-finished candidates only where its own steps leave them takes
-    every other one for finished. The other half stays as it is, to learn when to leave a candidate alone."""
+    """Half of the replayed candidates get Gaussian noise of a standard deviation uniform in [0, renoise_std], on [-1, 1]: an
+    energy that meets half-finished candidates only where its own steps leave them takes every other one for finished."""
+    renoise_max_age: int | None = None
+    """The last age at which they do; 1 noises half of the trajectories, once, and leaves the other half as they are, to
+    teach the energy when a candidate is finished. None: every age."""
     renoise_start: int = 0
     """The first update that adds it."""
 
@@ -39,8 +41,9 @@ class ReplayConfig:
                 raise ValueError(f"replay.{name}={getattr(self, name)} is negative; use 0 or more")
         if self.start < 0:
             raise ValueError(f"replay.start={self.start} is negative; use 0 to replay from the first update")
-        if self.max_age < 1:
-            raise ValueError(f"replay.max_age={self.max_age} must be 1 or more")
+        for name in ("max_age", "renoise_max_age"):
+            if (age := getattr(self, name)) is not None and age < 1:
+                raise ValueError(f"replay.{name}={age} must be 1 or more")
 
 
 class ReplayBuffer:
