@@ -157,7 +157,11 @@ def _controls(service: Service, models: dict[str, str]) -> tuple[gr.Image, list]
     with gr.Accordion("More about thinking", open=False, elem_id="more"):
         scale = gr.Slider(0.1, 3, value=1, step=0.1, label="Step size, times the learned one")
         tolerance = gr.Slider(
-            0, 1, value=0, step=0.01, label="Stop when a step gains less than this share of the first; 0: never"
+            0,
+            1,
+            value=0,
+            step=0.01,
+            label="Stop when a step gains less than this share of the first: 0.02 ends before it blurs; 0: never",
         )
         langevin = gr.Slider(0, 0.3, value=0, step=0.01, label="Langevin noise in each step")
         candidates = gr.Slider(

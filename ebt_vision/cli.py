@@ -87,7 +87,12 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
     parser.add_argument("--steps", metavar="N", type=_count, default=4, help="thinking steps (default 4)")
     parser.add_argument("--candidates", metavar="N", type=_count, default=1, help="think N times, keep the lowest energy")
-    parser.add_argument("--tolerance", metavar="T", type=_not_negative, help="stop when a step gains less than this share")
+    parser.add_argument(
+        "--tolerance",
+        metavar="T",
+        type=_not_negative,
+        help="stop when a step gains less than this share of the first; try 0.02",
+    )
     parser.add_argument("--step-size-scale", metavar="F", type=_positive, default=1.0, help="factor on the learned step size")
     parser.add_argument("--langevin", metavar="STD", type=_not_negative, default=0.0, help="noise in each thinking step")
     parser.add_argument(
