@@ -22,7 +22,7 @@ from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
 from ebt_vision.image_files import ImageFile, ImageFileError, quantise, read_image
 from ebt_vision.metrics import mse, psnr_from_mse
 from ebt_vision.noise import Noise, suited
-from ebt_vision.tiling import TiledStep, denoise_tiled, energy_map_tiled, tile_starts
+from ebt_vision.tiling import TiledStep, denoise_tiled, energy_map_tiled, num_tiles
 
 MAX_PIXELS = 24_000_000
 MAX_BYTES = 100 * 2**20
@@ -368,7 +368,8 @@ def _column(
         result = denoise_tiled(denoiser, source.noisy, options, tile_size=request.tile_size, on_step=lambda step: stop.is_set())
     except (ValueError, OSError, RuntimeError) as error:
         return Column(name=name, problem=str(error))
-    tiles = num_tiles(denoiser, source.noisy, request.tile_size)
+    height, width = source.noisy.shape[-2:]
+    tiles = num_tiles(height, width, request.tile_size or denoiser.tile_size)
     return Column(
         name=name,
         image=to_bytes(result.image),
@@ -377,13 +378,6 @@ def _column(
         seconds=time.perf_counter() - start,
         problem="stopped" if stop.is_set() else "",
     )
-
-
-def num_tiles(denoiser: Denoiser, noisy: Tensor, tile_size: int | None) -> int:
-    """How many tiles denoise_tiled cuts an image (1, 3, H, W) into."""
-    tile = tile_size or denoiser.tile_size
-    rows, columns = (len(tile_starts(side, min(tile, side), tile // 4)) for side in noisy.shape[-2:])
-    return rows * columns
 
 
 # --- Shared

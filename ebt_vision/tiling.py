@@ -255,6 +255,12 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
+def num_tiles(height: int, width: int, tile_size: int) -> int:
+    """How many tiles `denoise_tiled` cuts an image into at its default overlap."""
+    rows, columns = (len(tile_starts(side, min(tile_size, side), tile_size // 4)) for side in (height, width))
+    return rows * columns
+
+
 def tile_weights(starts: list[int], tile: int, length: int, overlap: int) -> Tensor:
     """Weights of the tiles along one side, float64 (num_tiles, tile), that sum to 1 at every pixel of `length`.
 

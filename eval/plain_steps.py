@@ -7,7 +7,6 @@ weights, where at every thinking step S context tokens and S candidates run thro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +14,7 @@ from torch import Tensor, nn
 
 from ebt_vision.models.causal_blocks import rope_1d
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
-from ebt_vision.models.patch_trunk import patchify
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageSizes:
-    """The sizes that both image versions share."""
-
-    img_size: int = 64
-    patch_size: int = 8
-    embed_dim: int = 256
-    depth: int = 4
-    num_heads: int = 4
-    mlp_ratio: float = 2.0
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.img_size // self.patch_size) ** 2
+from ebt_vision.models.patch_trunk import TrunkConfig, patchify
 
 
 class PlainBlock(nn.Module):
@@ -59,12 +42,12 @@ class PlainBlock(nn.Module):
 class PlainEBT(nn.Module):
     """The paper's bidirectional EBT: images (B, 3, H, W) to one energy each, (B,)."""
 
-    def __init__(self, sizes: ImageSizes):
+    def __init__(self, sizes: TrunkConfig):
         super().__init__()
         dim = sizes.embed_dim
         self.patch_size = sizes.patch_size
         self.embed = nn.Linear(3 * sizes.patch_size**2, dim)
-        self.positions = nn.Parameter(torch.randn(1, sizes.num_tokens, dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1, (sizes.img_size // sizes.patch_size) ** 2, dim) * 0.02)
         self.constant = nn.Parameter(torch.randn(1, dim) * 0.02)
         self.blocks = nn.ModuleList(PlainBlock(dim, sizes.num_heads, sizes.mlp_ratio) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
@@ -81,7 +64,7 @@ class PlainEBT(nn.Module):
         return self.head(self.norm(x) * (1 + scale) + shift).mean((1, 2))
 
 
-def plain_image_update(sizes: ImageSizes, noisy: Tensor, clean: Tensor) -> Callable[[], None]:
+def plain_image_update(sizes: TrunkConfig, noisy: Tensor, clean: Tensor) -> Callable[[], None]:
     """One update: a thinking step from `noisy` (B, 3, H, W), smooth-L1 to `clean`, backward, clip, AdamW."""
     model = PlainEBT(sizes).to(noisy.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

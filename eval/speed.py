@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain_steps import ImageSizes, plain_image_update, plain_text_energy
+from plain_steps import plain_image_update, plain_text_energy
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +37,7 @@ from ebt_vision.generation import GenerateOptions, generate
 from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransformerConfig
+from ebt_vision.models.patch_trunk import TrunkConfig
 from ebt_vision.objectives import ImageBatch
 from ebt_vision.provenance import provenance
 from ebt_vision.rng import sample_generators
@@ -119,16 +120,16 @@ def image_training(settings: argparse.Namespace) -> dict:
     if settings.compile:
         calls += [("feed-forward, compiled", ours("patch_regressor", compiled=True), forward)]
     versions = [Version(name=n, call=call, units=settings.batch_size, counted=counted) for n, call, counted in calls]
-    return _timed(settings, versions, sizes, settings.batch_size, "images")
+    return _timed_images(settings, versions, sizes, settings.batch_size, "images")
 
 
-def _image_sizes(settings: argparse.Namespace) -> ImageSizes:
+def _image_sizes(settings: argparse.Namespace) -> TrunkConfig:
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    return ImageSizes(**{name: getattr(settings, name) for name in names})
+    return TrunkConfig(**{name: getattr(settings, name) for name in names})
 
 
 def _image_update(
-    settings: argparse.Namespace, sizes: ImageSizes, model_type: str, clean: Tensor, *, compiled: bool, **model: Any
+    settings: argparse.Namespace, sizes: TrunkConfig, model_type: str, clean: Tensor, *, compiled: bool, **model: Any
 ) -> Callable[[], None]:
     """One update of the project's own objective and optimiser."""
     config = build_config(
@@ -178,17 +179,22 @@ def growth_with_tokens(settings: argparse.Namespace) -> dict:
         eager = _image_update(settings, sizes, "patch_ebt", clean, compiled=False)
         call = _image_update(settings, sizes, "patch_ebt", clean, compiled=True) if settings.compile else eager
         version = Version(name=f"{tokens} tokens, batch {batch}", call=call, units=batch * tokens, counted=eager)
-        found = _timed(settings, [version], sizes, batch, "tokens")
+        found = _timed_images(settings, [version], sizes, batch, "tokens")
         rows, rate = rows + found["rows"], found["matrix_rate"]
     for row in rows:
         row["ratio"] = row["rate"] / rows[0]["rate"]
     return {"unit": "tokens", "matrix_rate": rate, "rows": rows}
 
 
-def _timed(settings: argparse.Namespace, versions: Sequence[Version], sizes: Any, batch: int, unit: str) -> dict:
-    hidden = round(sizes.embed_dim * getattr(sizes, "mlp_ratio", 4.0))
+def _timed_images(settings: argparse.Namespace, versions: Sequence[Version], sizes: TrunkConfig, batch: int, unit: str) -> dict:
+    rows = batch * (sizes.img_size // sizes.patch_size) ** 2
+    return _timed(settings, versions, (rows, sizes.embed_dim, round(sizes.embed_dim * sizes.mlp_ratio)), unit)
+
+
+def _timed(settings: argparse.Namespace, versions: Sequence[Version], product: tuple[int, int, int], unit: str) -> dict:
+    rows, inner, columns = product
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    matrix = MatrixProduct(rows=batch * sizes.num_tokens, inner=sizes.embed_dim, columns=hidden, dtype=dtype)
+    matrix = MatrixProduct(rows=rows, inner=inner, columns=columns, dtype=dtype)
     timings, rate = time_side_by_side(versions, matrix, rounds=settings.rounds, device=settings.device)
     return {"unit": unit, "matrix_rate": rate, "rows": [asdict(timing) for timing in timings]}
 
@@ -218,7 +224,7 @@ def inference(settings: argparse.Namespace) -> dict:
     for name, denoiser, steps in runs:
         options = DenoiseOptions(num_steps=steps, noise_level=0.1)
         versions.append(Version(name=name, call=_denoising(denoiser, noisy, options), units=settings.batch_size))
-    return _timed(settings, versions, sizes, settings.batch_size, "images")
+    return _timed_images(settings, versions, sizes, settings.batch_size, "images")
 
 
 def _denoising(denoiser: Denoiser, noisy: Tensor, options: DenoiseOptions) -> Callable[[], object]:
@@ -276,8 +282,7 @@ def text_training(settings: argparse.Namespace) -> dict:
         )
         for name, loss, model in rows
     ]
-    sizes = argparse.Namespace(embed_dim=config.embed_dim, num_tokens=config.context_length)
-    return _timed(settings, versions, sizes, len(tokens), "tokens")
+    return _timed(settings, versions, (tokens.numel(), config.embed_dim, 4 * config.embed_dim), "tokens")
 
 
 def _plain_text_loss(model: CausalTextEBT, batch: TextBatch, thinking: ThinkingConfig) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from ebt_vision.benchmark.flops import Cost, CostMeter, num_tiles
+from ebt_vision.benchmark.flops import Cost, CostMeter
 from ebt_vision.benchmark.options import OneLineParser, config_to_arguments, number
 from ebt_vision.benchmark.protocols import OOD_STRENGTHS, Condition, same_shapes
 from ebt_vision.benchmark.rows import Row, RowSettings, prepare, rows_of
@@ -18,7 +18,7 @@ from ebt_vision.denoiser import DenoiseOptions
 from ebt_vision.model_denoisers import EBTDenoiser, RegressorDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.tiling import denoise_tiled, num_tiles
 
 # --- statistics
 

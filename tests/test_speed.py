@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ebt_vision.benchmark.timing import MatrixProduct, Version, time_side_by_side
+from ebt_vision.models.patch_trunk import TrunkConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import plain_steps
@@ -115,7 +116,7 @@ def test_rates_and_shares_come_from_units_and_counted_products():
 
 def test_the_plain_image_model_is_the_paper_s():
     """It has the published size: about 685 M parameters at depth 24, width 1536, MLP ratio 1."""
-    sizes = plain_steps.ImageSizes(img_size=128, patch_size=16, embed_dim=1536, depth=24, num_heads=16, mlp_ratio=1)
+    sizes = TrunkConfig(img_size=128, patch_size=16, embed_dim=1536, depth=24, num_heads=16, mlp_ratio=1)
     with torch.device("meta"):
         model = plain_steps.PlainEBT(sizes)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(685e6, rel=0.02)

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ebt_vision.benchmark.rows import Row
 from ebt_vision.denoiser import DenoiseOptions, Denoiser
 from ebt_vision.model_denoisers import DiTDenoiser
-from ebt_vision.tiling import tile_starts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +84,3 @@ class _NoModules:
 
     def __exit__(self, *args: object) -> None:
         pass
-
-
-def num_tiles(height: int, width: int, tile_size: int) -> int:
-    """How many tiles `denoise_tiled` cuts an image into at its default overlap."""
-    rows, columns = (len(tile_starts(side, min(tile_size, side), tile_size // 4)) for side in (height, width))
-    return rows * columns

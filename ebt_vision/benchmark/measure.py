@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ebt_vision import metrics
-from ebt_vision.benchmark.flops import Cost, CostMeter, num_tiles
+from ebt_vision.benchmark.flops import Cost, CostMeter
 from ebt_vision.benchmark.images import BenchmarkImages
 from ebt_vision.benchmark.parts import Part, Parts, join
 from ebt_vision.benchmark.protocols import Condition, observed, same_shapes
 from ebt_vision.benchmark.rows import Row, prepare
 from ebt_vision.denoiser import Denoiser, DenoiseResult
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.tiling import denoise_tiled, num_tiles
 
 FORMAT = 2
 """Goes into the key of every part; another number makes older parts be refused."""
