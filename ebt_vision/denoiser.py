@@ -111,8 +111,9 @@ class Denoiser(ABC):
     patch_size: int = 1
     """Images are padded to multiples of it."""
     input_scale: float = 1.0
-    """Factor on the image, as -1..1, before a network sees it. The VP process shrinks the signal by sqrt(alpha_bar): a network
-    trained on it should be given photographs with ordinary noise through this factor. 1 for input made by the VP process."""
+    """Factor on the image, as -1..1, before a network sees it: see for_photographs and for_vp_images, which set it."""
+    signal_scale: float = 1.0
+    """What multiplied the signal in the images that a network was trained on: sqrt(alpha_bar) of the VP process, 1 for AWGN."""
 
     def denoise(
         self,
@@ -195,13 +196,20 @@ def no_network_result(image: Tensor, noisy: Tensor, options: DenoiseOptions) -> 
 
 
 TRAINING_LEVEL = 0.1
-"""The VP noise level that the project's models are trained at."""
+"""The VP noise level that the project's models of that process are trained at."""
 
 
 def for_photographs(denoiser: Denoiser) -> Denoiser:
     """A copy for images with ordinary noise: a network trained on the VP process gets them through its signal scale."""
     denoiser = copy.copy(denoiser)
-    denoiser.input_scale = signal_and_noise_scale(TRAINING_LEVEL)[0]
+    denoiser.input_scale = denoiser.signal_scale
+    return denoiser
+
+
+def for_vp_images(denoiser: Denoiser, level: float) -> Denoiser:
+    """A copy for images that the VP process made: a network trained on it gets them as they are, others at full signal."""
+    denoiser = copy.copy(denoiser)
+    denoiser.input_scale = 1.0 / signal_and_noise_scale(level)[0] if denoiser.signal_scale == 1.0 else 1.0
     return denoiser
 
 

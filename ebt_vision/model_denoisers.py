@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from ebt_vision.classical import estimate_sigma
-from ebt_vision.corruption import alphas_cumprod, level_to_timestep, sigma_to_timestep, to_image_range, to_model_range
-from ebt_vision.denoiser import Callback, DenoiseOptions, Denoiser, DenoiseResult, DenoiseStep
+from ebt_vision.corruption import (
+    alphas_cumprod,
+    level_to_timestep,
+    sigma_to_timestep,
+    signal_and_noise_scale,
+    to_image_range,
+    to_model_range,
+)
+from ebt_vision.denoiser import TRAINING_LEVEL, Callback, DenoiseOptions, Denoiser, DenoiseResult, DenoiseStep
 from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
+from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.rng import randn_like, sample_generators
@@ -30,6 +38,7 @@ class ModelDenoiser(Denoiser):
     def __init__(self, model: PretrainedModel, *, name: str, input_scale: float = 1.0):
         self.name = name
         self.input_scale = input_scale
+        self.signal_scale = signal_and_noise_scale(TRAINING_LEVEL)[0] if noise_process_of(model) == "vp" else 1.0
         self.num_parameters = model.num_parameters
         self.tile_size = model.config.img_size
         self.patch_size = model.config.patch_size

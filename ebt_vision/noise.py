@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ebt_vision import corruption
-from ebt_vision.denoiser import Denoiser, for_photographs
+from ebt_vision.denoiser import Denoiser, for_photographs, for_vp_images
 from ebt_vision.rng import make_generator
 
 
@@ -89,4 +89,5 @@ class Noise:
 
 def suited(denoiser: Denoiser, noise: Noise | None) -> Denoiser:
     """The denoiser as it should be used for images with this noise, None for photographs that are noisy as they are."""
-    return denoiser if noise is not None and noise.kind == "paper" else for_photographs(denoiser)
+    level = None if noise is None else noise.noise_level
+    return for_photographs(denoiser) if level is None else for_vp_images(denoiser, level)

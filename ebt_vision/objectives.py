@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ebt_vision import corruption
 from ebt_vision.models.patch_ebt import PatchEBT
+from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
 
@@ -42,14 +43,19 @@ class ImageBatch:
     """What was observed, (B, C, H, W), where a replay buffer gave some; None makes it of clean and noise."""
 
 
+_DISTANCES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss, "l1": F.l1_loss}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """How the loss is made; `level` is for all models, the rest for the EBT alone."""
+    """How the loss is made; `thinking` and `loss_steps` are for the EBT alone."""
 
     level: float = 0.1
     """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. The DiT trains on all timesteps up to it."""
-    loss: Literal["smooth_l1", "mse"] = "smooth_l1"
-    """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's."""
+    sigmas: tuple[float, float] = (0.0, 75.0)
+    """Models of noise_process "awgn", in place of `level`: each sample's standard deviation is uniform in it (0..255 units)."""
+    loss: Literal["smooth_l1", "mse", "l1"] = "smooth_l1"
+    """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's. The DiT has its own."""
     loss_steps: Literal["every", "last"] = "every"
     """Average the loss over every thinking step, or take the last one's alone."""
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
@@ -57,6 +63,11 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         corruption.level_to_timestep(self.level)  # raises for a level out of range
+        low, high = self.sigmas
+        if not 0 <= low <= high <= 255:
+            raise ValueError(f"objective.sigmas=[{low:g}, {high:g}] is not a range in 0..255")
+        if self.loss not in _DISTANCES:
+            raise ValueError(f"objective.loss={self.loss!r} is unknown; use one of {', '.join(_DISTANCES)}")
         if self.thinking.tolerance is not None:
             raise ValueError("objective.thinking.tolerance must be null in training: the graph needs every sample")
         if self.thinking.num_steps < 1:
@@ -103,18 +114,22 @@ class ImageObjective(Objective):
 
     @staticmethod
     @abstractmethod
-    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
-        """Denoise (B, C, H, W) in [-1, 1] at 1..num_steps steps, for validation."""
+    def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
+        """Denoise (B, C, H, W) in [-1, 1] at 1..num_steps steps, for validation; `level` is None for AWGN."""
 
     def observe(self, batch: ImageBatch) -> Tensor:
-        """The noisy images of a batch at the training level, (B, C, H, W)."""
-        signal, noise = corruption.signal_and_noise_scale(self.config.level)
-        return signal * batch.clean + noise * batch.noise
+        """The noisy images of a batch, (B, C, H, W): at the training level, or each with a sigma drawn for it."""
+        if noise_process_of(self.model) == "vp":
+            signal, noise = corruption.signal_and_noise_scale(self.config.level)
+            return signal * batch.clean + noise * batch.noise
+        low, high = self.config.sigmas
+        draws = [torch.rand((), generator=g, device=g.device) for g in batch.generators]
+        sigmas = low + (high - low) * torch.stack(draws).to(batch.clean)
+        return batch.clean + (2.0 / 255.0) * sigmas[:, None, None, None] * batch.noise  # the range [-1, 1] is 255 units
 
     def distance(self, prediction: Tensor, clean: Tensor) -> Tensor:
         """The configured loss of each sample, (B,)."""
-        function: Callable[..., Tensor] = F.smooth_l1_loss if self.config.loss == "smooth_l1" else F.mse_loss
-        return function(prediction, clean, reduction="none").flatten(1).mean(1)
+        return _DISTANCES[self.config.loss](prediction, clean, reduction="none").flatten(1).mean(1)
 
 
 def put_last(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -199,7 +214,7 @@ class EBTObjective(ImageObjective):
         return model(candidate, *model.context_of(observation))
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
+    def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
         assert isinstance(model, PatchEBT)
         result = think(model, noisy, context=model.context_of(noisy), step_size=model.step_size.detach(), num_steps=num_steps)
         return Prediction(images=list(result.predictions), energies=result.energies)
@@ -212,7 +227,7 @@ class RegressorObjective(ImageObjective):
         return {"loss": self.distance(self.model(self.observe(batch)), batch.clean).mean()}
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
+    def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
         assert isinstance(model, PatchRegressor)
         images = []
         for _ in range(num_steps):
@@ -232,8 +247,9 @@ class DiTObjective(ImageObjective):
         return {"loss": model.loss(batch.clean, batch.noise, timesteps).mean()}
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, level: float, num_steps: int) -> Prediction:
+    def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
         """The one-call x0 first, then DDIM with 2..num_steps passes."""
+        assert level is not None, "a DiT is trained on the VP process"
         dit = cast("DiT", model)
         timestep = corruption.level_to_timestep(level)
         images = [dit.predict_clean(noisy, timestep)]

@@ -305,6 +305,20 @@ def test_the_shorter_side_is_resized_and_the_centre_cut(tmp_path):
     assert torch.equal(one_image(tmp_path), as_tensor(noise(0, 16, 37)[:, 10:26])[0])  # no resize: pixels as they are
 
 
+def test_short_side_leaves_more_to_crop_from_and_enlarges_no_further_than_the_crop(tmp_path):
+    for name, height, width in (("large", 60, 96), ("small", 20, 40), ("tiny", 8, 12)):
+        save(tmp_path / f"{name}.png", noise(0, height, width))
+    images = load(tmp_path, short_side=30, crop="random")
+    sides = {images.name(i).rsplit("/", 1)[-1]: images._cache[i].shape[1:] for i in range(3)}
+    assert sides == {"large.png": (30, 48), "small.png": (20, 40), "tiny.png": (16, 24)}
+    assert images.images(range(3)).shape == (3, 3, 16, 16)
+    index = [i for i in range(3) if images.name(i).endswith("small.png")][0]
+    centre = load(tmp_path, short_side=30).images([index])[0]
+    assert torch.equal(centre, as_tensor(noise(0, 20, 40)[2:18, 12:28])[0])
+    with pytest.raises(ValueError, match="short_side=8 is below img_size=16"):
+        load(tmp_path, short_side=8)
+
+
 def test_resizing_is_antialiased_both_ways(tmp_path):
     checks = np.indices((64, 64)).sum(0) % 2 * np.uint8(255)
     save(tmp_path / "a.png", np.repeat(checks[:, :, None], 3, axis=2).astype(np.uint8))

@@ -1,10 +1,13 @@
 """Noise by name, on the command line and in the library."""
 
+from typing import Literal
+
 import pytest
 import torch
 
 from ebt_vision.corruption import add_gaussian_noise, signal_and_noise_scale
-from ebt_vision.denoiser import IdentityDenoiser
+from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.noise import NOISE_KINDS, Noise, suited
 from ebt_vision.rng import make_generator
 
@@ -26,10 +29,16 @@ def test_a_number_is_gaussian_noise() -> None:
     assert torch.equal(Noise.parse("25").add(clean, 3), add_gaussian_noise(clean, 25, make_generator(3)))
 
 
-def test_only_the_papers_noise_comes_scaled_already() -> None:
-    photograph = signal_and_noise_scale(0.1)[0]
-    scales = [suited(IdentityDenoiser(), noise).input_scale for noise in (None, Noise.parse("25"), Noise.parse("paper:0.1"))]
-    assert scales == [photograph, photograph, 1.0]
+@pytest.mark.parametrize("process", ["vp", "awgn"])
+def test_input_gets_the_scale_that_the_network_was_trained_at(process: Literal["vp", "awgn"]) -> None:
+    model = PatchEBT(PatchEBTConfig(img_size=16, embed_dim=192, depth=1, num_heads=3, noise_process=process))
+    noises = (None, Noise.parse("25"), Noise.parse("paper:0.1"), Noise.parse("paper:0.2"))
+    scales = [suited(EBTDenoiser(model), noise).input_scale for noise in noises]
+    low, lower = signal_and_noise_scale(0.1)[0], signal_and_noise_scale(0.2)[0]
+    assert scales == ([low, low, 1.0, 1.0] if process == "vp" else [1.0, 1.0, 1 / low, 1 / lower])
+
+
+def test_a_noise_tells_its_strength() -> None:
     assert Noise.parse("paper:0.2").noise_level == 0.2 and Noise.parse("paper:0.2").sigma is None
     assert Noise.parse("25").sigma == 25 and Noise.parse("poisson:30").sigma is None
 

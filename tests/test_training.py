@@ -18,6 +18,10 @@ from safetensors.torch import load_file
 
 from ebt_vision.checkpoint import load_pretrained
 from ebt_vision.config import ConfigError, build_config
+from ebt_vision.models.pretrained_model import read_config
+from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
+from ebt_vision.objectives import ImageBatch, ObjectiveConfig, RegressorObjective
+from ebt_vision.rng import sample_generators
 from ebt_vision.training.loop import Trainer, TrainingDivergedError
 from ebt_vision.training.state import checkpoint_folders
 
@@ -94,6 +98,37 @@ def test_every_model_trains_logs_validates_and_exports(photos: Path, tmp_path: P
         logged = [line for line in lines if "loss" in line][-1]
         assert logged["energy_after_last_update"] < logged["energy_before_last_update"]
         assert logged["step_size"] > 0 and logged["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("model_type", ["patch_ebt", "patch_regressor"])
+def test_training_on_plain_gaussian_noise(photos: Path, tmp_path: Path, model_type: str):
+    model = MODELS[model_type] | dict(noise_process="awgn")
+    raw = experiment(photos, model_type, model=model, objective=dict(sigmas=[10, 60], loss="l1"), train=dict(num_updates=60))
+    raw["validation"] |= dict(every=30, sigmas=[25, 50])
+    folder = train(raw, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    psnr = [line for line in lines if "validation_psnr" in line][-1]["validation_psnr"]
+    assert list(psnr) == ["25.0", "50.0"]
+    for sigma, (noisy, once, *_) in psnr.items():
+        assert abs(noisy - 20 * np.log10(255 / float(sigma))) < 0.5  # not clipped: the noise's own PSNR
+        assert once > noisy
+    assert read_config(folder / "config.json")["config"]["noise_process"] == "awgn"
+
+
+def test_each_sample_has_a_sigma_of_its_own_in_the_range():
+    model = PatchRegressor(PatchRegressorConfig(**MODELS["patch_regressor"], noise_process="awgn"))
+    objective = RegressorObjective(model, ObjectiveConfig(sigmas=(20.0, 40.0)))
+    generators = sample_generators(0, range(64))
+    batch = ImageBatch(clean=torch.zeros(64, 3, 16, 16), noise=torch.ones(64, 3, 16, 16), generators=generators)
+    sigmas = objective.observe(batch)[:, 0, 0, 0] * 255 / 2
+    assert 20 <= sigmas.min() < 24 and 36 < sigmas.max() <= 40
+    assert torch.equal(sigmas[5:6], objective.observe(replace_batch(batch, 5))[:, 0, 0, 0] * 255 / 2)
+
+
+def replace_batch(batch: ImageBatch, index: int) -> ImageBatch:
+    """The batch of one sample, with its generator as it was at first."""
+    rows = slice(index, index + 1)
+    return replace(batch, clean=batch.clean[rows], noise=batch.noise[rows], generators=sample_generators(0, [index]))
 
 
 @pytest.mark.parametrize("model_type", MODELS)

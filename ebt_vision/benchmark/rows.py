@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ebt_vision import corruption
 from ebt_vision.benchmark.protocols import Condition
-from ebt_vision.denoiser import TRAINING_LEVEL, DenoiseOptions, Denoiser, IdentityDenoiser, for_photographs
+from ebt_vision.denoiser import TRAINING_LEVEL, DenoiseOptions, Denoiser, IdentityDenoiser, for_photographs, for_vp_images
 from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser
 
 Kind = Literal["ebt", "dit", "regressor", "identity", "classical"]
@@ -142,9 +142,9 @@ def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterato
 def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -> tuple[Denoiser, Tensor, DenoiseOptions]:
     """The denoiser as the row uses it, the images at the scale that it expects, and what it is told.
 
-    Input of the paper's protocol goes to networks as it is; classical methods get it divided by its signal scale, with the
-    sigma that it then has. Under the other protocols a network trained on the VP process gets the image times that process'
-    signal scale (denoiser.for_photographs), and a DiT what its timestep asks for.
+    Input of the paper's protocol goes to networks trained on the VP process as it is; classical methods get it divided by its
+    signal scale, with the sigma that it then has. Under the other protocols such a network gets the image times its training's
+    signal scale, and a DiT what its timestep asks for. Networks trained on plain Gaussian noise: the other way round.
     """
     options = DenoiseOptions(
         num_steps=row.num_steps,
@@ -165,4 +165,5 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
         signal, _ = corruption.signal_and_noise_scale(condition.strength)
         scaled = corruption.to_image_range(corruption.to_model_range(noisy) / signal)
         return denoiser, scaled, replace(options, sigma=min(condition.sigma or math.inf, 255.0))
+    denoiser = for_vp_images(denoiser, condition.strength)
     return denoiser, noisy, replace(options, noise_level=row.start_level or condition.strength)

@@ -38,9 +38,12 @@ class DataConfig:
     label_column: str | None = "label"
     """Column of the labels in parquet and hub sets, field of a shard's .json; None for no labels from any source."""
     img_size: int = 64
-    """Side of the square crop, pixels; an image's shorter side is resized to it, up or down, unless it has it already."""
+    """Side of the square crop, pixels."""
+    short_side: int | None = None
+    """What an image's shorter side is resized to before it is cropped; longer images only, shorter ones are resized no further
+    than img_size needs. None: img_size, up or down."""
     crop: Literal["center", "random"] = "center"
-    """Where the square is cut along the longer side; "random" draws it anew in every epoch."""
+    """Where the square is cut out; "random" draws it anew in every epoch."""
     flip: bool = False
     """Mirror left-right with probability 1/2, drawn anew in every epoch."""
     cache: bool = True
@@ -53,6 +56,8 @@ class DataConfig:
             raise ValueError("path is empty; give a folder, files or hub:OWNER/NAME")
         if self.img_size < 1:
             raise ValueError(f"img_size={self.img_size} must be at least 1")
+        if self.short_side is not None and self.short_side < self.img_size:
+            raise ValueError(f"short_side={self.short_side} is below img_size={self.img_size}; use {self.img_size} or more")
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop={self.crop!r} is not 'center' or 'random'")
         if self.limit is not None and self.limit < 1:
@@ -116,7 +121,7 @@ class ImageSet:
 
     def _decode(self, entry: int) -> np.ndarray:
         pixels = to_rgb8(decode_image(self._source.read(entry)))
-        return fit_to_size(pixels, self.config.img_size, center_crop=self.config.crop == "center")
+        return fit(pixels, self.config)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -190,22 +195,23 @@ def load_image_set(config: DataConfig, seed: int = 0) -> ImageSet:
     return ImageSet(config, open_source(config.path, config.split, config.image_column, config.label_column), seed)
 
 
-def fit_to_size(pixels: np.ndarray, img_size: int, center_crop: bool) -> np.ndarray:
-    """(H, W, 3) uint8 -> (3, h, w) uint8 whose shorter side is `img_size`, cut to a centred square on demand.
+def fit(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, h, w) uint8, resized as `config` says and, with crop="center", cut to a centred square.
 
     Bicubic with antialiasing; pixels are untouched where the shorter side fits already. Raises DecodeError for an image
     longer than MAX_ASPECT_RATIO.
     """
     height, width = pixels.shape[:2]
-    shorter = min(height, width)
+    shorter, size = min(height, width), config.img_size
     if max(height, width) > MAX_ASPECT_RATIO * shorter:
         raise DecodeError(f"is {width}x{height} pixels, longer than 1:{MAX_ASPECT_RATIO}; crop it")
-    if shorter != img_size:
-        height, width = round(height * img_size / shorter), round(width * img_size / shorter)
+    wanted = size if config.short_side is None else max(min(config.short_side, shorter), size)
+    if shorter != wanted:
+        height, width = round(height * wanted / shorter), round(width * wanted / shorter)
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    if center_crop:
-        top, left = (height - img_size) // 2, (width - img_size) // 2
-        pixels = pixels[top : top + img_size, left : left + img_size]
+    if config.crop == "center":
+        top, left = (height - size) // 2, (width - size) // 2
+        pixels = pixels[top : top + size, left : left + size]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # HWC -> CHW
 
 

@@ -7,6 +7,7 @@ same, and the mask beside the pixels says so; opening a set of a million images 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ebt_vision.data.decoding import DecodeError, decode_image, to_rgb8
-from ebt_vision.data.images import NUM_DECODE_THREADS, DataConfig, fit_to_size
+from ebt_vision.data.images import NUM_DECODE_THREADS, DataConfig, fit
 from ebt_vision.data.sources import open_source
 from ebt_vision.rng import sample_generators
 
@@ -67,7 +68,7 @@ class LazyImages:
         try:
             image = to_rgb8(decode_image(self._source.read(self.entries[index])))
             if view == 0:
-                return fit_to_size(image, self.config.img_size, center_crop=True)
+                return fit(image, replace(self.config, crop="center"))
             return _resized_crop(image, self.config.img_size, draw)
         except (DecodeError, OSError):
             return None

@@ -1,6 +1,7 @@
 """The patch transformer that PatchEBT and the regressor share: image in, tokens out."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,16 @@ class TrunkConfig:
     depth: int = 6
     num_heads: int = 4
     mlp_ratio: float = 4.0
+    noise_process: Literal["vp", "awgn"] = "vp"
+    """What the training images went through: the VP process at one level, which shrinks the signal, as in the paper; or plain
+    Gaussian noise of many strengths, as photographs have it. It is stored here because it says how input must be scaled."""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.noise_process not in ("vp", "awgn"):
+            raise ValueError(f"noise_process={self.noise_process!r} is unknown; use 'vp' or 'awgn'")
         if self.img_size % self.patch_size:
             low = self.img_size // self.patch_size * self.patch_size
             remedy = " or ".join(str(size) for size in (low, low + self.patch_size) if size)
@@ -38,6 +44,11 @@ class TrunkConfig:
     def patch_dim(self) -> int:
         """Values in one patch."""
         return self.patch_size**2 * self.in_chans
+
+
+def noise_process_of(model: nn.Module) -> str:
+    """The noise process that a network is trained on: its config's, "vp" where that has none (DiT)."""
+    return str(getattr(getattr(model, "config", None), "noise_process", "vp"))
 
 
 PRESETS: dict[str, dict[str, int | float]] = {

@@ -44,6 +44,8 @@ class ValidationConfig:
     num_images: int = 128
     levels: tuple[float, ...] = (0.1, 0.2)
     """Noise levels to denoise at; the first is the one reported first."""
+    sigmas: tuple[float, ...] = (15.0, 25.0, 50.0)
+    """In place of `levels` for models of noise_process "awgn": standard deviations in 0..255 units."""
     num_steps: int = 8
     every: int = 500
     """Updates between two validations; one more is made at the end."""

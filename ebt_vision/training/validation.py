@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torchvision.utils import save_image
 
 from ebt_vision import corruption, metrics
 from ebt_vision.config import ExperimentConfig
+from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.objectives import ImageObjective
 from ebt_vision.rng import sample_generators
 from ebt_vision.training.build import OBJECTIVES
@@ -21,14 +22,16 @@ _BATCH_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageValidation:
-    """Per level: the mean per-image PSNR of the noisy images and after each step (dB), energies, and a picture."""
+    """Per strength of the noise: the mean per-image PSNR of the noisy images and after each step (dB), energies, a picture."""
 
+    unit: Literal["level", "sigma"]
+    """What strengths are in: levels of the VP process, or AWGN's standard deviation in 0..255 units."""
     psnr: dict[float, list[float]]
-    """Level -> [noisy, 1 step, 2 steps, ...]."""
+    """Strength -> [noisy, 1 step, 2 steps, ...]."""
     energies: dict[float, list[float]]
-    """Level -> mean energy before the first and after every step; empty for models without an energy."""
+    """Strength -> mean energy before the first and after every step; empty for models without an energy."""
     grid: Tensor
-    """(num_rows, C, H, W) in [0, 1]: for each of the first images noisy, every step, clean, at the first level."""
+    """(num_rows, C, H, W) in [0, 1]: for each of the first images noisy, every step, clean, at the first strength."""
     grid_columns: int
 
     def record(self) -> dict[str, Any]:
@@ -36,15 +39,15 @@ class ImageValidation:
 
     def scalars(self) -> dict[str, float]:
         return {
-            f"psnr_level_{level}/steps_{steps}": value
-            for level, values in self.psnr.items()
+            f"psnr_{self.unit}_{strength}/steps_{steps}": value
+            for strength, values in self.psnr.items()
             for steps, value in enumerate(values)
         }
 
     def lines(self) -> list[str]:
         return [
-            f"  level {level}: noisy {values[0]:.2f} dB, then " + " ".join(f"{v:.2f}" for v in values[1:])
-            for level, values in self.psnr.items()
+            f"  {self.unit} {strength:g}: noisy {values[0]:.2f} dB, then " + " ".join(f"{v:.2f}" for v in values[1:])
+            for strength, values in self.psnr.items()
         ]
 
     def save_sample(self, folder: Path, step: int) -> None:
@@ -54,32 +57,37 @@ class ImageValidation:
 
 @torch.no_grad()
 def validate_images(model: nn.Module, clean: Tensor, config: ExperimentConfig, device: torch.device | str) -> ImageValidation:
-    """Denoise held-out images (B, C, H, W) in [-1, 1] at every level; predictions are clamped, as in the paper."""
+    """Denoise held-out images (B, C, H, W) in [-1, 1] at every strength; predictions are clamped, as in the paper."""
     settings = config.validation
     objective = OBJECTIVES[config.model_type]
     assert isinstance(settings, ValidationConfig) and issubclass(objective, ImageObjective)
+    vp = noise_process_of(model) == "vp"
+    strengths = settings.levels if vp else settings.sigmas
     was_training = model.training
     model.eval()
     psnr: dict[float, list[float]] = {}
     energies: dict[float, list[float]] = {}
     rows: list[Tensor] = []
-    for level in settings.levels:
+    for strength in strengths:
         sums: list[Tensor] = []
         energy_sums: list[Tensor] = []
         for start in range(0, len(clean), _BATCH_SIZE):
             part = clean[start : start + _BATCH_SIZE]
             generators = sample_generators(config.seed, range(start, start + len(part)), VALIDATION_STREAM)
-            noisy = corruption.add_vp_noise(part, level, generators)
-            prediction = objective.predict(model, noisy.to(device), level, settings.num_steps)
+            if vp:
+                noisy = corruption.add_vp_noise(part, strength, generators)
+            else:
+                noisy = corruption.add_gaussian_noise(part, 2.0 * strength, generators)  # [-1, 1] is twice as wide as [0, 1]
+            prediction = objective.predict(model, noisy.to(device), strength if vp else None, settings.num_steps)
             images = [noisy, *(image.cpu().clamp(-1.0, 1.0) for image in prediction.images)]
             sums.append(torch.stack([metrics.psnr(image, part, data_range=2.0).sum() for image in images]))
             if prediction.energies is not None:
                 energy_sums.append(prediction.energies.double().cpu().sum(1))
-            if level == settings.levels[0] and start == 0:
+            if strength == strengths[0] and start == 0:
                 rows = [*images, part]
-        psnr[level] = (torch.stack(sums).sum(0) / len(clean)).tolist()
-        energies[level] = (torch.stack(energy_sums).sum(0) / len(clean)).tolist() if energy_sums else []
+        psnr[strength] = (torch.stack(sums).sum(0) / len(clean)).tolist()
+        energies[strength] = (torch.stack(energy_sums).sum(0) / len(clean)).tolist() if energy_sums else []
     model.train(was_training)
     columns = torch.stack([row[: settings.num_grid_images] for row in rows], dim=1)  # (images, columns, C, H, W)
     grid = corruption.to_image_range(columns.flatten(0, 1)).clamp(0.0, 1.0)
-    return ImageValidation(psnr=psnr, energies=energies, grid=grid, grid_columns=len(rows))
+    return ImageValidation(unit="level" if vp else "sigma", psnr=psnr, energies=energies, grid=grid, grid_columns=len(rows))
