@@ -416,8 +416,7 @@ def in_thread(work: Callable[[Callable[[T], None]], T], stop: threading.Event, *
 def to_bytes(images: Tensor) -> np.ndarray:
     """The first of (B, 3, H, W), or (3, H, W), in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
     image = images[0] if images.ndim == 4 else images
-    rows = [quantise(part) for part in image.split(256, dim=1)]  # by rows: quantise takes 8 bytes a sample
-    return np.ascontiguousarray(np.concatenate(rows, axis=1).transpose(1, 2, 0))  # CHW -> HWC
+    return np.ascontiguousarray(quantise(image).transpose(1, 2, 0))  # CHW -> HWC
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
