@@ -2,7 +2,6 @@
 
 import gc
 import os
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -98,12 +97,11 @@ def test_a_failed_request_frees_its_memory(tmp_path: Path) -> None:
 
     Image.new("RGB", (40, 20), "teal").save(tmp_path / "photo.png")
     service = Service({"m": "m"}, lambda name: Failing(), "cpu")
-    before = threading.active_count()
     for _ in range(3):
         with pytest.raises(gr.Error, match="it cannot be done"):
             list(service.api_denoise(str(tmp_path / "photo.png"), "none", 25, 0, 4, "m", 1, 0, 0, 1, 0))
     gc.collect()
-    assert len(seen) == 3 and all(found() is None for found in seen) and threading.active_count() == before
+    assert len(seen) == 3 and all(found() is None for found in seen)
 
 
 def test_only_safetensors_are_loaded(tiny_checkpoint: Path, tmp_path: Path) -> None:
