@@ -26,20 +26,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the page keeps its temporary files."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def address(cache: Path) -> Iterator[str]:
-    """A page with a method that gives images back, whose temporary files live two seconds."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("GRADIO_TEMP_DIR", str(cache))
-    patch.setattr(app, "CACHE_SECONDS", (1, 2))
+def address() -> Iterator[str]:
+    """A page with a method that gives images back."""
     with served(app.build_page({"identity": "identity"}, load_denoiser)) as address:
         yield address
-    patch.undo()
 
 
 @pytest.mark.slow
@@ -74,16 +64,20 @@ def test_bad_files_get_a_sentence_and_odd_ones_an_answer(address: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_temporary_files_are_deleted_after_a_while(address: str, cache: Path, tmp_path: Path) -> None:
+def test_temporary_files_are_deleted_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gradio_client import Client, handle_file
 
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(cache))
+    monkeypatch.setattr(app, "CACHE_SECONDS", (1, 20))
     Image.new("RGB", (40, 20), "teal").save(tmp_path / "gone.png")
-    client = Client(address, verbose=False, download_files=str(tmp_path / "down"))
-    client.predict(image=handle_file(str(tmp_path / "gone.png")), api_name="/denoise")
-    end = time.monotonic() + 120
-    while left := [path for path in cache.rglob("*gone*") if path.is_file()]:
-        assert time.monotonic() < end, left
-        time.sleep(0.2)
+    with served(app.build_page({"identity": "identity"}, load_denoiser)) as address:
+        client = Client(address, verbose=False, download_files=str(tmp_path / "down"))
+        client.predict(image=handle_file(str(tmp_path / "gone.png")), api_name="/denoise")
+        end = time.monotonic() + 120
+        while left := [path for path in cache.rglob("*gone*") if path.is_file()]:
+            assert time.monotonic() < end, left
+            time.sleep(0.2)
 
 
 def test_a_failed_request_frees_its_memory(tmp_path: Path) -> None:
