@@ -26,6 +26,7 @@ from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.noise import NOISE_KINDS
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
+ACCESS = Path(__file__).resolve().parent / "access.js"
 MAX_WAITING = 19
 """Visitors in the queue beside the one who is served; the next one is told to wait."""
 CACHE_SECONDS = (600, 3600)
@@ -67,6 +68,8 @@ def theme() -> gr.themes.Base:
     }
     titles |= {f"{name}_dark": value for name, value in titles.items() if name.endswith(("fill", "color"))}
     titles |= {"body_background_fill": "*neutral_50", "body_background_fill_dark": "*neutral_950"}
+    titles |= {"body_text_color_subdued": "*neutral_500", "body_text_color_subdued_dark": "*neutral_400"}  # legible: 4.5 to 1
+    titles |= {"button_primary_background_fill": "*primary_600", "button_primary_background_fill_hover": "*primary_700"}
     return gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono).set(**titles)
 
 
@@ -82,7 +85,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
             gr.Markdown("**No trained model is in this copy yet:** start the page with `--checkpoint FOLDER`.")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                upload, controls = _controls(service, models)
+                upload, controls = _controls(page, service, models)
                 with gr.Row():
                     go = gr.Button(
                         "Denoise", variant="primary", size="lg", interactive=bool(models), elem_id="denoise", min_width=90
@@ -118,7 +121,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def _controls(service: Service, models: dict[str, str]) -> tuple[gr.Image, list]:
+def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tuple[gr.Image, list]:
     """The image, and the controls in the order of read_controls."""
     examples = [str(path) for path in sorted(EXAMPLES.glob("*.png"))]
     upload = gr.Image(
@@ -132,7 +135,7 @@ def _controls(service: Service, models: dict[str, str]) -> tuple[gr.Image, list]
     # The file as it was sent: read_image judges it and says what is wrong with it. (A subclass of gr.Image would
     # have gradio write a .pyi beside this file.)
     upload.preprocess = lambda payload: None if payload is None else payload.path
-    gr.Examples([[path] for path in examples], [upload], label="Or one of these")
+    gr.Examples([[path] for path in examples], [upload], label="Or one of these", elem_id="examples")
     seen = gr.Markdown(elem_id="estimate", elem_classes="hint")
     how = gr.Radio([ADD, NOISY_ALREADY], value=ADD, label="Noise", elem_id="how")
     kind = gr.Dropdown(
@@ -179,15 +182,8 @@ def _controls(service: Service, models: dict[str, str]) -> tuple[gr.Image, list]
 
     quiet = dict(api_visibility="private", show_progress="hidden", queue=False)
     gr.on([how.change, kind.change], show, [how, kind], [kind, *amounts], **quiet)
-    upload.change(
-        service.estimate,
-        [upload],
-        [seen],
-        api_visibility="private",
-        show_progress="hidden",
-        concurrency_id="look",
-        concurrency_limit=1,
-    )
+    looks = dict(api_visibility="private", show_progress="hidden", concurrency_id="look", concurrency_limit=1)
+    gr.on([page.load, upload.change], service.estimate, [upload], [seen], **looks)
     return upload, [how, kind, *amounts, seed, steps, model, scale, tolerance, langevin, candidates, tile]
 
 
@@ -261,7 +257,8 @@ def find_models(checkpoint: str | None) -> dict[str, str]:
 
 def launch_options() -> dict[str, Any]:
     """What Blocks.launch() is given wherever the page is served."""
-    return dict(theme=theme(), css=figures.CSS, footer_links=[], max_file_size=MAX_BYTES)
+    script = f"<script>{ACCESS.read_text(encoding='utf-8')}</script>"
+    return dict(theme=theme(), css=figures.CSS, head=script, footer_links=[], max_file_size=MAX_BYTES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,6 +38,8 @@ CSS = """
 .columns .none {aspect-ratio: 3 / 2; display: grid; place-items: center; text-align: center; padding: 8px; border-radius: 6px;
   border: 1px dashed var(--border-color-primary); color: var(--body-text-color-subdued); font-size: 13px}
 .scale {height: 10px; border-radius: 5px; max-width: 320px}
+#result [data-testid=slider]:focus {outline: none}
+#result [data-testid=slider]:focus-visible .icon-wrap {outline: 3px solid var(--body-text-color); outline-offset: 2px}
 .hint {font-size: 13px; color: var(--body-text-color-subdued)}
 """
 

@@ -30,7 +30,8 @@ CLOSE_UP_ABOVE = 1_000_000
 """Pixels above which the steps are shown of a close-up: an image of every step of the whole would not fit into memory."""
 CLOSE_UP, COMPARED, PREVIEW = 256, 512, 640
 """Longest sides in pixels of the close-up, of what is compared, and of the image while it is worked on."""
-PREVIEW_SECONDS = 0.5
+PREVIEW_SECONDS, PREVIEW_SHARE = 0.5, 0.1
+"""Of a large image: the least time between previews, and how much of all time they may take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,7 +254,7 @@ class _Reporter:
         self.source, self.stop, self.post, self.words = source, stop, post, words
         self.before = to_bytes(reduced(source.noisy, PREVIEW))
         self.start = time.perf_counter()
-        self.last = -PREVIEW_SECONDS
+        self.next = 0.0
         self.energies: dict[int, list[float]] = {}  # step -> its sum over tiles, their number
         self.psnrs: list[float] = []
 
@@ -264,7 +265,7 @@ class _Reporter:
             total[0] += step.energy * step.tiles_now
             total[1] += step.tiles_now
         every = step.tiles_now == step.num_tiles and step.candidate == 0
-        if every or now - self.last >= PREVIEW_SECONDS:
+        if every or now >= self.next:
             image = step.image()
             found = self.source.psnr(self.source.noisy if step.index == 0 and every else image)
             self.psnrs = self.psnrs + found if every else found
@@ -280,7 +281,8 @@ class _Reporter:
                     words=self.words or _tiles(step),
                 )
             )
-            self.last = time.perf_counter() - self.start
+            done = time.perf_counter() - self.start
+            self.next = done + max(PREVIEW_SECONDS, (done - now) / PREVIEW_SHARE)
         return self.stop.is_set()
 
 
@@ -416,8 +418,7 @@ def in_thread(work: Callable[[Callable[[T], None]], T], stop: threading.Event, *
 def to_bytes(images: Tensor) -> np.ndarray:
     """The first of (B, 3, H, W), or (3, H, W), in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
     image = images[0] if images.ndim == 4 else images
-    rows = [quantise(part) for part in image.split(256, dim=1)]  # by rows: quantise takes 8 bytes a sample
-    return np.ascontiguousarray(np.concatenate(rows, axis=1).transpose(1, 2, 0))  # CHW -> HWC
+    return np.ascontiguousarray(quantise(image).transpose(1, 2, 0))  # CHW -> HWC
 
 
 def reduced(images: Tensor, side: int) -> Tensor:

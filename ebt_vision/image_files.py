@@ -21,6 +21,8 @@ __all__ = ["MAX_PIXELS", "MIN_SIDE", "ImageFile", "ImageFileError", "find_images
 
 WRITABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 JPEG_QUALITY = 95
+QUANTISED_AT_ONCE = 2**20
+"""Samples that are float64 at a time: all those of a 12-megapixel image would take most of a gigabyte."""
 
 
 class ImageFileError(ValueError):
@@ -96,9 +98,9 @@ def read_image(path: str | os.PathLike[str]) -> ImageFile:
 
 def _to_float(array: np.ndarray) -> Tensor:
     """(H, W, C) uint8 or uint16 -> (C, H, W) float32 in [0, 1]."""
-    scaled = array.transpose(2, 0, 1).astype(np.float32)
+    scaled = array.transpose(2, 0, 1).astype(np.float32, order="C")
     scaled /= np.iinfo(array.dtype).max
-    return torch.from_numpy(np.ascontiguousarray(scaled))
+    return torch.from_numpy(scaled)
 
 
 def quantise(values: Tensor, bit_depth: int = 8) -> np.ndarray:
@@ -108,10 +110,15 @@ def quantise(values: Tensor, bit_depth: int = 8) -> np.ndarray:
     """
     if bit_depth not in (8, 16):
         raise ValueError(f"bit_depth={bit_depth} is not 8 or 16")
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("the image has NaN or infinite pixels, which no file can hold")
-    scaled = values.detach().to("cpu", torch.float64).clamp(0.0, 1.0) * (2**bit_depth - 1)
-    return scaled.round().numpy().astype(np.uint8 if bit_depth == 8 else np.uint16)
+    flat = values.detach().reshape(-1)
+    samples = np.empty(flat.numel(), np.uint8 if bit_depth == 8 else np.uint16)
+    for start in range(0, len(samples), QUANTISED_AT_ONCE):
+        block = flat[start : start + QUANTISED_AT_ONCE]
+        if not bool(torch.isfinite(block).all()):
+            raise ValueError("the image has NaN or infinite pixels, which no file can hold")
+        scaled = block.to("cpu", torch.float64).clamp(0.0, 1.0).mul_(2**bit_depth - 1).round_()
+        samples[start : start + len(scaled)] = scaled.numpy()
+    return samples.reshape(values.shape)
 
 
 def write_image(path: str | os.PathLike[str], image: ImageFile, overwrite: bool = False) -> None:
@@ -191,11 +198,10 @@ def _encode(suffix: str, image: ImageFile) -> bytes:
 
 def _stored_samples(image: ImageFile, bit_depth: int) -> np.ndarray:
     """(H, W, C) samples as a file of `image.mode` has them, C = 1..4, alpha last."""
-    grey = image.mode in ("L", "LA")
-    planes = [image.pixels.mean(dim=0, keepdim=True) if grey else image.pixels]
-    if image.alpha is not None:
-        planes.append(image.alpha.to(image.pixels))
-    return np.ascontiguousarray(quantise(torch.cat(planes), bit_depth).transpose(1, 2, 0))  # CHW -> HWC
+    colour = image.pixels.mean(dim=0, keepdim=True) if image.mode in ("L", "LA") else image.pixels
+    parts = [colour] if image.alpha is None else [colour, image.alpha.to(colour)]
+    planes = [plane for part in parts for plane in part]
+    return np.ascontiguousarray(np.stack([quantise(plane, bit_depth) for plane in planes], axis=-1))  # (H, W, C)
 
 
 def _encode_png16(array: np.ndarray, image: ImageFile) -> bytes:

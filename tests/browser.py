@@ -46,3 +46,17 @@ def browser() -> Iterator:
             yield running
         finally:
             running.close()
+
+
+CONTROLS = {"button", "slider", "spinbutton", "textbox", "combobox", "radio", "checkbox", "link", "tab", "image", "group"}
+"""Roles of what must have a name."""
+
+
+def unnamed(page) -> list[str]:
+    """HTML of the controls and pictures of a playwright Page for which a screen reader would have no name."""
+    session = page.context.new_cdp_session(page)
+    found = []
+    for node in session.send("Accessibility.getFullAXTree")["nodes"]:
+        if not node.get("ignored") and node["role"]["value"] in CONTROLS and not node.get("name", {}).get("value"):
+            found.append(session.send("DOM.getOuterHTML", {"backendNodeId": node["backendDOMNodeId"]})["outerHTML"][:200])
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
-from browser import browser
+from browser import browser, unnamed
 from PIL import Image
 
 from apps import denoise as app
@@ -20,6 +20,7 @@ from apps import service
 from ebt_vision import cli
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.models.dit import DiT, DiTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise import NOISE_KINDS
 
@@ -39,11 +40,11 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The running page with a tiny EBT, slow enough to be stopped, and a tiny regressor."""
-    regressor = tmp_path_factory.mktemp("checkpoints") / "tiny-regressor"
-    PatchRegressor(PatchRegressorConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)).save_pretrained(
-        regressor
-    )
+    """The running page with a tiny EBT, slow enough to be stopped, a tiny DiT and a tiny regressor."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    DiT(DiTConfig(**sizes)).save_pretrained(folder / "tiny-dit")
+    PatchRegressor(PatchRegressorConfig(**sizes)).save_pretrained(folder / "tiny-regressor")
 
     def load(name: str) -> Denoiser:
         denoiser = load_denoiser(name)
@@ -51,7 +52,7 @@ def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             denoiser.model.register_forward_pre_hook(lambda *_: time.sleep(0.25))
         return denoiser
 
-    models = {"tiny-ebt": str(tiny_checkpoint), "tiny-regressor": str(regressor)}
+    models = {"tiny-ebt": str(tiny_checkpoint)} | {name: str(folder / name) for name in ("tiny-dit", "tiny-regressor")}
     with served(app.build_page(models, functools.lru_cache(load))) as address:
         yield address
 
@@ -136,7 +137,7 @@ def test_the_endpoints_give_the_pixels_of_the_command_line(
         client.predict(**(given | {"image": {"path": str(ROOT / "README.md"), "meta": {"_type": "gradio.FileData"}}}))
     rows = client.predict(image=handle_file(str(photo)), noise="gaussian", amount=25, steps=2, api_name="/compare")
     assert (
-        [row["name"] for row in rows] == ["Noisy", "EBT", "Regressor", "BM3D"]
+        [row["name"] for row in rows] == ["Noisy", "EBT", "DiT", "Regressor", "BM3D"]
         and rows[1]["num_forward"] == 3
         and rows[1]["psnrs"]
     )
@@ -246,6 +247,8 @@ def test_denoise_in_a_browser(
         assert all(".png" in source for source in page.eval_on_selector_all("#result img", "found => found.map(i => i.src)"))
         assert "dB" in page.inner_text("#facts")
         assert slide(page, -60) < 50 < slide(page, 120)
+        borders_by_keyboard(page)
+        assert unnamed(page) == []
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -273,8 +276,8 @@ def test_denoise_in_a_browser(
 
         # Side by side.
         page.click("#compare")
-        page.wait_for_function("document.querySelectorAll('#columns .column').length == 4")
-        assert page.locator("#columns figcaption b").all_inner_texts() == ["Noisy", "EBT", "Regressor", "BM3D"]
+        page.wait_for_function("document.querySelectorAll('#columns .column').length == 5")
+        assert page.locator("#columns figcaption b").all_inner_texts() == ["Noisy", "EBT", "DiT", "Regressor", "BM3D"]
 
         # A file that is no image: a sentence, and the page goes on.
         upload(page, tmp_path / "text.png")
@@ -294,8 +297,35 @@ def slide(page, pixels: int) -> float:
     page.mouse.move(x + pixels, y, steps=5)
     page.mouse.up()
     page.wait_for_timeout(300)
+    return cut_off(page)
+
+
+def cut_off(page) -> float:
+    """How much of the right image is not shown, in percent."""
     style = page.eval_on_selector_all("#result img", "found => found.map(image => image.style.clipPath).join('')")
     return float(style.split()[-1].rstrip("%)"))
+
+
+def borders_by_keyboard(page) -> None:
+    """From the tab before it the border between the images is reached with Tab, moved with keys, and says where it is."""
+    border = page.get_by_role("slider", name="Border between before and after")
+    page.get_by_role("tab", name="Result", exact=True).focus()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if border.evaluate("element => element === document.activeElement"):
+            break
+    for key, low, high in [
+        ("Home", 0, 1),
+        ("ArrowRight", 1, 4),
+        ("PageUp", 10, 15),
+        ("ArrowLeft", 8, 12),
+        ("End", 99, 100),
+        ("PageDown", 87, 92),
+    ]:
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+        assert low <= cut_off(page) <= high, key
+        assert abs(float(border.get_attribute("aria-valuenow")) - cut_off(page)) < 2
 
 
 def tab(page, name: str) -> None:

@@ -1,7 +1,10 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import tifffile
 import torch
 from PIL import ExifTags, Image, ImageCms, features
 
+from ebt_vision import image_files
 from ebt_vision.image_files import ImageFile, ImageFileError, find_images, quantise, read_image, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -216,6 +220,43 @@ def test_quantise_clamps_and_rounds_half_to_even():
     assert quantise(torch.tensor([0.5, 1.0]), 16).tolist() == [32768, 65535]
     with pytest.raises(ValueError, match="NaN"):
         quantise(torch.tensor([float("nan")]))
+
+
+@pytest.mark.parametrize("bit_depth", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quantise_in_blocks_gives_every_sample_of_one_pass_in_float64(bit_depth, dtype, monkeypatch):
+    monkeypatch.setattr(image_files, "QUANTISED_AT_ONCE", 100)
+    values = torch.randn(3, 13, 37, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    before = values.clone()
+    whole = (values.double().clamp(0, 1) * (2**bit_depth - 1)).round().numpy()
+    for given, expected in [(values, whole), (values.transpose(1, 2), whole.swapaxes(1, 2)), (values[:, ::2], whole[:, ::2])]:
+        found = quantise(given, bit_depth)
+        assert found.shape == given.shape and np.array_equal(found, expected) and found.dtype.itemsize * 8 == bit_depth
+    assert torch.equal(values, before)
+    values[2, 12, 36] = float("inf")
+    with pytest.raises(ValueError, match="NaN"):
+        quantise(values, bit_depth)
+
+
+def test_writing_a_large_image_takes_little_beside_it(tmp_path):
+    """Where float64 was made of the whole image, the peak was seven times the pixels."""
+    script = """
+import resource, sys, torch
+from ebt_vision.image_files import ImageFile, write_image
+write_image(sys.argv[1] + "/small.png", ImageFile(pixels=torch.zeros(3, 8, 8)))
+image = ImageFile(pixels=torch.zeros(3, 2000, 3000))  # 72 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_image(sys.argv[1] + "/large.png", image)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert int(done.stdout) * 1024 < 1.5 * 72e6
 
 
 def read_error(path):

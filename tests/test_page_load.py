@@ -1,0 +1,42 @@
+"""The program that measures the page under load: it runs on a page of its own and says what it saw; no timing is asserted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
+import page_load
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_size_and_twenty_visitors_are_measured(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--sizes", "64x48", "--requests", "2", "--visitors-size", "32x32", "--checkpoint", str(tiny_checkpoint)]
+    assert page_load.main([*options, "--note", "A trial.", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    (row,), several = results["sizes"], results["visitors"]
+    assert row["size"] == [64, 48] and len(row["requests"]) == 2
+    for found in row["requests"]:
+        assert 0 < found["first_preview"] <= found["total"] and "in 4 steps" in found["facts"]
+        assert found["peak"] is None or found["peak"] >= row["memory_at_rest"]
+    assert (several["count"], several["done"], several["problems"]) == (20, 20, [])
+    assert "full" in several["one_more_was_told"]
+    report = (tmp_path / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    assert "A trial." in report and "| 64x48 (0.0 MP) | 2 |" in report and "20 served" in report and "full" in report
+
+
+@pytest.mark.slow
+def test_a_page_that_does_not_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert page_load.main(["--checkpoint", "no/such/folder", "--device", "cpu", "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("page_load: the page did not start: denoise: ") and "no/such/folder" in said[-1]
+
+
+@pytest.mark.parametrize("size", ["512", "4x4", "axb"])
+def test_a_size_must_be_width_and_height(size: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        page_load.main(["--sizes", size])
+    assert caught.value.code == 2 and "WIDTHxHEIGHT" in capsys.readouterr().err
