@@ -7,6 +7,9 @@ from pathlib import Path
 
 from apps.work import Request
 
+UNFINISHED = "# The page's image was stopped early. This makes the finished one.\n"
+"""Goes before both, in which it is a comment, where they do not make what the page shows."""
+
 
 def command(request: Request, model: str, device: str) -> str:
     """The command line for a request, the image being in the folder that it is given in."""

@@ -128,6 +128,7 @@ class Service:
         write_image(target, answer.file)
         heat, legend = figures.heat_map(answer.steps)
         model = self.models[label] if self.models[label] in list_pretrained() else label  # no folders of ours
+        unfinished = recipes.UNFINISHED if answer.stopped else ""
         return (
             _pair(answer.before, answer.after, folder),
             figures.facts(answer),
@@ -137,8 +138,8 @@ class Service:
             legend,
             figures.candidates(answer.steps),
             gr.update(value=str(target), interactive=True),
-            recipes.command(request, model, self.device),
-            recipes.program(request, model, self.device),
+            unfinished + recipes.command(request, model, self.device),
+            unfinished + recipes.program(request, model, self.device),
         )
 
     def _guarded(self, news: Iterator, path: str | None) -> Iterator:

@@ -273,6 +273,9 @@ def test_denoise_in_a_browser(
         page.wait_for_function("document.querySelector('#facts').innerText.includes('left')")
         page.click("#stop")
         page.wait_for_function("document.querySelector('#facts').innerText.includes('Stopped early')")
+        tab(page, "Take away")
+        page.wait_for_function("document.querySelector('#command').innerText.includes('image was stopped early')")
+        tab(page, "Result")
 
         # Side by side.
         page.click("#compare")
