@@ -56,6 +56,7 @@ class Trainer:
             cpu=device == "cpu",
             kwargs_handlers=handlers,
         )
+        self._check_engine()
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._check_batch()
         torch.manual_seed(config.seed)  # initial weights; in the trainer's own process, not in the library
@@ -217,6 +218,15 @@ class Trainer:
             raise ConfigError(
                 f"{self.output} was trained by {state['world_size']} processes and its replay buffer is shared over them; "
                 f"resume with as many, not {self.world_size}"
+            )
+
+    def _check_engine(self) -> None:
+        """Refuse engines that shard the weights."""
+        kind = self.accelerator.distributed_type.value
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+            raise ConfigError(
+                f"accelerate's {kind} shards the weights and frees them after a backward pass, which thinking then differentiates "
+                "again; use `accelerate launch --multi_gpu` (DDP), and train.checkpoint_blocks to save memory"
             )
 
     def _check_batch(self) -> None:
