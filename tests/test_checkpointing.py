@@ -1,11 +1,11 @@
 """Activation checkpointing: the gradients of plain blocks, twice differentiated, for fewer kept tensors."""
 
 import dataclasses
-import weakref
 
 import pytest
 import torch
 
+from ebt_vision.benchmark.training_cost import held_bytes
 from ebt_vision.config import ConfigError, build_config
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
@@ -73,27 +73,8 @@ def test_first_order_gradients_are_those_of_plain_blocks():
         torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-14)
 
 
-class Held:
-    """A tensor that autograd holds on to."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-
 def kept(model: PatchEBT) -> int:
-    """Bytes that autograd holds between the loss and its backward pass, weights aside."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: weakref.WeakSet[Held] = weakref.WeakSet()
-
-    def pack(tensor: torch.Tensor) -> Held:
-        held.add(holder := Held(tensor))
-        return holder
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        loss = EBTObjective(model, ObjectiveConfig())(batch(torch.float64))["loss"]
-    assert loss.requires_grad
-    storages = [holder.tensor.untyped_storage() for holder in held]
-    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in weights}.values())
+    return held_bytes(lambda: EBTObjective(model, ObjectiveConfig())(batch(torch.float64))["loss"], model.parameters())
 
 
 def test_less_is_kept_for_the_backward_pass():
