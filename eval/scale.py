@@ -3,8 +3,8 @@
     python eval/scale.py configs/paper_id_128_large.yaml --gpus 8 64
     python eval/scale.py configs/paper_id_128_large.yaml train.batch_size=2048 --gpus 64 --share 0.3
 
-A config's own step is counted on the CPU for one image (ebt_vision/benchmark/training_cost.py). Everything else is arithmetic on
-the options: the accelerator's published peak, the share of it that is assumed, the link that gradients are summed over.
+A config's own step is counted on the CPU for one image (ebt_vision/benchmark/training_cost.py). The rest is arithmetic on the
+options: the accelerator's published peak, the share of it that is assumed, the link that gradients are summed over.
 """
 
 import argparse
@@ -41,8 +41,9 @@ def report(settings: argparse.Namespace, config: ExperimentConfig, cost: Trainin
         f"{cost.kept_bytes / 2**20:,.0f} MiB of kept activations (float32) an image.",
         f"The run: {train.num_updates:,} updates of {train.batch_size:,} images, {images / settings.images:,.1f} epochs of "
         f"{settings.images:,}, {images * cost.flops:.3g} FLOPs.",
-        f"Assumed: {settings.peak / 1e12:,.0f} TFLOP/s a GPU at the share given, {settings.bandwidth / 1e9:,.0f} GB/s to sum "
-        "gradients, no overlap, a loader that keeps up.",
+        f"Assumed: {settings.peak / 1e12:,.0f} TFLOP/s a GPU at the share given, {settings.node_bandwidth / 1e9:,.0f} GB/s a GPU to "
+        f"sum gradients in a node of {settings.node_gpus} and {settings.bandwidth / 1e9:,.0f} GB/s between nodes, no overlap, a loader "
+        "that keeps up.",
         "",
         "| GPUs | images a GPU and update | share of peak | compute, s | summing, s | images/s | hours | GiB a GPU |",
         "|" + "---|" * 8,
@@ -55,7 +56,8 @@ def report(settings: argparse.Namespace, config: ExperimentConfig, cost: Trainin
             )
         each = train.batch_size // gpus
         memory = cost.num_parameters * BYTES_PER_PARAMETER + cost.kept_bytes * each // train.num_accumulation
-        summing = 2 * (gpus - 1) / gpus * 4 * cost.num_parameters / settings.bandwidth  # a ring, float32
+        bandwidth = settings.node_bandwidth if gpus <= settings.node_gpus else settings.bandwidth
+        summing = 2 * (gpus - 1) / gpus * 4 * cost.num_parameters / bandwidth  # a ring, float32
         for share in settings.share:
             compute = each * cost.flops / (share * settings.peak)
             seconds = compute + summing
@@ -74,7 +76,14 @@ def _parser() -> OneLineParser:
     add("--gpus", type=number(int, 1), nargs="+", default=[8, 64])
     add("--share", type=positive, nargs="+", default=[0.2, 0.35, 0.5], help="of the peak that products reach (assumed)")
     add("--peak", type=positive, default=989e12, help="FLOPs/s of one GPU (default: H100's published dense bfloat16)")
-    add("--bandwidth", type=positive, default=50e9, help="bytes/s of a GPU's slowest link (default: 400 Gbit/s)")
+    add("--node-gpus", type=number(int, 1), default=8)
+    add(
+        "--node-bandwidth",
+        type=positive,
+        default=450e9,
+        help="bytes/s of a GPU each way in a node (default: NVLink of an H100)",
+    )
+    add("--bandwidth", type=positive, default=50e9, help="bytes/s of a GPU each way between nodes (default: 400 Gbit/s)")
     add("--images", type=number(int, 1), default=1_281_167, help="in the training set (default: ImageNet-1k)")
     return parser
 

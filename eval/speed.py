@@ -6,9 +6,10 @@
 
 Parts: `image` and `text` are training steps (thinking, loss, backward, clipping, AdamW); the plain ones are in plain_steps.py.
 `inference` is denoising by 1, 2, 4 and 8 steps and a DiT by DDIM. `tokens` is our image step at 64..4096 tokens.
-`generation` is text with the cache and without. Every part but the last says what share of the machine's own matrix rate it
-reaches, by counted FLOPs. `loader` is what the training set gives without a network. Each row's memory needs `--peak-memory`. Only the ratios of one run mean something; see ebt_vision/benchmark/timing.py. Writes results.json
-and report.md after every part.
+`generation` is text with the cache and without. `loader` is what the training set gives against what our step takes. Every part
+but generation says what share of the machine's own matrix rate it reaches, by counted FLOPs. `--peak-memory` adds what each row
+needs beyond its weights. Only the ratios of one run mean something; see ebt_vision/benchmark/timing.py. Writes results.json and
+report.md after every part.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What a training step costs, counted without running the whole network: products and kept activations of one image.
 
-Blocks are alike, so a network of two blocks and one of a single block give a network of any depth; both run on the CPU in float32.
+Blocks are alike, so networks of one and of two blocks give one of any depth; both run on the CPU in float32.
 """
 
 import weakref

@@ -1,4 +1,4 @@
-"""Batches made ahead by threads while the model works. What is in them does not depend on it: a batch is a function of its step."""
+"""Batches made ahead by threads while the model works. A batch is a function of its step, so it is the same made ahead."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +14,7 @@ from ebt_vision.data.order import BatchIndices, BatchStream
 class BatchLoader:
     """Hands out the parts of each step's batch on the device; with threads, those of the next steps are under way.
 
-    `make(indices, epochs)` makes a part on the CPU. Without threads every part is made when it is asked for. Reading and decoding
+    `make(indices, epochs)` makes a part on the CPU. Without threads a part is made when it is asked for. Reading and decoding
     release Python's lock, so threads do what worker processes would, on one copy of the decoded images.
     """
 

@@ -238,7 +238,7 @@ class Trainer:
         kind = self.accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
             raise ConfigError(
-                f"accelerate's {kind} shards the weights and frees them after a backward pass, which thinking differentiates again; "
+                f"{kind} shards the weights and frees them after a backward pass, which thinking differentiates again; "
                 "use `accelerate launch --multi_gpu` (DDP), and train.checkpoint_blocks to save memory"
             )
 
