@@ -41,9 +41,9 @@ def report(settings: argparse.Namespace, config: ExperimentConfig, cost: Trainin
         f"{cost.kept_bytes / 2**20:,.0f} MiB of kept activations (float32) an image.",
         f"The run: {train.num_updates:,} updates of {train.batch_size:,} images, {images / settings.images:,.1f} epochs of "
         f"{settings.images:,}, {images * cost.flops:.3g} FLOPs.",
-        f"Assumed: {settings.peak / 1e12:,.0f} TFLOP/s a GPU at the share given, {settings.node_bandwidth / 1e9:,.0f} GB/s a GPU to "
-        f"sum gradients in a node of {settings.node_gpus} and {settings.bandwidth / 1e9:,.0f} GB/s between nodes, no overlap, a loader "
-        "that keeps up.",
+        f"Assumed: {settings.peak / 1e12:,.0f} TFLOP/s a GPU at the share given, {settings.node_bandwidth / 1e9:,.0f} "
+        f"GB/s a GPU to sum gradients in a node of {settings.node_gpus} and {settings.bandwidth / 1e9:,.0f} between nodes, no "
+        "overlap, a loader that keeps up.",
         "",
         "| GPUs | images a GPU and update | share of peak | compute, s | summing, s | images/s | hours | GiB a GPU |",
         "|" + "---|" * 8,

@@ -253,7 +253,7 @@ def test_a_trusted_set_is_not_decoded_before_it_is_used(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     images = load(tmp_path, cache=False, check=False)
     assert len(images) == 2 and torch.equal(images.images([0]), as_tensor(noise(0)))
-    with pytest.raises(DataError, match="b.png.*data.check: true"):
+    with pytest.raises(DataError, match="b.*data.check: true"):
         images.images([1])
     with pytest.raises(ValueError, match="needs cache=False"):
         DataConfig(path="x", check=False)

@@ -3,7 +3,7 @@
 torch.utils.checkpoint computes a block again for the gradient that thinking takes, and the graph of that gradient then keeps
 what was computed again until the loss is differentiated. Here the vector-Jacobian product of a block is checkpointed as well as
 the block: until the loss's own backward pass only each block's input and the gradient of its output are kept. The price is
-three more forward passes of each block and one more product: ten matrix units instead of six.
+twice the arithmetic: three more forward passes, one more product, and a backward pass for the block and one for its product.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the energy's gradient (needs a C++ compiler on the CPU); the DiT and the regressor compile their forward."""
     checkpoint_blocks: bool = False
-    """Keep each block's input instead of its activations: about two thirds more arithmetic for a fraction of the memory."""
+    """Keep each block's input instead of its activations: twice the arithmetic for a fraction of the memory."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones validated and exported; warmed up over the first updates."""
     log_every: int = 20
