@@ -40,11 +40,11 @@ def timed(settings: argparse.Namespace, versions: Sequence[Version], product: tu
         (version,) = [version for version in versions if version.name == settings.peak_of]
         raise PeakFound(peak_bytes(version.call, settings.device))
     timings, rate = time_side_by_side(versions, matrix, rounds=settings.rounds, device=settings.device)
-    rows = [asdict(timing) for timing in timings]
+    measured = [asdict(timing) for timing in timings]
     if settings.peak_memory:
-        for row in rows:
+        for row in measured:
             row["peak_bytes"] = _peak_alone(settings, row["name"])
-    return {"unit": unit, "matrix_rate": rate, "rows": rows}
+    return {"unit": unit, "matrix_rate": rate, "rows": measured}
 
 
 class PeakFound(Exception):

@@ -68,7 +68,7 @@ class _Held:
 
 
 def _with_depth(config: ExperimentConfig, depth: int) -> ExperimentConfig:
-    model = replace(config.model, depth=depth)  # type: ignore[call-arg]
+    model = replace(config.model, depth=depth)
     return replace(config, model=model, train=replace(config.train, compile=False))
 
 
