@@ -12,6 +12,7 @@ of each.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -45,18 +46,26 @@ class CompiledEnergy:
 
     torch.compile cannot differentiate a compiled forward pass twice. It can compile the gradient (torch.func.grad) as a
     function of its own, whose backward is then the second order. Same values to rounding; needs a C++ compiler on the CPU.
+    Where compiling fails it says so once, as a warning, and goes on without it.
     """
 
-    def __init__(self, energy_fn: EnergyFunction, *, backend: str = "inductor"):
+    def __init__(self, energy_fn: EnergyFunction, *, backend: str | Callable = "inductor"):
         self.energy_fn = energy_fn
-        self._energy_and_gradient = torch.compile(functools.partial(_functional_gradient, energy_fn), backend=backend)
+        self._eager = functools.partial(_functional_gradient, energy_fn)
+        self._energy_and_gradient = torch.compile(self._eager, backend=backend)
 
     def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor:
         return self.energy_fn(candidate, *context)
 
     def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """(energies, gradient of their sum), both part of the graph where one is recorded."""
-        gradient, energy = self._energy_and_gradient(candidate, *context)
+        try:
+            gradient, energy = self._energy_and_gradient(candidate, *context)
+        except torch._dynamo.exc.TorchDynamoException as error:  # without a C++ compiler, say
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"the energy's gradient cannot be compiled ({reason}); going on without", stacklevel=2)
+            self._energy_and_gradient = self._eager
+            gradient, energy = self._eager(candidate, *context)
         return energy, gradient
 
 

@@ -248,6 +248,17 @@ def test_unreadable_images_are_skipped_counted_and_reported(tmp_path):
         assert "\n" not in report and "2 images" in report and "6 skipped" in report and "bomb.png" in report
 
 
+def test_a_trusted_set_is_not_decoded_before_it_is_used(tmp_path):
+    save(tmp_path / "a.png", noise(0))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    images = load(tmp_path, cache=False, check=False)
+    assert len(images) == 2 and torch.equal(images.images([0]), as_tensor(noise(0)))
+    with pytest.raises(DataError, match="b.*data.check: true"):
+        images.images([1])
+    with pytest.raises(ValueError, match="needs cache=False"):
+        DataConfig(path="x", check=False)
+
+
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"no image of .* can be used \(a\.png is empty"):

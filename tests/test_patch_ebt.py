@@ -164,3 +164,23 @@ def test_the_regressor_shares_the_trunk_and_the_parameter_count():
     noisy = images(2, 3, 4, 10)
     assert regressor(noisy).shape == noisy.shape and float(regressor(noisy).detach().abs().max()) == 0.0
     assert regressor.num_parameters + 1 == tiny_ebt().num_parameters  # the step size is the EBT's one more
+
+
+def test_where_compiling_fails_training_goes_on_with_a_notice():
+    def no_compiler(graph: object, inputs: object) -> object:
+        raise RuntimeError("no C++ compiler")
+
+    model, noisy = tiny_ebt(), images(2, 3, 8, 8)
+    energy_fn = CompiledEnergy(model, backend=no_compiler)
+    grads = []
+    for function in (model, energy_fn):
+        model.zero_grad()
+        if function is energy_fn:
+            with pytest.warns(UserWarning, match="cannot be compiled .*no C\\+\\+ compiler"):
+                result = think(function, noisy, step_size=model.step_size, num_steps=2, create_graph=True)
+        else:
+            result = think(function, noisy, step_size=model.step_size, num_steps=2, create_graph=True)
+        result.final.square().mean().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from ebt_vision.benchmark import training_cost
 from ebt_vision.benchmark.timing import MatrixProduct, Version, time_side_by_side
+from ebt_vision.config import build_config
 from ebt_vision.models.patch_trunk import TrunkConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import plain_steps
+import scale
 import speed
+import speed_text
 
 TINY = [
     "--rounds",
@@ -94,7 +98,7 @@ def test_compiled_steps_count_the_products_of_the_eager_ones(tmp_path: Path):
 
 
 def test_steps_that_disagree_are_not_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(speed, "_plain_text_loss", lambda *arguments: torch.tensor(99.0))
+    monkeypatch.setattr(speed_text, "_plain_text_loss", lambda *arguments: torch.tensor(99.0))
     assert speed.main([*TINY, "--parts", "text", "--output", str(tmp_path)]) == 2
     assert "disagree" in capsys.readouterr().err
     assert speed.main([*TINY, "--parts", "tokens", "--tokens", "60", "--output", str(tmp_path)]) == 2
@@ -120,3 +124,32 @@ def test_the_plain_image_model_is_the_paper_s():
     with torch.device("meta"):
         model = plain_steps.PlainEBT(sizes)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(685e6, rel=0.02)
+
+
+def test_the_peak_memory_of_each_row_is_found_in_a_process_of_its_own(tmp_path: Path):
+    tiny = [*TINY, "--no-compile", "--parts", "tokens", "--tokens", "16", "--batch-size", "64"]
+    assert speed.main([*tiny, "--peak-memory", "--output", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["parts"]["tokens"]["rows"]
+    assert 2**20 < row["peak_bytes"] < 2**30
+    assert "GiB" in (tmp_path / "report.md").read_text()
+
+
+def test_a_large_run_is_predicted_from_a_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    raw = dict(name="tiny", model_type="patch_ebt", data=dict(path="unused", img_size=16), train=dict(batch_size=128))
+    raw["model"] = dict(img_size=16, patch_size=4, embed_dim=48, depth=4, num_heads=2, mlp_ratio=2.0)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(raw))
+    assert scale.main([str(config), "train.num_updates=10", "--gpus", "8", "64", "--share", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "| 8 | 16 | 50% |" in printed and "| 64 | 2 | 50% |" in printed and "10 updates of 128 images" in printed
+    assert scale.main([str(config), "train.batch_size=100", "--gpus", "8"]) == 2
+    assert "use a multiple of 8" in capsys.readouterr().err
+
+
+def test_a_network_of_any_depth_is_counted_from_two_shallow_ones(tmp_path: Path):
+    raw = dict(name="tiny", model_type="patch_ebt", data=dict(path="unused", img_size=16))
+    raw["model"] = dict(img_size=16, patch_size=4, embed_dim=48, depth=4, num_heads=2, mlp_ratio=2.0)
+    config = build_config(raw)
+    counted, run = training_cost.training_cost(config), training_cost._measure(config)
+    assert (counted.num_parameters, counted.flops) == (run.num_parameters, run.flops)
+    assert counted.kept_bytes == pytest.approx(run.kept_bytes, rel=0.02)

@@ -48,6 +48,9 @@ class DataConfig:
     """Mirror left-right with probability 1/2, drawn anew in every epoch."""
     cache: bool = True
     """Hold all images in memory as uint8 (3 * img_size^2 bytes each when cropped at the centre); False decodes on every use."""
+    check: bool = True
+    """Decode every image at the start, to leave out those that cannot be used. False, with cache=False alone, trusts them
+    and fails at the first that cannot: for a million images known to be good, which every process would else decode."""
     limit: int | None = None
     """Take at most this many images, spread evenly over the set; None for all."""
 
@@ -60,6 +63,8 @@ class DataConfig:
             raise ValueError(f"short_side={self.short_side} is below img_size={self.img_size}; use {self.img_size} or more")
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop={self.crop!r} is not 'center' or 'random'")
+        if self.cache and not self.check:
+            raise ValueError("check=False needs cache=False: the cache decodes every image")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1, or null for all images")
 
@@ -81,7 +86,10 @@ class ImageSet:
         self.skipped = []
         self._entries: list[int] = []  # the source's index of each image
         self._cache: np.ndarray | list[np.ndarray] = []
-        self._load(candidates)
+        if config.check:
+            self._load(candidates)
+        else:
+            self._entries = candidates
         if not self._entries:
             reason = "{} {}".format(*self.skipped[0]) if self.skipped else "it is empty"
             raise DataError(f"no image of {config.path} can be used ({reason}); check the path and the files")
@@ -169,7 +177,8 @@ class ImageSet:
         result = self._try_decode(self._entries[index])
         if isinstance(result, DecodeError):
             name = self._source.name(self._entries[index])
-            raise DataError(f"{name} of {self.config.path} {result} (it was readable when the set was loaded)")
+            known = "it was readable when the set was loaded" if self.config.check else "data.check: true leaves it out"
+            raise DataError(f"{name} of {self.config.path} {result} ({known})")
         return result
 
     def _draw(self, index: int, epoch: int) -> list[float]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.models.blocks import Block, axial_rope
+from ebt_vision.models.checkpointing import checkpoint_block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +89,8 @@ class PatchTrunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim)
         self.apply(_init_linear)
+        self.checkpoint_blocks = False
+        """Compute the blocks' activations again in backward passes instead of keeping them (see checkpointing.py)."""
 
     def forward(self, *images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) in [-1, 1] -> normed tokens (B, N, embed_dim)."""
@@ -104,7 +107,7 @@ class PatchTrunk(nn.Module):
         wanted = range(len(self.blocks)) if indices is None else indices
         outputs = []
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = block(x, rope)
+            x = checkpoint_block(block, x, rope) if self.checkpoint_blocks else block(x, rope)
             if i in wanted:
                 outputs.append(x)
         return outputs

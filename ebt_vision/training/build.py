@@ -8,7 +8,9 @@ from ebt_vision.checkpoint import model_class
 from ebt_vision.config import ConfigError, ExperimentConfig
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.text import TextDataConfig
+from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.objectives import DiTObjective, EBTObjective, Objective, RegressorObjective
 from ebt_vision.text_objectives import LanguageModelObjective, TextEBTObjective
 
@@ -30,10 +32,16 @@ def build_model(config: ExperimentConfig) -> PretrainedModel:
 
 
 def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
-    """The objective of the model, compiled if the config says so; ConfigError for a replay buffer it has no use for."""
+    """The objective of the model, compiled if the config says so; ConfigError for an option it has no use for."""
     cls: Any = OBJECTIVES[config.model_type]
     if config.replay.capacity and not cls.thinks:
         raise ConfigError(f"replay.capacity={config.replay.capacity} is for energy-based models; use 0 for {config.model_type}")
+    if config.train.checkpoint_blocks:
+        if not isinstance(model, PatchEBT | PatchRegressor):
+            raise ConfigError(
+                f"train.checkpoint_blocks is for patch_ebt and patch_regressor, not {config.model_type}; use false"
+            )
+        model.trunk.checkpoint_blocks = True
     if cls.thinks:  # its gradient is what is compiled
         objective: Objective = cls(model, config.objective, compile_gradient=config.train.compile)
         return objective

@@ -21,6 +21,7 @@ from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.objectives import Objective
 from ebt_vision.rng import make_generator
+from ebt_vision.training.batch_loader import BatchLoader
 from ebt_vision.training.build import build_model, build_objective, build_task
 from ebt_vision.training.optim import build_optimizer, set_learning_rate
 from ebt_vision.training.replay_buffer import ReplayBuffer
@@ -56,6 +57,7 @@ class Trainer:
             cpu=device == "cpu",
             kwargs_handlers=handlers,
         )
+        self._check_engine()
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._check_batch()
         torch.manual_seed(config.seed)  # initial weights; in the trainer's own process, not in the library
@@ -66,6 +68,7 @@ class Trainer:
         self.ema.module.to(self.accelerator.device)
         self.replay = ReplayBuffer(config.replay)
         self.step = 0
+        self._loader: BatchLoader | None = None
         self._resume()
 
     def run(self) -> Path:
@@ -82,16 +85,19 @@ class Trainer:
             world_size=self.world_size,
             start_step=self.step,
         )
+        loader = self._loader = self._new_loader(samples)
         try:
             for indices in stream:
                 if self.step >= self.config.train.num_updates:
                     break
+                loader.prepare(stream, self.step, self.config.train.num_updates)
                 self._advance(samples, indices, held_out, reporter)
         except KeyboardInterrupt:
             self.save()
             reporter.say(f"interrupted at update {self.step}; the same command goes on from here")
             raise
         finally:
+            loader.close()
             reporter.close()
         return self.output / "model"
 
@@ -112,8 +118,9 @@ class Trainer:
         self.optimizer.zero_grad()
         parts = torch.arange(len(indices.indices)).chunk(self.config.train.num_accumulation)
         losses = []
+        loader = self._loader or self._new_loader(samples)
         for i, part in enumerate(parts):
-            batch, ages = self._batch(samples, indices, part)
+            batch, ages = self._with_replay(loader.take(indices, i), part)
             with self.accelerator.no_sync(self.objective) if i < len(parts) - 1 else contextlib.nullcontext():
                 output = self.objective(batch)
                 self.accelerator.backward(output["loss"])  # divided by the number of parts
@@ -133,10 +140,17 @@ class Trainer:
         self.ema.update(self.model, step=self.step)
         return {"loss": loss.item(), "lr": lr, "gradient_norm": norm.item()} | self._objective.logs(batch, output)
 
-    def _batch(self, samples: Samples, indices: BatchIndices, part: Tensor) -> tuple[Any, Tensor]:
+    def _new_loader(self, samples: Samples) -> BatchLoader:
+        settings = self.config.train
+        return BatchLoader(
+            lambda indices, epochs: self.task.make_batch(samples, indices, epochs, torch.device("cpu")),
+            self.accelerator.device,
+            num_threads=settings.num_load_threads,
+            num_parts=settings.num_accumulation,
+        )
+
+    def _with_replay(self, batch: Any, part: Tensor) -> tuple[Any, Tensor]:
         """The part of this process's share of a batch, with replayed candidates in its last places, and their ages."""
-        picks, epochs = indices.indices[part].tolist(), indices.epochs[part].tolist()
-        batch = self.task.make_batch(samples, picks, epochs, self.accelerator.device)
         ages = torch.zeros(len(part), dtype=torch.int64)
         if not self._replays:
             return batch, ages
@@ -217,6 +231,15 @@ class Trainer:
             raise ConfigError(
                 f"{self.output} was trained by {state['world_size']} processes and its replay buffer is shared over them; "
                 f"resume with as many, not {self.world_size}"
+            )
+
+    def _check_engine(self) -> None:
+        """Refuse engines that shard the weights."""
+        kind = self.accelerator.distributed_type.value
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+            raise ConfigError(
+                f"{kind} shards the weights and frees them after a backward pass, which thinking differentiates again; "
+                "use `accelerate launch --multi_gpu` (DDP), and train.checkpoint_blocks to save memory"
             )
 
     def _check_batch(self) -> None:

@@ -13,10 +13,14 @@ class TrainConfig:
     """Samples of one update, over all processes and accumulated parts together."""
     num_accumulation: int = 1
     """Parts that a process's share of the batch is split into to save memory; the gradient is the same."""
+    num_load_threads: int = 0
+    """Threads of each process that make the next batches while the model works; 0 makes each when its turn comes."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 autocast; pays on GPUs and on CPUs with AMX or AVX512-BF16, and is very slow on others."""
     compile: bool = False
     """Compile the energy's gradient (needs a C++ compiler on the CPU); the DiT and the regressor compile their forward."""
+    checkpoint_blocks: bool = False
+    """Keep each block's input instead of its activations: twice the arithmetic for a fraction of the memory."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones validated and exported; warmed up over the first updates."""
     log_every: int = 20
@@ -28,8 +32,12 @@ class TrainConfig:
         for name in ("num_updates", "batch_size", "num_accumulation", "log_every", "checkpoint_every", "num_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
+        if self.num_load_threads < 0:
+            raise ValueError(f"train.num_load_threads={self.num_load_threads} is negative; use 0 or more")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"train.ema_decay={self.ema_decay} is not in [0, 1)")
+        if self.checkpoint_blocks and self.compile:
+            raise ValueError("train.checkpoint_blocks does not go together with train.compile; use compile: false")
         if self.batch_size % self.num_accumulation:
             raise ValueError(f"train.batch_size={self.batch_size} is not divisible by num_accumulation={self.num_accumulation}")
 

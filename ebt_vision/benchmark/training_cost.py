@@ -1,0 +1,83 @@
+"""What a training step costs, counted without running the whole network: products and kept activations of one image.
+
+Blocks are alike, so networks of one and of two blocks give one of any depth; both run on the CPU in float32.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ebt_vision.benchmark.flops import count_flops
+from ebt_vision.config import ConfigError, ExperimentConfig
+from ebt_vision.data.images import DataConfig
+from ebt_vision.models.patch_trunk import TrunkConfig
+from ebt_vision.objectives import ImageBatch
+from ebt_vision.rng import sample_generators
+from ebt_vision.training.build import build_model, build_objective
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingCost:
+    """Of one image in one training step, and of the network."""
+
+    num_parameters: int
+    flops: int
+    """Of the matrix products: forward, thinking's gradient, second order."""
+    kept_bytes: int
+    """What autograd holds between loss and backward pass in float32, weights aside; under bfloat16 autocast it is less."""
+
+
+def training_cost(config: ExperimentConfig) -> TrainingCost:
+    """The cost of a config's own step; ConfigError for models other than patch models."""
+    if not isinstance(config.model, TrunkConfig) or not isinstance(config.data, DataConfig):
+        raise ConfigError(f"costs are counted for patch_ebt and patch_regressor, not for model_type={config.model_type}")
+    depth = config.model.depth
+    one, two = (_measure(_with_depth(config, blocks)) for blocks in (1, 2))
+    return TrainingCost(
+        num_parameters=one.num_parameters + (depth - 1) * (two.num_parameters - one.num_parameters),
+        flops=one.flops + (depth - 1) * (two.flops - one.flops),
+        kept_bytes=one.kept_bytes + (depth - 1) * (two.kept_bytes - one.kept_bytes),
+    )
+
+
+def held_bytes(call: Callable[[], Tensor], weights: Iterable[nn.Parameter]) -> int:
+    """Bytes that autograd holds once `call` has made its loss, those of the weights aside."""
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Held:
+        held.add(holder := _Held(tensor))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        loss = call()
+    storages = [holder.tensor.untyped_storage() for holder in held]
+    total = sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
+    del loss  # it held the graph
+    return total
+
+
+class _Held:
+    """A tensor that autograd holds on to; as long as it does, this lives."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def _with_depth(config: ExperimentConfig, depth: int) -> ExperimentConfig:
+    model = replace(config.model, depth=depth)
+    return replace(config, model=model, train=replace(config.train, compile=False))
+
+
+def _measure(config: ExperimentConfig) -> TrainingCost:
+    model = build_model(config)
+    objective = build_objective(model, config)
+    size = config.data.img_size  # type: ignore[union-attr]
+    images = torch.zeros(1, 3, size, size)
+    batch = ImageBatch(clean=images, noise=images + 1.0, generators=sample_generators(0, [0]))
+    flops = count_flops(lambda: objective(batch)["loss"].backward())
+    kept = held_bytes(lambda: objective(batch)["loss"], model.parameters())
+    return TrainingCost(num_parameters=model.num_parameters, flops=flops, kept_bytes=kept)

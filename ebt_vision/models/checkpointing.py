@@ -1,0 +1,82 @@
+"""Activation checkpointing that a gradient inside the loss does not undo.
+
+torch.utils.checkpoint computes a block again for the gradient that thinking takes, and the graph of that gradient then keeps
+what was computed again until the loss is differentiated. Here the vector-Jacobian product of a block is checkpointed as well as
+the block: until the loss's own backward pass only each block's input and the gradient of its output are kept. The price is
+twice the arithmetic: three more forward passes, one more product, and a backward pass for the block and one for its product.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def checkpoint_block(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """block(x, rope), computed again where a first or a second derivative needs what is inside.
+
+    x (B, N, dim) and the block's parameters get gradients, `rope` none. The block must not draw random numbers.
+    """
+    return _Forward.apply(_Again(block, x.device.type, rope), x, *block.parameters())
+
+
+class _Again:
+    """Computes a block again under the autocast of the first time, on attention that has a second derivative."""
+
+    def __init__(self, block: nn.Module, device_type: str, rope: tuple[Tensor, Tensor]):
+        self.block, self.device_type, self.rope = block, device_type, rope
+        self.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def product(
+        self, x: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor, *, create_graph: bool
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the `wanted` ones of (x, *parameters), given the gradient of the output."""
+        enabled, dtype = self.autocast
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(self.device_type, dtype, enabled=enabled):
+            output = self.block(x, self.rope)
+            inputs = [tensor for tensor, needed in zip((x, *parameters), wanted, strict=True) if needed]
+            return torch.autograd.grad(output, inputs, grad, create_graph=create_graph)
+
+
+class _Forward(torch.autograd.Function):
+    """The block."""
+
+    @staticmethod
+    def forward(ctx: Any, again: _Again, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.again = again
+        ctx.save_for_backward(x, *parameters)
+        return again.block(x, again.rope)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Thinking's own gradient wants none of the weights; the engine knows what this pass is for.
+        wanted = [node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions]
+        found = iter(_Product.apply(ctx.again, wanted, grad, *ctx.saved_tensors))
+        return (None, *(next(found) if needed else None for needed in wanted))
+
+
+class _Product(torch.autograd.Function):
+    """The block's vector-Jacobian product; differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, again: _Again, wanted: list[bool], grad: Tensor, x: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.again, ctx.wanted = again, wanted
+        ctx.save_for_backward(grad, x, *parameters)
+        with torch.enable_grad():
+            return again.product(x.detach().requires_grad_(), parameters, wanted, grad, create_graph=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            grad, x = grad.detach().requires_grad_(), x.detach().requires_grad_()
+            products = ctx.again.product(x, parameters, ctx.wanted, grad, create_graph=True)
+        needed = ctx.needs_input_grad[2:]
+        inputs = [tensor for tensor, wanted in zip((grad, x, *parameters), needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(products, inputs, grads, allow_unused=True))
+        return (None, None, *(next(found) if wanted else None for wanted in needed))
