@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for apps.*, w
 import gradio as gr
 
 from apps import figures
-from apps.service import ADD, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
+from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.work import MAX_BYTES
-from ebt_vision.checkpoint import CheckpointError, default_pretrained, list_pretrained, pick_device
+from ebt_vision.checkpoint import CheckpointError, list_pretrained, model_type_of, pick_device
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.noise import NOISE_KINDS
 
@@ -247,11 +247,10 @@ def _endpoints(service: Service, models: dict[str, str]) -> None:
 
 
 def find_models(checkpoint: str | None) -> dict[str, str]:
-    """Label -> name or folder: the one asked for first, then the shipped ones, the best to start with leading."""
+    """Label -> name or folder: the one asked for first, then the shipped ones that denoise, EBTs leading."""
     models = {Path(checkpoint).name or checkpoint: checkpoint} if checkpoint else {}
-    names = list_pretrained()
-    if names:
-        names.sort(key=lambda name: name != default_pretrained())
+    names = [name for name in list_pretrained() if model_type_of(name) in KIND_OF_MODEL]
+    names.sort(key=lambda name: model_type_of(name) != "patch_ebt")
     return models | {name: name for name in names}
 
 

@@ -25,15 +25,12 @@ def list_pretrained() -> list[str]:
     return sorted(path.parent.name for path in PRETRAINED_DIR.glob(f"*/{CONFIG_NAME}"))
 
 
-def default_pretrained() -> str:
-    """The shipped checkpoint that is used where none is named: the first EBT. CheckpointError where none is shipped."""
-    names = list_pretrained()
-    if not names:
-        raise CheckpointError(f"no checkpoint is shipped in {PRETRAINED_DIR}; name a model: a folder or hub:OWNER/NAME")
-    for name in names:
-        if read_config(PRETRAINED_DIR / name / CONFIG_NAME)["model_type"] == "patch_ebt":
+def default_pretrained(model_type: str = "patch_ebt") -> str:
+    """The shipped checkpoint that is used where none is named: the first of its type. CheckpointError where none is shipped."""
+    for name in list_pretrained():
+        if model_type_of(name) == model_type:
             return name
-    return names[0]
+    raise CheckpointError(f"no {model_type} is shipped in {PRETRAINED_DIR}; name a model: a folder or hub:OWNER/NAME")
 
 
 def model_type_of(name_or_path: str) -> str | None:

@@ -112,7 +112,7 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Go on with PROMPT by a text model; an EBT thinks about every token."
     parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
     parser.add_argument("--tokens", metavar="N", type=_count, default=200, help="tokens to add at most (default 200)")
     parser.add_argument("--steps", metavar="N", type=_count, default=2, help="thinking steps a token (default 2)")
     parser.add_argument(
@@ -312,7 +312,7 @@ def _steps(result: DenoiseResult) -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from ebt_vision.checkpoint import load_pretrained, pick_device
+    from ebt_vision.checkpoint import default_pretrained, load_pretrained, pick_device
     from ebt_vision.data.tokenizer import load_tokenizer
     from ebt_vision.generation import GenerateOptions, generate
     from ebt_vision.thinking import ThinkingError
@@ -328,7 +328,7 @@ def _generate(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     tokenizer = load_tokenizer(args.tokenizer)
-    model = load_pretrained(args.model, device=pick_device(args.device))
+    model = load_pretrained(args.model or default_pretrained("causal_text_ebt"), device=pick_device(args.device))
     start, count = time.perf_counter(), 0
     energies: list[float] = []
     try:

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from ebt_vision import corruption, metrics
+from ebt_vision.benchmark.text import score_text
 from ebt_vision.checkpoint import PRETRAINED_DIR, default_pretrained, list_pretrained, load_pretrained
+from ebt_vision.data.text import TextDataConfig, load_text_set
 from ebt_vision.denoiser import DenoiseOptions, load_denoiser
 from ebt_vision.image_files import read_image
 
 NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]
+TEXT_NAMES = ["text_shakespeare_ebt", "text_shakespeare_transformer"]
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +36,40 @@ def psnr(images: Tensor, clean: Tensor) -> float:
 
 
 def test_they_are_there_small_and_of_equal_size():
-    assert list_pretrained() == NAMES and default_pretrained() == "tiny_imagenet_ebt"
+    assert list_pretrained() == sorted(NAMES + TEXT_NAMES)
+    assert default_pretrained() == "tiny_imagenet_ebt" and default_pretrained("causal_text_ebt") == "text_shakespeare_ebt"
     files = [path for path in PRETRAINED_DIR.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60e6
     counts = [load_pretrained(name).num_parameters for name in NAMES]
     assert max(counts) <= 1.1 * min(counts)
+    text = [PRETRAINED_DIR / name / "model.safetensors" for name in TEXT_NAMES]
+    assert sum(path.stat().st_size for path in text) < 20e6
+    ebt, transformer = (load_pretrained(name).num_parameters for name in TEXT_NAMES)
+    assert ebt == transformer + 1  # the step size
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + TEXT_NAMES)
 def test_each_card_says_how_it_came_about(name: str):
     card = (PRETRAINED_DIR / name / "README.md").read_text()
-    for word in ("command", "commit", "research use only", "hardware", "PSNR", f"{name}_cpu.yaml"):
+    config = f"{name}.yaml" if name in TEXT_NAMES else f"{name}_cpu.yaml"
+    data = ("research use only", "PSNR") if name in NAMES else ("public domain", "bits per byte")
+    assert (CONFIGS / config).is_file()
+    for word in ("command", "commit", "hardware", config, *data):
         assert word in card, f"{name}: the card does not state: {word}"
+
+
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_the_text_models_know_shakespeare_from_noise(name: str, tmp_path: Path):
+    """Two lines of the public domain, in order and with their bytes shuffled."""
+    line = b"Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
+    shuffled = bytes(line[i] for i in torch.randperm(len(line), generator=torch.Generator().manual_seed(0)))
+    bits = []
+    for text in (line, shuffled):
+        (tmp_path / "text.txt").write_bytes(text)
+        samples = load_text_set(TextDataConfig(path=str(tmp_path / "text.txt"), context_length=len(line) - 1))
+        scores = score_text(load_pretrained(name), samples, num_steps=2, num_candidates=1)
+        bits.append(scores.summary(1)[-1]["bits_per_byte"])
+    assert bits[0] < 3.5 < bits[1]
 
 
 def test_the_ebt_denoises_and_thinking_longer_helps_at_noise_it_never_saw(clean: Tensor):
