@@ -15,13 +15,14 @@ from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransf
 from ebt_vision.thinking import CompiledEnergy, ThinkingConfig, think
 
 SIZE = dict(vocab_size=11, context_length=16, embed_dim=16, depth=2, num_heads=2)
-HEADS = ["linear", "quadratic"]
+HEADS = ["linear", "quadratic", "quadratic and last token"]
 
 
 def ebt(head: str = "quadratic", **options) -> CausalTextEBT:
-    """A float64 model with random weights, its head included."""
+    """A float64 model with random weights, its head included; `head` is one of HEADS."""
     torch.manual_seed(0)
-    model = CausalTextEBT(CausalTextEBTConfig(**(SIZE | dict(energy_head=head) | options)))
+    settings = dict(energy_head=head.split()[0], add_last_token="token" in head)
+    model = CausalTextEBT(CausalTextEBTConfig(**(SIZE | settings | options)))
     torch.nn.init.normal_(model.head.weight, std=0.5)
     return model.double()
 
@@ -40,7 +41,10 @@ def thought(model: CausalTextEBT, tokens: Tensor, y0: Tensor, starts: Tensor | N
 def plain_energies(model: CausalTextEBT, tokens: Tensor, candidates: Tensor) -> Tensor:
     """The paper's way: 2S tokens through every block, one mask, scores of (2S, 2S)."""
     S, heads = tokens.shape[1], model.config.num_heads
-    x = torch.cat([model.trunk.embed(tokens), candidates.softmax(-1) @ model.trunk.embed.weight], dim=1)
+    own_stream = candidates.softmax(-1) @ model.trunk.embed.weight
+    if model.config.add_last_token:
+        own_stream = own_stream + model.trunk.embed(tokens)
+    x = torch.cat([model.trunk.embed(tokens), own_stream], dim=1)
     context, own = torch.ones(S, S).tril().bool(), torch.eye(S).bool()
     mask = torch.cat([torch.cat([context, torch.zeros(S, S).bool()], 1), torch.cat([context, own], 1)], 0)
     cos, sin = rope_1d(0, S + 1, model.config.embed_dim // heads)
@@ -159,8 +163,9 @@ def transformer() -> CausalTransformer:
     return model.double()
 
 
-def test_one_candidate_on_a_growing_cache_equals_all_of_them_at_once():
-    model, language_model = ebt(), transformer()
+@pytest.mark.parametrize("head", HEADS)
+def test_one_candidate_on_a_growing_cache_equals_all_of_them_at_once(head: str):
+    model, language_model = ebt(head), transformer()
     tokens, y0 = tokens_and_candidates(batch=2)
     config = ThinkingConfig(num_steps=3)
     parallel = think(model, y0, config, context=model.context_of(tokens), step_size=0.3)

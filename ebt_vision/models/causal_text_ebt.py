@@ -25,6 +25,9 @@ class CausalTextEBTConfig(CausalTrunkConfig):
     has the parameters of a language model's output layer, and a step of size 1 lands near what such a model would say."""
     init_step_size: float = 1.0
     """Where the learned step size starts; the paper's linear head has 500 (System 1) or a fixed 5 (System 2)."""
+    add_last_token: bool = False
+    """Begin a candidate's stream with its own embedding plus that of the last token before it, where a language model's begins
+    too. In the paper it begins with the candidate alone, and a layer is spent on fetching the last token."""
     num_landscapes: int = 1
     """Energies that differ by a learned embedding of the thinking step: step t has number t, the last one all further steps.
     With more than one, energies of different steps do not compare."""
@@ -57,6 +60,8 @@ class CausalTextEBT(EnergyModel):
         """Energy of each candidate, (B, C), float32 or wider; `context` is what context_of() gives."""
         # Embed: a candidate is the mean of the tokens' embeddings under its distribution.
         x = candidate.softmax(dim=-1) @ self.trunk.embed.weight  # (B, C, embed_dim)
+        if self.config.add_last_token:
+            x = x + self.trunk.embed_last(context, x.shape[1])
         if self.config.num_landscapes > 1:
             x = x + self.landscapes[landscape]
         # Blocks and energy.

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ebt_vision.models.causal_blocks import CausalBlock, rope_1d, visible_context
 
 Cache = tuple[Tensor, ...]
-"""What a trunk remembers of T context tokens, batch first: document starts int64 (B, T), then keys and values of each block,
-(B, num_heads, T, head_dim). Plain tensors, so that it is what think() takes as context."""
+"""What a trunk remembers of T context tokens, batch first: document starts and tokens, int64 (B, T), then keys and values of
+each block, (B, num_heads, T, head_dim). Plain tensors, so that it is what think() takes as context."""
+_STARTS, _TOKENS, _FIRST_KEYS = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +77,19 @@ class CausalTrunk(nn.Module):
 
     def candidate_states(self, x: Tensor, cache: Cache) -> Tensor:
         """Normed hidden states (B, C, embed_dim) of embedded candidates, one after each of the last C tokens of `cache`."""
-        C, T = x.shape[1], cache[0].shape[1]
+        C, T = x.shape[1], cache[_STARTS].shape[1]
         if C > T:
             raise ValueError(f"{C} candidates need as many context tokens, got {T}")
         rope = self._rope(T - C + 1, C, x.device)
-        visible = visible_context(cache[0], C)
+        visible = visible_context(cache[_STARTS], C)
         for i, block in enumerate(self.layers):
-            x = block.candidate(x, rope, cache[1 + 2 * i], cache[2 + 2 * i], visible)
+            keys, values = cache[_FIRST_KEYS + 2 * i : _FIRST_KEYS + 2 * i + 2]
+            x = block.candidate(x, rope, keys, values, visible)
         return self.norm(x)
+
+    def embed_last(self, cache: Cache, count: int) -> Tensor:
+        """Embeddings (B, count, embed_dim) of the last `count` tokens of `cache`."""
+        return self.embed(cache[_TOKENS][:, -count:])
 
     def _context_stream(
         self, tokens: Tensor, starts: Tensor | None, past: Cache, *, with_hidden: bool
@@ -91,16 +97,18 @@ class CausalTrunk(nn.Module):
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens of shape (B, N) with N >= 1 are wanted, got {tuple(tokens.shape)}")
         starts = torch.zeros_like(tokens) if starts is None else starts
-        num_past = past[0].shape[1] if past else 0
-        all_starts = torch.cat([past[0], starts], dim=1) if past else starts
+        num_past = past[_STARTS].shape[1] if past else 0
+        all_starts = torch.cat([past[_STARTS], starts], dim=1) if past else starts
+        all_tokens = torch.cat([past[_TOKENS], tokens], dim=1) if past else tokens
         x: Tensor = self.embed(tokens)  # (B, N, embed_dim)
         rope = self._rope(num_past, tokens.shape[1], x.device)
         visible = visible_context(all_starts, tokens.shape[1])
-        cache = [all_starts]
+        cache = [all_starts, all_tokens]
         for i, block in enumerate(self.layers):
             q, k, v = block.project(x, rope)
             if past:
-                k, v = torch.cat([past[1 + 2 * i], k], dim=2), torch.cat([past[2 + 2 * i], v], dim=2)
+                keys, values = past[_FIRST_KEYS + 2 * i : _FIRST_KEYS + 2 * i + 2]
+                k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
             cache += [k, v]
             if i + 1 == len(self.blocks) and not with_hidden:
                 return None, tuple(cache)
