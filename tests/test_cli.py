@@ -278,7 +278,6 @@ def test_train_takes_overrides_before_and_after_options(monkeypatch: pytest.Monk
 
 
 def test_train_refuses_a_typo_in_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("ebt_vision.training.run")
     config = tmp_path / "typo.yaml"
     config.write_text("modle:\n  embed_dim: 64\n")
     assert cli.main(["train", str(config)]) == 2
@@ -289,7 +288,7 @@ def test_train_refuses_a_typo_in_a_config(tmp_path: Path, capsys: pytest.Capture
 def test_a_diverged_training_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = pytest.importorskip("ebt_vision.training.run")
+    from ebt_vision.training import run
     from ebt_vision.training.loop import TrainingDivergedError
 
     def diverge(*args, **kwargs):

@@ -296,8 +296,6 @@ def checkerboard(height: int = 37, width: int = 45) -> torch.Tensor:
 
 @pytest.mark.parametrize(("make", "gain"), [(BM3DDenoiser, 8.0), (NonLocalMeansDenoiser, 5.0)])
 def test_classical_methods_denoise(make, gain):
-    if make is BM3DDenoiser:
-        pytest.importorskip("bm3d")
     clean = checkerboard()
     noisy = add_gaussian_noise(clean, 25.0, torch.Generator().manual_seed(0))
     before = psnr(noisy, clean, data_range=1.0).item()

@@ -65,6 +65,20 @@ def test_parquet_gives_a_document_a_row(tmp_path: Path):
     assert text_set(tmp_path, max_tokens=3).num_tokens == 3  # reads no further
 
 
+def test_a_hub_set_is_streamed_no_further_than_needed(tmp_path: Path):
+    pyarrow.parquet.write_table(pyarrow.table({"story": ["ab", None, "cd", "ef"]}), tmp_path / "train-0.parquet")
+    (tmp_path / "train-1.parquet").write_bytes(b"cut off")  # `datasets` loads a local folder as it loads a hub set
+    options = dict(text_column="story", context_length=6)
+    samples = text_set(f"hub:{tmp_path}", max_tokens=6, **options)
+    assert samples.all_sequences(0, 1).tokens[0].tolist() == [256, *b"ab", 256, *b"cd"]
+    with pytest.raises(DataError, match="cannot be loaded"):
+        text_set(f"hub:{tmp_path}", **options)
+    with pytest.raises(DataError, match="no column 'text'; set text_column to one of \\['story'\\]"):
+        text_set(f"hub:{tmp_path}", max_tokens=6)
+    with pytest.raises(DataError, match="check the name, the split 'test'"):
+        text_set(f"hub:{tmp_path}", split="test", **options)
+
+
 def test_bad_input_is_one_line(tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_text("")
@@ -105,7 +119,8 @@ def test_bytes_come_back_as_text_character_by_character():
 
 
 def test_a_tokenizer_file(tmp_path: Path):
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "to": 1, "be": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
