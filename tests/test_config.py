@@ -54,6 +54,29 @@ def test_the_text_configs_share_budget_order_and_size():
     assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
+def test_a_model_can_begin_with_the_weights_of_another(tmp_path: Path):
+    small = "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.energy_head=quadratic"
+    path = next(path for path in CONFIGS if path.stem == "tiny_imagenet_ebt_cpu")
+    start = build_model(load_config(path, list(small)))
+    torch.nn.init.normal_(start.head.weight)
+    start.save_pretrained(tmp_path)
+    init = f"train.init_from={tmp_path}"
+    model = build_model(load_config(path, [*small, init, "model.noise_process=awgn", "model.img_size=32"]))
+    assert model.training and model.config.noise_process == "awgn"
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in start.state_dict().items())
+    for change, answer in {
+        "model.embed_dim=24": r"does not fit model: .* is \(.*16.*\) there, \(.*24.*\) here",
+        "model.depth=2": "blocks.1.* is missing there",
+    }.items():
+        with pytest.raises(ConfigError, match=answer):
+            build_model(load_config(path, [*small, init, change]))
+    regressor = next(path for path in CONFIGS if path.stem == "tiny_imagenet_regressor_cpu")
+    with pytest.raises(ConfigError, match="is a patch_ebt, not a patch_regressor"):
+        build_model(load_config(regressor, [init]))
+    with pytest.raises(ValueError, match="neither a shipped checkpoint"):
+        build_model(load_config(path, ["train.init_from=runs/nothing"]))
+
+
 @pytest.mark.parametrize(
     ("override", "answer"),
     [

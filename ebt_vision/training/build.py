@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ebt_vision.checkpoint import model_class
+from ebt_vision.checkpoint import load_pretrained, model_class
 from ebt_vision.config import ConfigError, ExperimentConfig
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.text import TextDataConfig
@@ -27,8 +27,25 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_model(config: ExperimentConfig) -> PretrainedModel:
-    """A fresh model with initial weights, in train mode."""
-    return model_class(config.model_type)(config.model).train()
+    """A model with initial weights, or those of train.init_from, in train mode.
+
+    Raises ConfigError where the two models are of another type or size, CheckpointError where init_from cannot be loaded.
+    """
+    model = model_class(config.model_type)(config.model).train()
+    if config.train.init_from is None:
+        return model
+    start = load_pretrained(config.train.init_from)
+    if start.model_type != config.model_type:
+        raise ConfigError(f"train.init_from={config.train.init_from} is a {start.model_type}, not a {config.model_type}")
+    weights, mine = start.state_dict(), model.state_dict()
+    for name in sorted(weights.keys() | mine.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "missing" for state in (weights, mine)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"train.init_from={config.train.init_from} does not fit model: {name} is {shapes[0]} there, {shapes[1]} here"
+            )
+    model.load_state_dict(weights)
+    return model
 
 
 def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
