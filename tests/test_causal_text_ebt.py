@@ -15,13 +15,13 @@ from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransf
 from ebt_vision.thinking import CompiledEnergy, ThinkingConfig, think
 
 SIZE = dict(vocab_size=11, context_length=16, embed_dim=16, depth=2, num_heads=2)
-HEADS = ["linear", "quadratic", "quadratic and last token"]
+HEADS = ["linear", "quadratic", "quadratic, last token, gate"]
 
 
 def ebt(head: str = "quadratic", **options) -> CausalTextEBT:
     """A float64 model with random weights, its head included; `head` is one of HEADS."""
     torch.manual_seed(0)
-    settings = dict(energy_head=head.split()[0], add_last_token="token" in head)
+    settings = dict(energy_head=head.split()[0], add_last_token="token" in head, init_gate=0.3 if "token" in head else None)
     model = CausalTextEBT(CausalTextEBTConfig(**(SIZE | settings | options)))
     torch.nn.init.normal_(model.head.weight, std=0.5)
     return model.double()
@@ -42,6 +42,8 @@ def plain_energies(model: CausalTextEBT, tokens: Tensor, candidates: Tensor) -> 
     """The paper's way: 2S tokens through every block, one mask, scores of (2S, 2S)."""
     S, heads = tokens.shape[1], model.config.num_heads
     own_stream = candidates.softmax(-1) @ model.trunk.embed.weight
+    if model.config.init_gate is not None:
+        own_stream = own_stream * model.gate
     if model.config.add_last_token:
         own_stream = own_stream + model.trunk.embed(tokens)
     x = torch.cat([model.trunk.embed(tokens), own_stream], dim=1)
@@ -193,6 +195,7 @@ def test_the_transformer_sees_no_later_token():
 
 def test_the_two_models_have_the_same_parameters_but_the_step_size():
     assert ebt("quadratic").num_parameters == transformer().num_parameters + 1
+    assert ebt(init_gate=0.1).num_parameters == transformer().num_parameters + 1 + SIZE["embed_dim"]
 
 
 def test_landscapes_change_with_the_step_and_the_last_one_stays():

@@ -28,6 +28,10 @@ class CausalTextEBTConfig(CausalTrunkConfig):
     add_last_token: bool = False
     """Begin a candidate's stream with its own embedding plus that of the last token before it, where a language model's begins
     too. In the paper it begins with the candidate alone, and a layer is spent on fetching the last token."""
+    init_gate: float | None = None
+    """Scale a candidate's embedding by a learned vector that starts here (0.1, say); None adds no such parameters. With
+    add_last_token the energy then hardly depends on where a step was taken, so that later steps keep what the first one found,
+    trained or not. 0 is allowed and learns as well."""
     num_landscapes: int = 1
     """Energies that differ by a learned embedding of the thinking step: step t has number t, the last one all further steps.
     With more than one, energies of different steps do not compare."""
@@ -53,6 +57,8 @@ class CausalTextEBT(EnergyModel):
         quadratic = config.energy_head == "quadratic"
         self.head = nn.Linear(config.embed_dim, config.vocab_size if quadratic else 1, bias=False)
         nn.init.zeros_(self.head.weight)  # linear: as in the paper's code; quadratic: the energy is then |y|^2 / 2
+        if config.init_gate is not None:
+            self.gate = nn.Parameter(torch.full((config.embed_dim,), config.init_gate))
         if config.num_landscapes > 1:
             self.landscapes = nn.Parameter(torch.zeros(config.num_landscapes, config.embed_dim))
 
@@ -60,6 +66,8 @@ class CausalTextEBT(EnergyModel):
         """Energy of each candidate, (B, C), float32 or wider; `context` is what context_of() gives."""
         # Embed: a candidate is the mean of the tokens' embeddings under its distribution.
         x = candidate.softmax(dim=-1) @ self.trunk.embed.weight  # (B, C, embed_dim)
+        if self.config.init_gate is not None:
+            x = x * self.gate
         if self.config.add_last_token:
             x = x + self.trunk.embed_last(context, x.shape[1])
         if self.config.num_landscapes > 1:
