@@ -101,8 +101,14 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
         type=_noise,
         help="add Gaussian noise first, in 0..255 units; or KIND:AMOUNT of gaussian, paper, poisson, salt-and-pepper, jpeg",
     )
-    parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of all noise (default 0)")
+    parser.add_argument("--seed", metavar="S", type=_whole_number, default=0, help="seed of all noise (default 0)")
     parser.add_argument("--tile", metavar="SIZE", type=_count, help="tile side in pixels for large images")
+    parser.add_argument(
+        "--overlap",
+        metavar="PIXELS",
+        type=_whole_number,
+        help="pixels that tiles have in common (default: a quarter of a tile); more is slower and smoother",
+    )
     parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -122,7 +128,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--langevin", metavar="STD", type=_not_negative, default=0.0, help="noise on the logits at every step")
     parser.add_argument("--temperature", metavar="T", type=_not_negative, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", metavar="P", type=_not_negative, default=1.0, help="draw from this share of the probability")
-    parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of all draws (default 0)")
+    parser.add_argument("--seed", metavar="S", type=_whole_number, default=0, help="seed of all draws (default 0)")
     parser.add_argument("--tokenizer", metavar="FILE", default="bytes", help="a tokenizer.json (default: bytes)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.set_defaults(run=_generate)
@@ -272,7 +278,8 @@ def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: a
     noisy = clean
     if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
         noisy = args.add_noise.add(clean, args.seed)
-    result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, callback=_tile_progress(job.source, start))
+    progress = _tile_progress(job.source, start)
+    result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, overlap=args.overlap, callback=progress)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     write_image(job.target, image.with_pixels(result.image[0].cpu()), overwrite=args.overwrite)
     parts = [_energies(result), _steps(result), _duration(time.perf_counter() - start)]
@@ -426,7 +433,7 @@ def _count(text: str) -> int:
     return int(_number(text, int, 1, "use a whole number, 1 or more"))
 
 
-def _seed(text: str) -> int:
+def _whole_number(text: str) -> int:
     return int(_number(text, int, 0, "use a whole number, 0 or more"))
 
 

@@ -255,9 +255,10 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
-def num_tiles(height: int, width: int, tile_size: int) -> int:
-    """How many tiles `denoise_tiled` cuts an image into at its default overlap."""
-    rows, columns = (len(tile_starts(side, min(tile_size, side), tile_size // 4)) for side in (height, width))
+def num_tiles(height: int, width: int, tile_size: int, overlap: int | None = None) -> int:
+    """How many tiles `denoise_tiled` cuts an image into; the overlap is a quarter of the tile where None."""
+    overlap = tile_size // 4 if overlap is None else overlap
+    rows, columns = (len(tile_starts(side, min(tile_size, side), overlap)) for side in (height, width))
     return rows * columns
 
 

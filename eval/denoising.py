@@ -147,6 +147,7 @@ def _bench(settings: argparse.Namespace, device: str) -> Bench:
         tile=None if tile == "whole" else int(tile),
         lpips=lpips,
         meter=CostMeter(),
+        overlap=settings.overlap,
     )
 
 
@@ -214,6 +215,7 @@ def _results(settings: argparse.Namespace, bench: Bench, measured: Sequence[Meas
         "seeds": settings.seeds or [settings.seed],
         "clipped": settings.clipped,
         "tile": "whole" if bench.tile is None else bench.tile or "the model's own",
+        "overlap": "a quarter of the tile" if bench.overlap is None else bench.overlap,
         "lpips": bench.lpips.name if bench.lpips else "not available: pass --lpips-backbone",
         "ssim": "11x11 Gaussian, sigma 1.5, valid area, kornia",
         "bootstrap": resampling,
@@ -316,6 +318,7 @@ def _parser() -> OneLineParser:
     _add_rows(parser)
     add = parser.add_argument_group("how").add_argument
     add("--tile", type=_whole_or_pixels, help="tiles of this side, or whole (default: the model's own; paper: whole)")
+    add("--overlap", type=number(int, 0), help="pixels that tiles have in common (default: a quarter of the tile)")
     add("--batch-size", type=number(int, 1), help="images at a time (default 100; 1 for whole images)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
     add("--lpips-backbone", metavar="FILE", help="torchvision's weights of the backbone, or download")

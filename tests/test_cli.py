@@ -89,6 +89,12 @@ def test_candidates_tolerance_and_tiles_are_taken(run, good: Path) -> None:
     assert status == 0 and len(out) == 1
 
 
+def test_more_overlap_is_taken(run, good: Path, tmp_path: Path) -> None:
+    for overlap in ("4", "12"):
+        assert run(good, "--tile", "16", "--overlap", overlap, "--add-noise", "25", output=tmp_path / overlap)[0] == 0
+    assert (tmp_path / "4" / "good.png").read_bytes() != (tmp_path / "12" / "good.png").read_bytes()
+
+
 def test_other_noises_and_all_of_thinking_are_taken(run, good: Path, tmp_path: Path) -> None:
     plain = ("--add-noise", "salt-and-pepper:0.1")
     results = []
@@ -209,6 +215,7 @@ def test_unwritable_output_is_said_before_any_work(run, good: Path, tmp_path: Pa
         ("--step-size-scale", "0"),
         ("--seed", "-1"),
         ("--tile", "0"),
+        ("--overlap", "-1"),
         ("--stepz", "3"),
     ],
 )
@@ -221,7 +228,7 @@ def test_a_bad_option_is_one_line(
     assert stop.value.code == 2 and len(err) == 1 and option in err[0]
 
 
-@pytest.mark.parametrize("option", ["--tile=4", "--device=abacus"])
+@pytest.mark.parametrize("option", ["--tile=4", "--overlap=999", "--device=abacus"])
 def test_a_value_that_only_the_library_can_judge(run, good: Path, option: str) -> None:
     status, out, err = run(good, option)
     assert (status, out) == (2, []) and option.split("=")[1] in err[0]

@@ -69,6 +69,8 @@ class Bench:
     """Side of the tiles in pixels; 0 for each denoiser's own; None for whole images."""
     lpips: metrics.PerceptualDistance | None
     meter: CostMeter
+    overlap: int | None = None
+    """Pixels that tiles have in common; None for a quarter of the tile."""
 
     def batches(self, indices: Sequence[int]) -> list[list[int]]:
         """The indices in batches."""
@@ -87,7 +89,7 @@ class Bench:
             "tile": self.tile,
             "lpips-backbone": self.lpips and self.lpips.name,
             "format": FORMAT,
-        }
+        } | ({} if self.overlap is None else {"overlap": self.overlap})
         sweep = f"-{len(indices)}" if len(indices) < len(self.images) else ""
         return Parts(self.folder / _slug(f"{condition.key}-{row.model}-{row.method}-{row.num_steps}{sweep}"), key)
 
@@ -111,8 +113,8 @@ class Bench:
         tile = denoiser.tile_size if self.tile == 0 else self.tile
         if tile is None or max(height, width) <= tile:
             return denoiser.denoise(noisy, options, image_ids=indices), 1
-        results = [denoise_tiled(denoiser, image[None], options, tile_size=tile) for image in noisy]
-        return _concatenate(results), num_tiles(height, width, tile)
+        results = [denoise_tiled(denoiser, image[None], options, tile_size=tile, overlap=self.overlap) for image in noisy]
+        return _concatenate(results), num_tiles(height, width, tile, self.overlap)
 
     def _measure_part(self, denoiser: Denoiser, row: Row, condition: Condition, indices: Sequence[int]) -> Part:
         images = self.images.images(indices)
