@@ -139,7 +139,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
     seen = gr.Markdown(elem_id="estimate", elem_classes="hint")
     how = gr.Radio([ADD, NOISY_ALREADY], value=ADD, label="Noise", elem_id="how")
     kind = gr.Dropdown(
-        [(KIND_TITLES[name], name) for name in NOISE_KINDS], value="paper", label="Kind of noise", elem_id="kind"
+        [(KIND_TITLES[name], name) for name in NOISE_KINDS], value="gaussian", label="Kind of noise", elem_id="kind"
     )
     amounts = [
         gr.Slider(
@@ -148,7 +148,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
             value=known.default,
             step=known.step,
             label=f"Amount: {known.unit}",
-            visible=name == "paper",
+            visible=name == "gaussian",
             elem_id=f"amount-{name}",
         )
         for name, known in NOISE_KINDS.items()

@@ -4,7 +4,7 @@
     python eval/page_load.py --sizes 512x512 --visitors 0 --device cuda
 
 The page is started afresh for every size and for the visitors, and spoken to as a browser speaks to it, with everything but the
-image as the page has it: the paper's noise at level 0.1, four steps. The photographs are one of the page's examples enlarged,
+image as the page has it: its own noise and number of steps. The photographs are one of the page's examples enlarged,
 as JPEG. Memory is the most that the page's process has held since it was started, which without a request is "at rest". Writes
 results.json and report.md after every part.
 """

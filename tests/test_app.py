@@ -257,7 +257,7 @@ def test_denoise_in_a_browser(
         with page.expect_download() as download:
             page.click("#download")
         taken = np.asarray(Image.open(download.value.path()))
-        expected = by_command(photo, tiny_checkpoint, tmp_path / "out", "--add-noise", "paper:0.1")
+        expected = by_command(photo, tiny_checkpoint, tmp_path / "out", "--add-noise", "25")
         assert (taken == expected).all() and download.value.suggested_filename == "mine-denoised.png"
 
         if scheme == "dark":
