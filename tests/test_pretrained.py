@@ -14,6 +14,7 @@ from ebt_vision.denoiser import DenoiseOptions, load_denoiser
 from ebt_vision.image_files import read_image
 
 NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]
+PHOTO_NAME = "photographs_ebt"
 TEXT_NAMES = ["text_shakespeare_ebt", "text_shakespeare_transformer"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -36,8 +37,8 @@ def psnr(images: Tensor, clean: Tensor) -> float:
 
 
 def test_they_are_there_small_and_of_equal_size():
-    assert list_pretrained() == sorted(NAMES + TEXT_NAMES)
-    assert default_pretrained() == "tiny_imagenet_ebt" and default_pretrained("causal_text_ebt") == "text_shakespeare_ebt"
+    assert list_pretrained() == sorted([*NAMES, PHOTO_NAME, *TEXT_NAMES])
+    assert default_pretrained() == PHOTO_NAME and default_pretrained("causal_text_ebt") == "text_shakespeare_ebt"
     files = [path for path in PRETRAINED_DIR.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60e6
     counts = [load_pretrained(name).num_parameters for name in NAMES]
@@ -45,14 +46,14 @@ def test_they_are_there_small_and_of_equal_size():
     text = [PRETRAINED_DIR / name / "model.safetensors" for name in TEXT_NAMES]
     assert sum(path.stat().st_size for path in text) < 20e6
     ebt, transformer = (load_pretrained(name).num_parameters for name in TEXT_NAMES)
-    assert ebt == transformer + 1  # the step size
+    assert ebt == transformer + 1 + 128  # the step size, the gate
 
 
-@pytest.mark.parametrize("name", NAMES + TEXT_NAMES)
+@pytest.mark.parametrize("name", [*NAMES, PHOTO_NAME, *TEXT_NAMES])
 def test_each_card_says_how_it_came_about(name: str):
     card = (PRETRAINED_DIR / name / "README.md").read_text()
-    config = f"{name}.yaml" if name in TEXT_NAMES else f"{name}_cpu.yaml"
-    data = ("research use only", "PSNR") if name in NAMES else ("public domain", "bits per byte")
+    config = f"{name}_cpu.yaml" if name in NAMES else f"{name}.yaml"
+    data = ("public domain", "bits per byte") if name in TEXT_NAMES else ("research use only", "PSNR")
     assert (CONFIGS / config).is_file()
     for word in ("command", "commit", "hardware", config, *data):
         assert word in card, f"{name}: the card does not state: {word}"
@@ -82,6 +83,14 @@ def test_the_ebt_denoises_and_thinking_longer_helps_at_noise_it_never_saw(clean:
     assert at_unseen[1] > at_unseen[0] + 3.0
     assert at_unseen[4] > at_unseen[1] + 1.5  # more steps at one that it was not
     assert seen.energies is not None and bool((seen.energies.diff(dim=0).mean(1) < 0).all())
+
+
+@pytest.mark.parametrize(("sigma", "gain"), [(15.0, 5.0), (50.0, 10.0)])
+def test_the_photograph_ebt_removes_noise_whose_strength_it_is_not_told(sigma: float, gain: float, clean: Tensor):
+    start = corruption.add_gaussian_noise(clean, sigma, torch.Generator().manual_seed(0))
+    result = load_denoiser(PHOTO_NAME).denoise(start, DenoiseOptions(num_steps=2))
+    assert psnr(result.image, clean) > psnr(start.clamp(0, 1), clean) + gain
+    assert result.energies is not None and bool((result.energies.diff(dim=0).mean(1) < 0).all())
 
 
 @pytest.mark.parametrize(("name", "steps"), [("tiny_imagenet_regressor", 1), ("tiny_imagenet_dit", 10)])
