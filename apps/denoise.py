@@ -153,7 +153,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         )
         for name, known in NOISE_KINDS.items()
     ]
-    steps = gr.Slider(1, MAX_STEPS, value=4, step=1, label="Thinking steps", elem_id="steps")
+    steps = gr.Slider(1, MAX_STEPS, value=service.suggested_steps, step=1, label="Thinking steps", elem_id="steps")
     with gr.Row():
         model = gr.Dropdown(list(models), value=next(iter(models), None), label="Model", min_width=140, scale=2)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80, scale=1, elem_id="seed")
@@ -233,7 +233,9 @@ def _endpoints(service: Service, models: dict[str, str]) -> None:
         image.preprocess = lambda payload: None if payload is None else payload.path
         noise = gr.Dropdown(["none", *NOISE_KINDS], value="none", label="noise")
         model = gr.Dropdown(list(models), value=next(iter(models), None), label="model")
-        numbers = dict(amount=25, seed=0, steps=4, step_size_scale=1, tolerance=0, langevin=0, candidates=1, tile=0)
+        numbers = dict(
+            amount=25, seed=0, steps=service.suggested_steps, step_size_scale=1, tolerance=0, langevin=0, candidates=1, tile=0
+        )
         fields = {name: gr.Number(value, label=name) for name, value in numbers.items()}
         file, told, rows = gr.File(label="denoised"), gr.JSON(label="facts"), gr.JSON(label="methods")
         first = [image, noise, fields["amount"], fields["seed"], fields["steps"], model]

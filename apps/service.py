@@ -34,6 +34,8 @@ class Service:
 
     def __init__(self, models: dict[str, str], load: Callable[[str], Denoiser], device: str):
         self.models, self.load, self.device = models, load, device
+        self.suggested_steps = load(next(iter(models.values()))).suggested_steps if models else 4
+        """The number of thinking steps that the page begins with."""
         self._stops: dict[str, threading.Event] = {}
 
     def denoise(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[tuple]:

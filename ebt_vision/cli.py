@@ -85,7 +85,7 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=Path)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results; made if missing")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
-    parser.add_argument("--steps", metavar="N", type=_count, default=4, help="thinking steps (default 4)")
+    parser.add_argument("--steps", metavar="N", type=_count, help="thinking steps (default: what the model suggests)")
     parser.add_argument("--candidates", metavar="N", type=_count, default=1, help="think N times, keep the lowest energy")
     parser.add_argument(
         "--tolerance",
@@ -251,9 +251,10 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     from ebt_vision.denoiser import DenoiseOptions, load_denoiser
     from ebt_vision.noise import suited
 
+    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
     noise = args.add_noise
     options = DenoiseOptions(
-        num_steps=args.steps,
+        num_steps=args.steps or denoiser.suggested_steps,
         num_candidates=args.candidates,
         tolerance=args.tolerance,
         langevin_std=args.langevin,
@@ -262,7 +263,6 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         sigma=noise and noise.sigma,
         noise_level=noise and noise.noise_level,
     )
-    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
     return suited(denoiser, noise), options
 
 

@@ -110,6 +110,8 @@ class Denoiser(ABC):
     """Side in pixels of the tiles that large images should be cut into: for a network, its training size."""
     patch_size: int = 1
     """Images are padded to multiples of it."""
+    suggested_steps: int = 4
+    """What num_steps is on the command line and the page where nobody asks for a number."""
     input_scale: float = 1.0
     """Factor on the image, as -1..1, before a network sees it: see for_photographs and for_vp_images, which set it."""
     signal_scale: float = 1.0

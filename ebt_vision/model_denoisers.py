@@ -64,6 +64,7 @@ class EBTDenoiser(ModelDenoiser):
     def __init__(self, model: PatchEBT, *, name: str = "ebt", input_scale: float = 1.0):
         super().__init__(model, name=name, input_scale=input_scale)
         self.model = model
+        self.suggested_steps = model.config.suggested_steps
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         x = to_model_range(noisy) * self.input_scale

@@ -19,12 +19,16 @@ class PatchEBTConfig(TrunkConfig):
     reconstruction, the energy of Salimans & Ho 2021 (sec. 3) and of gradient-step denoisers (Hurault et al. 2022, eq. 8)."""
     observation_context: bool = False
     """Let the energy see the noisy observation beside the candidate: E(x, y) instead of the paper's E(y)."""
+    suggested_steps: int = 4
+    """Thinking steps where nobody asks for a number: kept with the weights, because models differ in when they overthink."""
     init_step_size: float = 1.0
     """Where the learned step size starts. The paper's 3000 for a mean over 64 patches is 47 for this sum (linear head)."""
 
     def __post_init__(self) -> None:
         # An explicit class: slots=True makes a new one, which zero-argument super() does not know.
         TrunkConfig.__post_init__(self)
+        if self.suggested_steps < 1:
+            raise ValueError(f"suggested_steps={self.suggested_steps} must be 1 or more")
         if self.energy_head not in ("linear", "quadratic"):
             raise ValueError(f"energy_head={self.energy_head!r} is unknown; use 'linear' or 'quadratic'")
         if self.energy_head == "linear" and self.embed_dim < self.patch_dim:
