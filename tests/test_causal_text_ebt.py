@@ -21,7 +21,7 @@ HEADS = ["linear", "quadratic", "quadratic, last token, gate"]
 def ebt(head: str = "quadratic", **options) -> CausalTextEBT:
     """A float64 model with random weights, its head included; `head` is one of HEADS."""
     torch.manual_seed(0)
-    settings = dict(energy_head=head.split()[0], add_last_token="token" in head, init_gate=0.3 if "token" in head else None)
+    settings = dict(energy_head=head.split(",")[0], add_last_token="token" in head, init_gate=0.3 if "token" in head else None)
     model = CausalTextEBT(CausalTextEBTConfig(**(SIZE | settings | options)))
     torch.nn.init.normal_(model.head.weight, std=0.5)
     return model.double()

@@ -64,6 +64,11 @@ def test_a_model_can_begin_with_the_weights_of_another(tmp_path: Path):
     model = build_model(load_config(path, [*small, init, "model.noise_process=awgn", "model.img_size=32"]))
     assert model.training and model.config.noise_process == "awgn"
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in start.state_dict().items())
+    seeing = build_model(load_config(path, [*small, init, "model.observation_context=true"]))
+    y, x = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(seeing(y, x), start(y))  # the observation says nothing yet
+    seeing(y, x).sum().backward()
+    assert seeing.trunk.embed.weight.grad.unflatten(1, (-1, 6))[..., 3:].abs().max() > 0  # but can learn to
     for change, answer in {
         "model.embed_dim=24": r"does not fit model: .* is \(.*16.*\) there, \(.*24.*\) here",
         "model.depth=2": "blocks.1.* is missing there",

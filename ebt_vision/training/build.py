@@ -27,7 +27,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_model(config: ExperimentConfig) -> PretrainedModel:
-    """A model with initial weights, or those of train.init_from, in train mode.
+    """A model with initial weights, or those of train.init_from, in train mode; see PatchEBT.adapt_weights.
 
     Raises ConfigError where the two models are of another type or size, CheckpointError where init_from cannot be loaded.
     """
@@ -38,6 +38,8 @@ def build_model(config: ExperimentConfig) -> PretrainedModel:
     if start.model_type != config.model_type:
         raise ConfigError(f"train.init_from={config.train.init_from} is a {start.model_type}, not a {config.model_type}")
     weights, mine = start.state_dict(), model.state_dict()
+    if isinstance(model, PatchEBT):
+        weights = model.adapt_weights(weights)
     for name in sorted(weights.keys() | mine.keys()):
         shapes = [tuple(state[name].shape) if name in state else "missing" for state in (weights, mine)]
         if shapes[0] != shapes[1]:

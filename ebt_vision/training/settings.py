@@ -9,7 +9,8 @@ class TrainConfig:
     """Length, batch, precision, checkpoints."""
 
     init_from: str | None = None
-    """Begin with the weights of another model of the same parts: a shipped name, a folder or hub:OWNER/NAME."""
+    """Begin with the weights of another model of the same parts: a shipped name, a folder or hub:OWNER/NAME. A PatchEBT with
+    observation_context may begin with one without."""
     num_updates: int = 1000
     batch_size: int = 32
     """Samples of one update, over all processes and accumulated parts together."""
