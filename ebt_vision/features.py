@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ebt_vision import corruption
 from ebt_vision.checkpoint import load_pretrained, model_class, resolve
 from ebt_vision.models.patch_ebt import PatchEBT
-from ebt_vision.models.patch_trunk import PatchTrunk, patchify
+from ebt_vision.models.patch_trunk import PatchTrunk, noise_process_of, patchify
 from ebt_vision.models.pretrained_model import CONFIG_NAME, read_config
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.rng import sample_generators
@@ -46,7 +46,8 @@ class Condition:
     """How a network is fed."""
 
     noise_level: float = 0.0
-    """VP noise level of the input in [0, 1]: it is scaled by the signal scale, and noise is added; 0 is the clean image."""
+    """VP noise level of the input in [0, 1]: it is scaled by the signal scale, and noise is added; 0 is the clean image. A
+    model of noise_process "awgn" gets the same divided by the signal scale, as it was trained."""
     timestep: int | None = None
     """DiT: the timestep in 0..999 that it is told."""
     thinking_steps: int = 0
@@ -90,6 +91,8 @@ class FeatureExtractor(ABC):
 
     takes_timestep = False
     takes_thinking = False
+    noise_process = "vp"
+    """"awgn": noisy inputs keep their signal at full strength."""
 
     def __init__(self, name: str, img_size: int, num_blocks: int, extra_layers: tuple[str, ...], identity: str) -> None:
         self.name, self.img_size, self.identity = name, img_size, identity
@@ -126,6 +129,7 @@ class TrunkExtractor(FeatureExtractor):
         extra = ("final", "gradient") if self.takes_thinking else ("final",)
         super().__init__(name, model.config.img_size, model.config.depth, extra, identity)
         self.model = model.requires_grad_(False).eval()
+        self.noise_process = noise_process_of(model)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.device = next(model.parameters()).device
 
@@ -284,7 +288,7 @@ def extract(
     with torch.no_grad():
         for level in sorted({feature.condition.noise_level for feature in features}):
             here = [feature for feature in features if feature.condition.noise_level == level]
-            observation = _at_level(clean, level, indices, seed).to(extractor.device)
+            observation = _at_level(clean, level, indices, seed, extractor.noise_process).to(extractor.device)
             candidates = extractor.candidates(observation, {feature.condition.thinking_steps for feature in here})
             for condition in dict.fromkeys(feature.condition for feature in here):
                 asked = [feature for feature in here if feature.condition == condition]
@@ -316,11 +320,12 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
     return tokens.mean(1) if pool == "mean" else tokens.amax(1)
 
 
-def _at_level(clean: Tensor, level: float, indices: Sequence[int], seed: int) -> Tensor:
+def _at_level(clean: Tensor, level: float, indices: Sequence[int], seed: int, noise_process: str) -> Tensor:
     if level == 0.0:
         return clean
     timestep = corruption.level_to_timestep(level)
-    return corruption.add_vp_noise(clean, level, sample_generators(seed, indices, _NOISE_STREAM, timestep))
+    noisy = corruption.add_vp_noise(clean, level, sample_generators(seed, indices, _NOISE_STREAM, timestep))
+    return noisy if noise_process == "vp" else noisy / corruption.signal_and_noise_scale(level)[0]
 
 
 def load_extractor(

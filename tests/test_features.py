@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ebt_vision import corruption
-from ebt_vision.features import Condition, Feature, choose_layers, extract, load_extractor, pool_tokens
+from ebt_vision.features import Condition, Feature, TrunkExtractor, choose_layers, extract, load_extractor, pool_tokens
 from ebt_vision.models.dit import DiT, DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
@@ -98,6 +98,20 @@ def test_thinking_first_and_noise(name: str, folder: Path, images: Tensor):
         tokens = model.forward_intermediates(final, *context, indices=[1])[0]
         torch.testing.assert_close(found[asked_for], tokens.detach())
     assert not torch.equal(found[asked[0]], found[asked[2]])
+
+
+def test_an_awgn_model_gets_the_signal_at_full_strength(images: Tensor):
+    torch.manual_seed(0)
+    networks = {process: PatchEBT(PatchEBTConfig(**SIZE, noise_process=process)) for process in ("vp", "awgn")}
+    networks["awgn"].load_state_dict(networks["vp"].state_dict())
+    seen = {}
+    for process, network in networks.items():
+        extractor = TrunkExtractor(network, process, process)
+        extractor.tokens = lambda candidate, *rest, p=process: seen.update({p: candidate}) or {"final": candidate.flatten(2)}
+        extract(extractor, images, range(5), [feature("final", noise_level=0.1)], seed=4)
+    signal, _ = corruption.signal_and_noise_scale(0.1)
+    assert signal < 0.99
+    torch.testing.assert_close(seen["awgn"], seen["vp"] / signal)
 
 
 def test_dit_is_told_its_timestep(folder: Path, images: Tensor):
