@@ -8,8 +8,8 @@ Parts: `image` and `text` are training steps (thinking, loss, backward, clipping
 `inference` is denoising by 1, 2, 4 and 8 steps and a DiT by DDIM. `tokens` is our image step at 64..4096 tokens.
 `generation` is text with the cache and without. `loader` is what the training set gives against what our step takes. Every part
 but generation says what share of the machine's own matrix rate it reaches, by counted FLOPs. `--peak-memory` adds what each row
-needs beyond its weights. Only the ratios of one run mean something; see ebt_vision/benchmark/timing.py. Writes results.json and
-report.md after every part.
+needs beyond its weights, `--profile` where its time goes. Only the ratios of one run mean something; see
+ebt_vision/benchmark/timing.py. Writes results.json and report.md after every part.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from speed_rounds import PeakFound
 from speed_text import generation, text_training
 
 from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.benchmark.time_profile import show_compiled_kernels
 from ebt_vision.checkpoint import pick_device
 from ebt_vision.provenance import provenance
 from ebt_vision.whole_files import write_text
@@ -54,6 +55,8 @@ def run(settings: argparse.Namespace) -> None:
     """Time every part; print and write the report after each, so that what is done stays."""
     settings.device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
+    if settings.profile:
+        show_compiled_kernels()
     about = provenance("eval/speed.py", settings.command, settings.device) | {"threads": torch.get_num_threads()}
     results: dict[str, Any] = {"about": about, "parts": {}}
     measure: dict[str, Callable[[argparse.Namespace], dict]] = {
@@ -84,6 +87,7 @@ def _parser() -> OneLineParser:
     add("--no-compile", dest="compile", action="store_false", help="leave out the compiled versions")
     add("--checkpoint", action="store_true", help="add rows with train.checkpoint_blocks")
     add("--peak-memory", action="store_true", help="find each row's peak memory, in a process of its own")
+    add("--profile", action="store_true", help="add the shares of matrix products, attention, fused kernels and optimizer")
     add("--peak-of", metavar="ROW", help="print the peak memory of one row of one part in bytes, and nothing else")
     add("--output", type=Path, default=Path("results/speed"))
     images = parser.add_argument_group("image models")

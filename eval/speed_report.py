@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ebt_vision.benchmark.time_profile import KINDS
 from ebt_vision.benchmark.timing import Timing
 
 
@@ -36,7 +37,17 @@ def _table(found: dict[str, Any]) -> list[str]:
         times = f"{row.seconds:.4f} ± {row.spread:.4f} | {row.first_seconds:.1f}"
         work = f"{row.flops_per_unit / 1e6:,.1f} | {100 * row.share_of_matrix_rate:.0f} %"
         lines.append(f"| {row.name} | {row.rate:,.1f} | {row.ratio:.2f} | {times} | {work} | {peak} |")
-    return lines
+    return lines + _profile_table(found.get("profile", {}))
+
+
+def _profile_table(profile: dict[str, dict[str, float]]) -> list[str]:
+    """Shares of a call's time; nothing where none was profiled."""
+    if not profile:
+        return []
+    lines = ["", f"| share of the time | {' | '.join(KINDS)} |", "|" + "---|" * (1 + len(KINDS))]
+    return lines + [
+        f"| {name} | {' | '.join(f'{100 * shares[kind]:.0f} %' for kind in KINDS)} |" for name, shares in profile.items()
+    ]
 
 
 def _generation_table(found: dict[str, Any]) -> list[str]:

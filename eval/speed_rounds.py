@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.benchmark.memory import peak_bytes
+from ebt_vision.benchmark.time_profile import time_by_kind
 from ebt_vision.benchmark.timing import MatrixProduct, Version, time_side_by_side
 
 
@@ -44,7 +45,10 @@ def timed(settings: argparse.Namespace, versions: Sequence[Version], product: tu
     if settings.peak_memory:
         for row in measured:
             row["peak_bytes"] = _peak_alone(settings, row["name"])
-    return {"unit": unit, "matrix_rate": rate, "rows": measured}
+    found = {"unit": unit, "matrix_rate": rate, "rows": measured}
+    if settings.profile:
+        found["profile"] = {version.name: time_by_kind(version.call, settings.device) for version in versions}
+    return found
 
 
 class PeakFound(Exception):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ebt_vision.benchmark import training_cost
+from ebt_vision.benchmark.time_profile import KINDS, time_by_kind
 from ebt_vision.benchmark.timing import MatrixProduct, Version, time_side_by_side
 from ebt_vision.config import build_config
 from ebt_vision.models.patch_trunk import TrunkConfig
@@ -116,6 +117,23 @@ def test_rates_and_shares_come_from_units_and_counted_products():
         assert timing.rate == pytest.approx(1 / timing.seconds) and timing.peak_bytes is None
         assert timing.share_of_matrix_rate == pytest.approx(timing.flops_per_unit * timing.rate / rate)
     assert timings[0].ratio == 1 and timings[1].ratio == pytest.approx(timings[1].rate / timings[0].rate)
+
+
+def test_a_profile_tells_products_from_the_rest(tmp_path: Path):
+    left, weight = torch.randn(512, 512), torch.nn.Parameter(torch.randn(512, 512))
+    weight.grad = torch.randn(512, 512)
+    step = torch.optim.AdamW([weight]).step
+    for call, kind in ((lambda: left @ left, "matrix products"), (lambda: left.exp().cos(), "other"), (step, "optimizer")):
+        call()
+        shares = time_by_kind(call)
+        assert tuple(shares) == KINDS and sum(shares.values()) == pytest.approx(1)
+        assert max(shares, key=shares.__getitem__) == kind
+    tiny = [*TINY, "--no-compile", "--parts", "text", "--profile", "--output", str(tmp_path)]
+    assert speed.main(tiny) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["parts"]["text"]
+    assert list(found["profile"]) == [row["name"] for row in found["rows"]]
+    assert all(shares["matrix products"] > 0 and shares["optimizer"] > 0 for shares in found["profile"].values())
+    assert "| share of the time | matrix products |" in (tmp_path / "report.md").read_text()
 
 
 def test_the_plain_image_model_is_the_paper_s():
