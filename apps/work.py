@@ -208,7 +208,7 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
     start = time.perf_counter()
     denoiser = suited(denoiser, request.noise)
     options = denoiser.resolve_options(source.noisy, options)
-    keep = dict(keep_trajectory=True, keep_candidates=request.num_candidates > 1)
+    kept = replace(options, keep_trajectory=True, keep_candidates=request.num_candidates > 1)
     height, width = source.noisy.shape[-2:]
     large = height * width > CLOSE_UP_ABOVE
     view, note, shown = source, "", options
@@ -218,9 +218,9 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
         words = f"first a close-up of the middle {CLOSE_UP}×{CLOSE_UP} pixels"
         note = f"The steps, the map and the candidates are those of the middle {CLOSE_UP}×{CLOSE_UP} pixels."
         reporter = _Reporter(view, stop, post, words)
-        seen = denoise_tiled(denoiser, view.noisy, replace(options, **keep), tile_size=request.tile_size, on_step=reporter)
+        seen = denoise_tiled(denoiser, view.noisy, kept, tile_size=request.tile_size, on_step=reporter)
     else:
-        shown = replace(options, **keep)
+        shown = kept
     if large and stop.is_set():
         after, whole = source.noisy.clamp(0, 1), seen
         note = f"Stopped before the whole image was begun. {note}"

@@ -93,6 +93,12 @@ def _add_denoise(parser: argparse.ArgumentParser) -> None:
         type=_not_negative,
         help="stop when a step gains less than this share of the first; try 0.02",
     )
+    parser.add_argument(
+        "--tolerance-of",
+        choices=("first", "previous"),
+        default="first",
+        help="the step that T is a share of; 'previous' thinks on where noise is stronger than in training; try 0.05",
+    )
     parser.add_argument("--step-size-scale", metavar="F", type=_positive, default=1.0, help="factor on the learned step size")
     parser.add_argument("--langevin", metavar="STD", type=_not_negative, default=0.0, help="noise in each thinking step")
     parser.add_argument(
@@ -257,6 +263,7 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         num_steps=args.steps or denoiser.suggested_steps,
         num_candidates=args.candidates,
         tolerance=args.tolerance,
+        tolerance_of=args.tolerance_of,
         langevin_std=args.langevin,
         step_size_scale=args.step_size_scale,
         seed=args.seed,

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ebt_vision.checks import check
 from ebt_vision.corruption import signal_and_noise_scale
+from ebt_vision.thinking import ToleranceOf
 
 MIN_SIDE = 8
 """Pixels; smaller images hold nothing to denoise by."""
@@ -33,6 +35,8 @@ class DenoiseOptions:
     """EBT: standard deviation, on [-1, 1], of the noise added to every start but the first."""
     tolerance: float | None = None
     """EBT: a sample stops once a step gains no more than this share of what its first step did (see ThinkingConfig)."""
+    tolerance_of: ToleranceOf = "first"
+    """EBT: the step whose gain that is a share of, the first or the previous one."""
     langevin_std: float = 0.0
     """EBT: noise added to the candidate before each gradient, on [-1, 1]."""
     step_size_scale: float = 1.0
@@ -53,6 +57,7 @@ class DenoiseOptions:
         check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "use 1 (plain thinking) or more")
         check(self.candidate_noise_std >= 0, "candidate_noise_std", self.candidate_noise_std, "use 0 or more")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
+        check(self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, "use 'first' or 'previous'")
         check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
         check(self.step_size_scale > 0, "step_size_scale", self.step_size_scale, "use a positive number")
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")

@@ -72,7 +72,12 @@ class EBTDenoiser(ModelDenoiser):
         result = best_of(
             self.model,
             watch.starts(x, image_ids),
-            ThinkingConfig(num_steps=options.num_steps, langevin_std=options.langevin_std, tolerance=options.tolerance),
+            ThinkingConfig(
+                num_steps=options.num_steps,
+                langevin_std=options.langevin_std,
+                tolerance=options.tolerance,
+                tolerance_of=options.tolerance_of,
+            ),
             context=self.model.context_of(x),
             step_size=self.model.step_size.detach() * options.step_size_scale,
             generator=sample_generators(options.seed, image_ids, LANGEVIN_STREAM),

@@ -15,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -92,6 +92,9 @@ class NonFiniteGradientError(ThinkingError):
         )
 
 
+ToleranceOf = Literal["first", "previous"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThinkingConfig:
     """How to think; the defaults are the plain deterministic descent of inference."""
@@ -112,6 +115,9 @@ class ThinkingConfig:
     """If set, only the last so many steps are part of the graph (truncation); None keeps all of them."""
     tolerance: float | None = None
     """If set, a sample stops once a step lowers its energy by no more than this share of what its first step did."""
+    tolerance_of: ToleranceOf = "first"
+    """previous: of what the step before did. An energy that falls step by step at an even rate, as that of an input far from
+    anything that was trained on, is then thought on; one that settles at once stops."""
 
     def __post_init__(self) -> None:
         check(self.num_steps >= 0, "num_steps", self.num_steps, "use 1 or more, or 0 to return the start")
@@ -122,6 +128,7 @@ class ThinkingConfig:
         check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
         check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
+        check(self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, "use 'first' or 'previous'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,8 +294,10 @@ class _Descent:
         """Drop the samples whose last update gained too little; returns which of the active ones go on (None: all)."""
         if self.config.tolerance is None or previous is None or step < 1:
             return None
-        now, before, first = (e.reshape(len(e), -1).sum(1) for e in (self.energies[-1], self.energies[-2], self.energies[0]))
-        second = self.energies[1].reshape(len(now), -1).sum(1)
+        end = 2 if self.config.tolerance_of == "first" else max(2, step)
+        higher, lower, before, now = (
+            e.reshape(len(e), -1).sum(1) for e in (self.energies[end - 2], self.energies[end - 1], *self.energies[-2:])
+        )
         index = self._index()
         gain = (before - now)[index]
         rose = index[gain < 0]
@@ -296,7 +305,7 @@ class _Descent:
             self.y = self.y.index_copy(0, rose, previous[rose])
             self.energies[-1] = self.energies[-1].index_copy(0, rose, self.energies[-2][rose])
             used[rose] -= 1
-        moving = gain > self.config.tolerance * (first - second).clamp(min=0)[index]
+        moving = gain > self.config.tolerance * (higher - lower).clamp(min=0)[index]
         if moving.all():
             return None
         self.active = index[moving]

@@ -182,6 +182,16 @@ def test_tiles_are_counted_as_they_are_cut():
     assert set(calls) == {num_tiles(37, 16, 16, overlap=12)} == {7}
 
 
+def test_a_tolerance_of_the_previous_step_is_a_row_of_its_own():
+    settings = RowSettings(steps=4, tolerances=(0.05,), tolerance_of="previous", candidates=0)
+    condition = Condition(protocol="paper", kind="level", strength=0.1)
+    plain, stopping = rows_of("m", "ebt", condition, settings)
+    assert stopping.method == "thinking, tolerance 0.05 of the previous" and stopping.reported == (4,)
+    denoiser = EBTDenoiser(PatchEBT(PatchEBTConfig(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)))
+    _, _, options = prepare(denoiser, stopping, condition, torch.rand(1, 3, 16, 16))
+    assert (options.tolerance, options.tolerance_of) == (0.05, "previous")
+
+
 # --- candidates
 
 

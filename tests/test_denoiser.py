@@ -53,6 +53,7 @@ EVERY_KIND = {
     "ebt with context": (lambda: ebt(observation_context=True), DenoiseOptions(num_steps=2)),
     "ebt best of": (ebt, DenoiseOptions(num_steps=2, num_candidates=3, langevin_std=0.05)),
     "ebt tolerance": (ebt, DenoiseOptions(num_steps=6, tolerance=0.3)),
+    "ebt tolerance of the previous": (ebt, DenoiseOptions(num_steps=6, tolerance=0.3, tolerance_of="previous")),
     "dit ddim": (dit, DenoiseOptions(num_steps=3, noise_level=0.05)),
     "dit by sigma": (dit, DenoiseOptions(num_steps=3, sigma=25)),
     "dit estimating": (dit, DenoiseOptions(num_steps=3)),

@@ -1,5 +1,7 @@
 """think() by hand arithmetic on energies whose descent is known, and its contract with its caller."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -164,6 +166,17 @@ def test_a_settled_sample_leaves_the_batch_and_saves_forward_passes():
         assert result.num_steps[i] == alone.num_steps[0] and result.num_forward[i] == alone.num_forward[0]
     stopped = result.energies[int(result.num_steps[0]) :, 0]
     assert torch.equal(stopped, stopped[:1].expand_as(stopped))
+
+
+def test_the_tolerance_may_be_a_share_of_the_step_before():
+    """An energy that falls by the same share again and again never settles; one whose second step gains little does at once."""
+    start = torch.ones(1, 4, dtype=torch.float64)
+    halves = ThinkingConfig(num_steps=8, step_size=0.5, tolerance=0.2)  # energies fall to a quarter with every step
+    assert think(half_square, start, halves).num_steps.tolist() == [3]  # 0.75, 0.1875, 0.047 against 0.15
+    assert think(half_square, start, replace(halves, tolerance_of="previous")).num_steps.tolist() == [8]
+    assert think(half_square, start, replace(halves, tolerance_of="previous", tolerance=0.3)).num_steps.tolist() == [2]
+    with pytest.raises(ValueError, match="tolerance_of"):
+        ThinkingConfig(tolerance_of="last")  # type: ignore[arg-type]
 
 
 def test_with_a_tolerance_an_update_that_raises_the_energy_is_taken_back():

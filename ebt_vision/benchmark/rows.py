@@ -11,6 +11,7 @@ from ebt_vision import corruption
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.denoiser import TRAINING_LEVEL, DenoiseOptions, Denoiser, IdentityDenoiser, for_photographs, for_vp_images
 from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+from ebt_vision.thinking import ToleranceOf
 
 Kind = Literal["ebt", "dit", "regressor", "identity", "classical"]
 
@@ -21,6 +22,7 @@ class RowSettings:
 
     steps: int = 10
     tolerances: tuple[float, ...] = ()
+    tolerance_of: ToleranceOf = "first"
     candidates: int = 8
     candidate_steps: tuple[int, ...] = ()
     """Steps of the best-of-N rows; empty for 1 and `steps`."""
@@ -54,6 +56,7 @@ class Row:
     start_level: float | None = None
     """DiT: the VP level that it is told, where that is not the noise's own."""
     tolerance: float | None = None
+    tolerance_of: ToleranceOf = "first"
     num_candidates: int = 1
     candidate_noise: float = 0.0
     langevin: float = 0.0
@@ -101,7 +104,8 @@ def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
     plain = Row(model=name, kind="ebt", method="thinking", num_steps=steps, reported=tuple(range(1, steps + 1)))
     yield plain
     for tolerance in settings.tolerances:
-        yield replace(plain, method=f"thinking, tolerance {tolerance:g}", reported=(steps,), tolerance=tolerance)
+        method = f"thinking, tolerance {tolerance:g}" + (" of the previous" if settings.tolerance_of == "previous" else "")
+        yield replace(plain, method=method, reported=(steps,), tolerance=tolerance, tolerance_of=settings.tolerance_of)
     if settings.candidates > 1:
         for count in sorted(set(settings.candidate_steps or (1, steps))):
             yield Row(
@@ -149,6 +153,7 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
     options = DenoiseOptions(
         num_steps=row.num_steps,
         tolerance=row.tolerance,
+        tolerance_of=row.tolerance_of,
         num_candidates=row.num_candidates,
         candidate_noise_std=row.candidate_noise,
         langevin_std=row.langevin,
