@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebt_vision import corruption
+from ebt_vision.energy_order import energy_as_error, energy_order_loss
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.regressor import PatchRegressor
@@ -58,6 +59,11 @@ class ObjectiveConfig:
     """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's. The DiT has its own."""
     loss_steps: Literal["every", "last"] = "every"
     """Average the loss over every thinking step, or take the last one's alone."""
+    energy_order_weight: float = 0.0
+    """Weight of a loss on the order of energies along thinking and against the clean image (energy_order.py); 0 is off. Image
+    EBTs only; costs a forward and backward of two candidates more."""
+    energy_order_scale: float = 5e-4
+    """Mean squared error, on [-1, 1], by which two candidates differ clearly."""
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     """Thinking during training; its step_size is not used: the model's learned one is."""
 
@@ -68,6 +74,10 @@ class ObjectiveConfig:
             raise ValueError(f"objective.sigmas=[{low:g}, {high:g}] is not a range in 0..255")
         if self.loss not in _DISTANCES:
             raise ValueError(f"objective.loss={self.loss!r} is unknown; use one of {', '.join(_DISTANCES)}")
+        if self.energy_order_weight < 0:
+            raise ValueError(f"objective.energy_order_weight={self.energy_order_weight:g} is negative; use 0 to turn it off")
+        if self.energy_order_scale <= 0:
+            raise ValueError(f"objective.energy_order_scale={self.energy_order_scale:g} must be positive")
         if self.thinking.tolerance is not None:
             raise ValueError("objective.thinking.tolerance must be null in training: the graph needs every sample")
         if self.thinking.num_steps < 1:
@@ -177,9 +187,10 @@ class EBTObjective(ImageObjective):
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         model: PatchEBT = self.model  # type: ignore[assignment]
         observation = self.observe(batch) if batch.observation is None else batch.observation
+        start = observation if batch.start is None else batch.start
         result = think(
             self.energy_fn,
-            observation if batch.start is None else batch.start,
+            start,
             self.config.thinking,
             context=model.context_of(observation),
             step_size=model.step_size,
@@ -190,7 +201,19 @@ class EBTObjective(ImageObjective):
         output = thinking_output(
             result, model.step_size, self.config.loss_steps, lambda p: self.distance(p, batch.clean).mean()
         )
+        if self.config.energy_order_weight:
+            order = self.energy_order_loss(result, batch.clean, observation, start)
+            output |= {"loss": output["loss"] + self.config.energy_order_weight * order, "energy_order_loss": order.detach()}
         return output | {"observation": observation}
+
+    def energy_order_loss(self, result: ThinkingResult, clean: Tensor, observation: Tensor, start: Tensor) -> Tensor:
+        """The loss () on the order of energies of the start, the last candidate and the clean image."""
+        model: PatchEBT = self.model  # type: ignore[assignment]
+        candidates = torch.cat([result.final.detach(), clean])
+        others = model(candidates, *(torch.cat([c, c]) for c in model.context_of(observation))).unflatten(0, (2, -1))
+        energies = energy_as_error(torch.cat([result.energies[:1], others]), model.step_size.detach(), clean[0].numel())
+        errors = [(candidate - clean).pow(2).flatten(1).mean(1) for candidate in (start, result.final.detach(), clean)]
+        return energy_order_loss(energies, torch.stack(errors), self.config.energy_order_scale)
 
     def continue_thinking(self, batch: ImageBatch, rows: dict[str, Tensor]) -> ImageBatch:
         """See Objective: observations are made once and go with the candidate that was thought from them."""

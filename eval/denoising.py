@@ -32,7 +32,7 @@ from ebt_vision.benchmark.report import report
 from ebt_vision.benchmark.results import write_results
 from ebt_vision.benchmark.rows import Row, RowSettings, kind_of, rows_of, sweep_rows_of
 from ebt_vision.benchmark.summary import candidate_columns, combine, per_image_columns, summarise
-from ebt_vision.benchmark.verification import verify_candidates, verify_thinking
+from ebt_vision.benchmark.verification import has_candidates, verify_candidates, verify_thinking
 from ebt_vision.checkpoint import checkpoint_hash, pick_device
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.provenance import provenance
@@ -226,7 +226,7 @@ def _results(settings: argparse.Namespace, bench: Bench, measured: Sequence[Meas
         "rows": rows,
         "combined": combine(rows, groups),
         "verification": {
-            "candidates": [verify_candidates(run, **resampling) for run in tables if run.row.num_candidates > 1],
+            "candidates": [verify_candidates(run, **resampling) for run in tables if has_candidates(run)],
             "thinking": [row for run in tables if run.row.method == "thinking" for row in verify_thinking(run)],
         },
     }

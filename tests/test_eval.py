@@ -144,13 +144,18 @@ def test_every_image_is_kept_and_the_rest_is_drawn(full_run: Path):
         assert chosen.psnr.mean() == pytest.approx(row["psnr_image"]) and chosen.ssim.mean() == pytest.approx(row["ssim"])
     candidates = pyarrow.parquet.read_table(full_run / "candidates.parquet").to_pandas()
     assert len(candidates) == 2 * 5 * 3  # conditions, images, candidates
-    verified = results(full_run)["verification"]["candidates"][0]
+    steps, verified = results(full_run)["verification"]["candidates"][:2]
+    assert (steps["method"], verified["method"]) == ("steps 1..3", "best of 3")
     mine = candidates[candidates.condition == verified["condition"]]
     psnr = (10 * np.log10(255**2 / mine.mse)).groupby(mine.image)
     assert verified["oracle_gain_over_mean"]["mean"] == pytest.approx((psnr.max() - psnr.mean()).mean())
     kept = mine.loc[mine.groupby("image").energy.idxmin()].set_index("image")
     gain = (10 * np.log10(255**2 / kept.mse) - psnr.mean()).mean()
     assert verified["gain_over_mean"]["mean"] == pytest.approx(gain, abs=1e-6)
+    states = table[(table.method == "thinking") & (table.condition == steps["condition"]) & ~table.sweep]
+    lowest = states.loc[states.groupby("image").energy.idxmin()].set_index("image")
+    gain = (lowest.psnr - states.groupby("image").psnr.mean()).mean()
+    assert steps["gain_over_mean"]["mean"] == pytest.approx(gain, abs=1e-6)
     text = (full_run / "report.md").read_text()
     for name in ("cost.png", "levels.png", "energy.png", "strip-tiny-ebt.png"):
         assert Image.open(full_run / name).width > 200 and f"({name})" in text

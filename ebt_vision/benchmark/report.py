@@ -79,14 +79,15 @@ def _verification(results: Mapping) -> list[str]:
     if candidates:
         lines += ["", "## Does the energy rank candidates?", ""]
         lines += ["Gains are in dB of per-image PSNR, over the mean candidate where nothing else is said; the oracle keeps the"]
-        lines += ["candidate of least error. The first candidate starts without added noise: it is plain thinking.", ""]
+        lines += ["candidate of least error. The first of N candidates starts without added noise: it is plain thinking. Under"]
+        lines += ['"steps", the candidates are what plain thinking had after each step: can the energy say when to stop?', ""]
         columns: list[Column] = [
             *where,
             ("method", lambda r: r["method"]),
             ("steps", lambda r: str(r["steps"])),
             ("Spearman within an image", lambda r: _interval(r["spearman_within"])),
             ("AUROC within", lambda r: _interval(r["auroc_within"])),
-            ("gain of best of N", lambda r: _interval(r["gain_over_mean"])),
+            ("gain of the lowest energy", lambda r: _interval(r["gain_over_mean"])),
             ("over the first candidate", lambda r: _interval(r["gain_over_first"])),
             ("gain of the oracle", lambda r: _interval(r["oracle_gain_over_mean"])),
             ("spread of candidates, dB", lambda r: _interval(r["spread_of_candidates"])),

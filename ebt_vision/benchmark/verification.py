@@ -7,19 +7,23 @@ from ebt_vision.benchmark.statistics import auroc, bootstrap_means, intervals, s
 
 
 def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> dict:
-    """How well the energy ranks the candidates of a best-of-N row, within an image and across images.
+    """How well the energy ranks the candidates of an image, within the image and across images.
 
-    Gains are in dB of per-image PSNR over the mean candidate: of the one kept, and of the oracle that would keep the best.
-    `gain_over_first` is over the candidate whose start had no noise added, which is plain thinking where there is no Langevin
-    noise: worse starts alone raise the gain over the mean, never this one. Each
+    The candidates are those of a best-of-N row, or what plain thinking had after each of its steps. Gains are in dB of
+    per-image PSNR over the mean candidate: of the one of lowest energy, and of the oracle that would keep the best.
+    `gain_over_first` is over the first: with best of N the one whose start had no noise added, which is plain thinking where
+    there is no Langevin noise: worse starts alone raise the gain over the mean, never this one. Each
     mean over images comes as {mean, low, high} with its 95 % interval; `images_ranked` is how many images have a rank
     correlation at all (candidates that are all alike have none).
     """
-    energy, error = measured.arrays["candidate_energy"], measured.arrays["candidate_mse"]  # (n, N)
+    best_of = measured.row.num_candidates > 1
+    names = ("candidate_energy", "candidate_mse") if best_of else ("energy", "mse")
+    energy, error = (measured.arrays[name] for name in names)  # (n, N), or (n, S)
     psnr = psnr_of(error)
     within = spearman(energy, error)
-    chosen, average = measured.psnr[:, 0], psnr.mean(1)
-    oracle = psnr.max(1)
+    average, oracle = psnr.mean(1), psnr.max(1)
+    # Tiles choose each for themselves, so a best-of-N image need not be one of its candidates.
+    chosen = measured.psnr[:, 0] if best_of else psnr[np.arange(len(psnr)), energy.argmin(1)]
     means = {
         "spearman_within": within,
         "auroc_within": auroc(energy, error),
@@ -30,7 +34,7 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
     }
     figures = {name: _mean_with_interval(values, num_resamples, seed) for name, values in means.items()}
     return _where(measured) | {
-        "method": measured.row.method,
+        "method": measured.row.method if best_of else f"steps {measured.row.reported[0]}..{measured.row.num_steps}",
         "steps": measured.row.num_steps,
         "images": len(energy),
         "images_ranked": int(np.isfinite(within).sum()),
@@ -38,6 +42,11 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
         "spearman_across": _number(spearman(energy.mean(1), error.mean(1))),
         "auroc_across": _number(auroc(energy.mean(1), error.mean(1))),
     }
+
+
+def has_candidates(measured: Measured) -> bool:
+    """Whether verify_candidates has something to rank: best of N, or plain thinking measured after several steps."""
+    return measured.row.num_candidates > 1 or (measured.row.method == "thinking" and len(measured.row.reported) > 1)
 
 
 def verify_thinking(measured: Measured) -> list[dict]:
