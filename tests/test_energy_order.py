@@ -53,31 +53,27 @@ def test_an_energy_whose_step_is_exact_has_the_unit_of_the_error():
     torch.testing.assert_close(energy_as_error(energy, alpha, clean[0].numel()), (x - clean).square().flatten(1).mean(1))
 
 
-@pytest.mark.parametrize("context", [False, True])
-def test_training_with_it_puts_the_clean_image_lowest(context: bool):
+def trained(weight: float, context: bool) -> tuple[float, float]:
+    """(what is left of the order loss, the share of images whose clean image has the lowest energy) after 60 updates."""
     ebt, images = model(observation_context=context), batch()
-    objective = EBTObjective(ebt, ObjectiveConfig(energy_order_weight=100.0))
-    noisy = objective.observe(images)
-
-    def clean_is_lower() -> float:
-        energies = [ebt(x, *ebt.context_of(noisy)) for x in (noisy, images.clean)]
-        return (energies[1] < energies[0]).float().mean().item()
-
     optimizer = torch.optim.Adam(ebt.parameters(), lr=1e-3)
+    objective = EBTObjective(ebt, ObjectiveConfig(energy_order_weight=weight))
     for _ in range(60):
-        output = objective(images)
         optimizer.zero_grad()
+        output = objective(images)
         output["loss"].backward()
         optimizer.step()
-    assert clean_is_lower() == 1.0
-    last = objective(images)
-    assert last["energy_order_loss"] < 0.05 * energy_order_loss(torch.zeros(3, 6), errors_of(objective, images), 5e-4)
+    noisy = objective.observe(images)
+    with torch.no_grad():
+        energies = torch.stack([ebt(x, *ebt.context_of(noisy)) for x in (noisy, output["candidate"], images.clean)])
+    return output["energy_order_loss"].item(), (energies.argmin(0) == 2).float().mean().item()
 
 
-def errors_of(objective: EBTObjective, images: ImageBatch) -> torch.Tensor:
-    start = objective.observe(images)
-    states = (start, objective(images)["candidate"], images.clean)
-    return torch.stack([(x - images.clean).square().flatten(1).mean(1) for x in states])
+@pytest.mark.parametrize("context", [False, True])
+def test_training_with_it_puts_the_clean_image_lowest(context: bool):
+    (loss, lowest), (plain_loss, plain_lowest) = trained(100.0, context), trained(1e-9, context)
+    assert lowest == 1.0 >= plain_lowest
+    assert loss < 0.1 * plain_loss
 
 
 def test_it_is_the_weighted_part_of_the_loss():
