@@ -3,7 +3,8 @@
 Thinking takes the gradient of the network with respect to its input, and training differentiates that gradient again. Of
 PyTorch's attention kernels only the math path has a second derivative: the fused ones (flash, memory-efficient) raise or
 are silently cut. So these blocks call scaled_dot_product_attention and leave the choice to their caller: thinking.py
-asks for the math path when the graph of the gradient is kept, and everything else gets the fast kernels.
+asks for the math path when the graph of the gradient is kept, and everything else gets the fast kernels. Where the math
+path is asked for, long sequences on a CPU take blockwise_attention.py: it, too, has a second derivative, and no N x N matrices.
 
 Conditioning: the paper's code feeds adaLN one learned constant, which spends 6 * d^2 parameters a block on six vectors.
 Here they are those vectors: the norm's scale and the gate of LayerScale (Touvron et al. 2021).
@@ -12,6 +13,11 @@ Here they are those vectors: the norm's scale and the gate of LayerScale (Touvro
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ebt_vision.models.blockwise_attention import blockwise_attention
+
+BLOCKWISE_TOKENS = 2048
+"""Sequences from this length on are attended block by block where a second derivative is wanted (docs/results/speed.md)."""
 
 
 def axial_rope(height: int, width: int, head_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -39,6 +45,19 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over (B, num_heads, N, head_dim) by PyTorch's kernels, or by blocks (see BLOCKWISE_TOKENS)."""
+    if not torch.compiler.is_compiling() and q.shape[-2] >= BLOCKWISE_TOKENS and _takes_blocks(q):
+        return blockwise_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _takes_blocks(q: Tensor) -> bool:
+    math_alone = not torch.backends.cuda.flash_sdp_enabled()  # sdpa_kernel sets these flags for every device
+    full_precision = q.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(q.device.type)
+    return math_alone and full_precision and q.device.type == "cpu"
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions, (B, N, dim) -> (B, N, dim)."""
 
@@ -55,7 +74,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, num_heads, N, head_dim)
+        x = self_attention(q, k, v)  # (B, num_heads, N, head_dim)
         return self.proj(x.transpose(1, 2).reshape(B, N, dim))
 
 

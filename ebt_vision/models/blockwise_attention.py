@@ -1,0 +1,127 @@
+"""Attention with a first and a second derivative that never holds a whole score matrix: for long sequences on a CPU.
+
+PyTorch's fused attention has no second derivative; its math path has, and for N tokens writes and reads N x N matrices one
+after the other for each head. Here the queries go in blocks whose scores stay in the cache, and every pass computes them again
+from the log-sum-exp of the rows (as in FlashAttention, Dao et al. 2022, whose backward pass is the first derivative below).
+
+With s = head_dim^-1/2, P = softmax(s Q K^T), O = P V, and G the gradient of O, the first derivative is
+
+    dV = P^T G    dS = P * (G V^T - rowsum(G * O))    dQ = s dS K    dK = s dS^T Q
+
+and for gradients A, B, C of (dQ, dK, dV), the second is that of <A, dQ> + <B, dK> + <C, dV>, with W = s (A K^T + Q B^T):
+
+    T = P * (W - rowsum(P * W))                                     what G V^T gets
+    R = dS * W + P * (G C^T - rowsum(P * W) * G V^T)                what P gets, times P
+    H = R - P * rowsum(R)                                           what the scores get
+    Q: s (H K + dS B)    K: s (H^T Q + dS^T A)    V: T^T G    G: T V + P C
+
+torch.compile must not see these functions: it takes the second derivative of such a function wrongly without saying so
+(torch 2.15), which is why blocks.py asks torch.compiler.is_compiling().
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_SCORES = 1 << 18
+"""Scores of one head in a block: about a megabyte in float32."""
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v for (B, num_heads, N, head_dim), float32 or float64; differentiable twice.
+
+    Memory for scores is that of a few blocks of BLOCK_SCORES a head, however many tokens, in all passes. The second derivative
+    is the last: a third raises RuntimeError.
+    """
+    attended: Tensor = _Attention.apply(q, k, v)[0]
+    return attended
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Ranges of queries."""
+    tokens, rows = q.shape[-2], max(16, BLOCK_SCORES // k.shape[-2])
+    return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(-2, -1)
+
+
+def _attention_of(q: Tensor, keys: Tensor, log_sum: Tensor) -> Tensor:
+    """P of a block of scaled queries."""
+    return (q @ keys).sub_(log_sum[..., None]).exp_()
+
+
+class _Attention(torch.autograd.Function):
+    """(q, k, v) -> (attention's output, the log-sum-exp of each row of scores)."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scale, keys = q.shape[-1] ** -0.5, _transposed(k)
+        output, log_sums = torch.empty_like(q), q.new_empty(q.shape[:-1])
+        for rows in _blocks(q, k):
+            scores = (q[..., rows, :] * scale) @ keys  # (B, num_heads, block, N)
+            log_sums[..., rows] = log_sum = scores.logsumexp(-1)
+            output[..., rows, :] = scores.sub_(log_sum[..., None]).exp_() @ v
+        return output, log_sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, output, log_sums = ctx.saved_tensors
+        gradients: tuple[Tensor, ...] = _Gradient.apply(q, k, v, grads[0], output.detach(), log_sums)
+        return gradients
+
+
+class _Gradient(torch.autograd.Function):
+    """(q, k, v, gradient of the output) -> (dQ, dK, dV); `output` and `log_sums` only save computing them again."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, output: Tensor, log_sums: Tensor) -> tuple[Tensor, ...]:
+        scale, keys, values = q.shape[-1] ** -0.5, _transposed(k), _transposed(v)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        along = (grad * output).sum(-1, keepdim=True)
+        for rows in _blocks(q, k):
+            queries, g = q[..., rows, :] * scale, grad[..., rows, :]
+            p = _attention_of(queries, keys, log_sums[..., rows])
+            dv += _transposed(p) @ g
+            ds = (g @ values).sub_(along[..., rows, :]).mul_(p)
+            dq[..., rows, :] = ds @ k * scale
+            dk += _transposed(ds) @ queries
+        return dq, dk, dv
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, grad, output, log_sums = ctx.saved_tensors
+        a, b, c = grads
+        scale, keys, values = q.shape[-1] ** -0.5, _transposed(k), _transposed(v)
+        of_w = _transposed(torch.cat([k, b], dim=-1) * scale)
+        q_out, k_out, v_out, grad_out = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.empty_like(grad)
+        along = (grad * output).sum(-1, keepdim=True)
+        for rows in _blocks(q, k):
+            queries, g, a_rows = q[..., rows, :], grad[..., rows, :], a[..., rows, :]
+            p = _attention_of(queries * scale, keys, log_sums[..., rows])
+            gv = g @ values
+            w = torch.cat([a_rows, queries], dim=-1) @ of_w
+            ds = p * (gv - along[..., rows, :])
+            pw = p * w
+            mean_w = pw.sum(-1, keepdim=True)
+            t = pw - p * mean_w
+            r = ds * w + p * (g @ _transposed(c) - mean_w * gv)
+            h = r - p * r.sum(-1, keepdim=True)
+            q_out[..., rows, :] = (h @ k + ds @ b) * scale
+            k_out += (_transposed(h) @ queries + _transposed(ds) @ a_rows) * scale
+            v_out += _transposed(t) @ g
+            grad_out[..., rows, :] = t @ v + p @ c
+        return q_out, k_out, v_out, grad_out, None, None
