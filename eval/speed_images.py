@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from ebt_vision.benchmark.timing import Version
 from ebt_vision.config import build_config
 from ebt_vision.denoiser import DenoiseOptions, Denoiser
 from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+from ebt_vision.models import blocks
 from ebt_vision.models.patch_trunk import TrunkConfig
 from ebt_vision.objectives import ImageBatch
 from ebt_vision.rng import sample_generators
@@ -84,7 +86,7 @@ def _image_update(
 
 
 def growth_with_tokens(settings: argparse.Namespace) -> dict:
-    """Our step as it is trained, at each number of tokens; the batch shrinks as they grow."""
+    """Our step at each number of tokens; the batch shrinks as they grow."""
     rows: list[dict] = []
     rate = 0.0
     for tokens in settings.tokens:
@@ -93,18 +95,41 @@ def growth_with_tokens(settings: argparse.Namespace) -> dict:
             raise ValueError(f"--tokens {tokens} is no square; use numbers such as 64, 256, 1024, 4096")
         sizes = replace(_image_sizes(settings), img_size=settings.patch_size * side)
         batch = max(1, settings.batch_size * 64 // tokens)
-        name = f"{tokens} tokens, batch {batch}"
-        if settings.peak_of not in (None, name):
-            continue
         clean = torch.randn(batch, 3, sizes.img_size, sizes.img_size, device=settings.device)
-        eager = _image_update(settings, sizes, "patch_ebt", clean, train={})
-        call = _image_update(settings, sizes, "patch_ebt", clean, train={"compile": True}) if settings.compile else eager
-        version = Version(name=name, call=call, units=batch * tokens, counted=eager)
-        found = _timed_images(settings, [version], sizes, batch, "tokens")
+        versions = _versions_at(settings, sizes, tokens, clean)
+        if not versions:  # --peak-of names a row of another length
+            continue
+        found = _timed_images(settings, versions, sizes, batch, "tokens")
         rows, rate = rows + found["rows"], found["matrix_rate"]
     for row in rows:
         row["ratio"] = row["rate"] / rows[0]["rate"]
     return {"unit": "tokens", "matrix_rate": rate, "rows": rows}
+
+
+def _versions_at(settings: argparse.Namespace, sizes: TrunkConfig, tokens: int, clean: Tensor) -> list[Version]:
+    """Our step on `clean`; from 1024 tokens on eager with both kinds of attention, else compiled where that is wanted."""
+    name, units = f"{tokens} tokens, batch {len(clean)}", len(clean) * tokens
+    eager = _image_update(settings, sizes, "patch_ebt", clean, train={})
+    whole = _blockwise_from(tokens + 1, eager)  # what is counted: blocks compute their scores again
+    versions: dict[str, Callable[[], object]] = {name: eager}
+    if tokens >= 1024:
+        versions = {f"{name}, whole scores": whole, f"{name}, blocks": _blockwise_from(0, eager)}
+    if settings.compile:
+        compiled = _image_update(settings, sizes, "patch_ebt", clean, train={"compile": True})
+        versions = {f"{name}, compiled": compiled} | ({} if tokens < 1024 else versions)
+    if settings.peak_of is not None:
+        versions = {row: call for row, call in versions.items() if row == settings.peak_of}
+    return [Version(name=row, call=call, units=units, counted=whole) for row, call in versions.items()]
+
+
+def _blockwise_from(tokens: int, call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with attention by blocks from so many tokens on."""
+
+    def run() -> None:
+        with patch.object(blocks, "BLOCKWISE_TOKENS", tokens):
+            call()
+
+    return run
 
 
 def _timed_images(settings: argparse.Namespace, versions: Sequence[Version], sizes: TrunkConfig, batch: int, unit: str) -> dict:
