@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from ebt_vision.config import ConfigError, build_config
 from ebt_vision.energy_order import energy_as_error, energy_order_loss
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.objectives import EBTObjective, ImageBatch, ObjectiveConfig
 from ebt_vision.thinking import ThinkingConfig
+from ebt_vision.training.build import build_model, build_objective
 
 
 def model(**options) -> PatchEBT:
@@ -95,3 +97,12 @@ def test_more_steps_than_one_are_ordered_from_the_first_start():
     objective = EBTObjective(model(), ObjectiveConfig(energy_order_weight=1.0, thinking=thinking))
     objective(batch())["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in objective.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("section", [{"objective": {"energy_order_weight": 1.0}}, {"replay": {"capacity": 8}}])
+def test_options_of_energies_are_refused_for_other_models(section: dict):
+    sizes = {"img_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    raw = {"name": "t", "model_type": "patch_regressor", "model": sizes, "data": {"path": "unused"}} | section
+    config = build_config(raw)
+    with pytest.raises(ConfigError, match="is for energy-based models; use 0 for patch_regressor"):
+        build_objective(build_model(config), config)

@@ -11,7 +11,7 @@ from ebt_vision.data.text import TextDataConfig
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.objectives import DiTObjective, EBTObjective, Objective, RegressorObjective
+from ebt_vision.objectives import DiTObjective, EBTObjective, Objective, ObjectiveConfig, RegressorObjective
 from ebt_vision.text_objectives import LanguageModelObjective, TextEBTObjective
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
     cls: Any = OBJECTIVES[config.model_type]
     if config.replay.capacity and not cls.thinks:
         raise ConfigError(f"replay.capacity={config.replay.capacity} is for energy-based models; use 0 for {config.model_type}")
+    if isinstance(config.objective, ObjectiveConfig) and config.objective.energy_order_weight and not cls.thinks:
+        raise ConfigError(f"objective.energy_order_weight is for energy-based models; use 0 for {config.model_type}")
     if config.train.checkpoint_blocks:
         if not isinstance(model, PatchEBT | PatchRegressor):
             raise ConfigError(
