@@ -209,10 +209,12 @@ class EBTObjective(ImageObjective):
     def energy_order_loss(self, result: ThinkingResult, clean: Tensor, observation: Tensor, start: Tensor) -> Tensor:
         """The loss () on the order of energies of the start, the last candidate and the clean image."""
         model: PatchEBT = self.model  # type: ignore[assignment]
-        candidates = torch.cat([result.final.detach(), clean])
-        others = model(candidates, *(torch.cat([c, c]) for c in model.context_of(observation))).unflatten(0, (2, -1))
-        energies = energy_as_error(torch.cat([result.energies[:1], others]), model.step_size.detach(), clean[0].numel())
-        errors = [(candidate - clean).pow(2).flatten(1).mean(1) for candidate in (start, result.final.detach(), clean)]
+        others = (result.final.detach(), clean)
+        context = (torch.cat([c] * len(others)) for c in model.context_of(observation))
+        others_energies = model(torch.cat(others), *context).unflatten(0, (len(others), -1))
+        energies = torch.cat([result.energies[:1], others_energies])
+        energies = energy_as_error(energies, model.step_size.detach(), clean[0].numel())
+        errors = [F.mse_loss(c, clean, reduction="none").flatten(1).mean(1) for c in (start, *others)]
         return energy_order_loss(energies, torch.stack(errors), self.config.energy_order_scale)
 
     def continue_thinking(self, batch: ImageBatch, rows: dict[str, Tensor]) -> ImageBatch:

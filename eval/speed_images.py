@@ -107,16 +107,18 @@ def growth_with_tokens(settings: argparse.Namespace) -> dict:
 
 
 def _versions_at(settings: argparse.Namespace, sizes: TrunkConfig, tokens: int, clean: Tensor) -> list[Version]:
-    """Our step on `clean`; from 1024 tokens on eager with both kinds of attention, else compiled where that is wanted."""
+    """Our step on `clean`: compiled if wanted, else eager; from 1024 tokens on eager with both kinds of attention too."""
     name, units = f"{tokens} tokens, batch {len(clean)}", len(clean) * tokens
     eager = _image_update(settings, sizes, "patch_ebt", clean, train={})
     whole = _blockwise_from(tokens + 1, eager)  # what is counted: blocks compute their scores again
-    versions: dict[str, Callable[[], object]] = {name: eager}
-    if tokens >= 1024:
-        versions = {f"{name}, whole scores": whole, f"{name}, blocks": _blockwise_from(0, eager)}
+    versions: dict[str, Callable[[], object]] = {}
     if settings.compile:
         compiled = _image_update(settings, sizes, "patch_ebt", clean, train={"compile": True})
-        versions = {f"{name}, compiled": compiled} | ({} if tokens < 1024 else versions)
+        versions[f"{name}, compiled"] = compiled
+    if tokens >= 1024:
+        versions |= {f"{name}, whole scores": whole, f"{name}, blocks": _blockwise_from(0, eager)}
+    elif not settings.compile:
+        versions[name] = eager
     if settings.peak_of is not None:
         versions = {row: call for row, call in versions.items() if row == settings.peak_of}
     return [Version(name=row, call=call, units=units, counted=whole) for row, call in versions.items()]

@@ -45,10 +45,6 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
 
 
-def _transposed(x: Tensor) -> Tensor:
-    return x.transpose(-2, -1)
-
-
 def _attention_of(q: Tensor, keys: Tensor, log_sum: Tensor) -> Tensor:
     """P of a block of scaled queries."""
     return (q @ keys).sub_(log_sum[..., None]).exp_()
@@ -59,7 +55,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        scale, keys = q.shape[-1] ** -0.5, _transposed(k)
+        scale, keys = q.shape[-1] ** -0.5, k.mT
         output, log_sums = torch.empty_like(q), q.new_empty(q.shape[:-1])
         for rows in _blocks(q, k):
             scores = (q[..., rows, :] * scale) @ keys  # (B, num_heads, block, N)
@@ -84,16 +80,16 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, output: Tensor, log_sums: Tensor) -> tuple[Tensor, ...]:
-        scale, keys, values = q.shape[-1] ** -0.5, _transposed(k), _transposed(v)
+        scale, keys, values = q.shape[-1] ** -0.5, k.mT, v.mT
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         along = (grad * output).sum(-1, keepdim=True)
         for rows in _blocks(q, k):
             queries, g = q[..., rows, :] * scale, grad[..., rows, :]
             p = _attention_of(queries, keys, log_sums[..., rows])
-            dv += _transposed(p) @ g
+            dv += p.mT @ g
             ds = (g @ values).sub_(along[..., rows, :]).mul_(p)
             dq[..., rows, :] = ds @ k * scale
-            dk += _transposed(ds) @ queries
+            dk += ds.mT @ queries
         return dq, dk, dv
 
     @staticmethod
@@ -105,8 +101,8 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, grad, output, log_sums = ctx.saved_tensors
         a, b, c = grads
-        scale, keys, values = q.shape[-1] ** -0.5, _transposed(k), _transposed(v)
-        of_w = _transposed(torch.cat([k, b], dim=-1) * scale)
+        scale, keys, values = q.shape[-1] ** -0.5, k.mT, v.mT
+        of_w = (torch.cat([k, b], dim=-1) * scale).mT
         q_out, k_out, v_out, grad_out = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.empty_like(grad)
         along = (grad * output).sum(-1, keepdim=True)
         for rows in _blocks(q, k):
@@ -118,10 +114,10 @@ class _Gradient(torch.autograd.Function):
             pw = p * w
             mean_w = pw.sum(-1, keepdim=True)
             t = pw - p * mean_w
-            r = ds * w + p * (g @ _transposed(c) - mean_w * gv)
+            r = ds * w + p * (g @ c.mT - mean_w * gv)
             h = r - p * r.sum(-1, keepdim=True)
             q_out[..., rows, :] = (h @ k + ds @ b) * scale
-            k_out += (_transposed(h) @ queries + _transposed(ds) @ a_rows) * scale
-            v_out += _transposed(t) @ g
+            k_out += (h.mT @ queries + ds.mT @ a_rows) * scale
+            v_out += t.mT @ g
             grad_out[..., rows, :] = t @ v + p @ c
         return q_out, k_out, v_out, grad_out, None, None
