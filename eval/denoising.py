@@ -272,6 +272,7 @@ def _row_settings(settings: argparse.Namespace) -> RowSettings:
         steps=settings.steps,
         tolerances=tuple(settings.tolerances),
         tolerance_of=settings.tolerance_of,
+        step_sizes=tuple(settings.step_sizes),
         candidates=settings.candidates,
         candidate_steps=tuple(settings.candidate_steps),
         candidate_noise=settings.candidate_noise,
@@ -349,6 +350,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=count, default=10, help="EBT: thinking steps")
     add("--tolerances", type=amount, nargs="*", default=[], help="EBT: rows of adaptive thinking")
     add("--tolerance-of", choices=("first", "previous"), default="first", help="share of which step's gain they are")
+    add("--step-sizes", type=amount, nargs="*", default=[], help="EBT: rows with so many times the learned step size")
     add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 leaves it out")
     add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")
     add("--candidate-noise", type=amount, default=0.1, help="EBT: noise on the candidates' starts, on [-1, 1]")

@@ -1,5 +1,7 @@
 """The benchmark's parts against hand arithmetic and other people's implementations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,21 @@ def test_a_tolerance_of_the_previous_step_is_a_row_of_its_own():
     denoiser = EBTDenoiser(PatchEBT(PatchEBTConfig(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)))
     _, _, options = prepare(denoiser, stopping, condition, torch.rand(1, 3, 16, 16))
     assert (options.tolerance, options.tolerance_of) == (0.05, "previous")
+
+
+def test_a_smaller_step_size_is_a_row_of_its_own():
+    condition = Condition(protocol="paper", kind="level", strength=0.1)
+    _, half = rows_of("m", "ebt", condition, RowSettings(steps=4, step_sizes=(0.5,), candidates=0))
+    assert half.method == "thinking, step size x 0.5" and half.reported == (1, 2, 3, 4)
+    torch.manual_seed(0)
+    model = PatchEBT(PatchEBTConfig(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, init_step_size=0.3))
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    denoiser, noisy = EBTDenoiser(model), torch.rand(1, 3, 16, 16) * 0.5 + 0.25
+    _, _, options = prepare(denoiser, half, condition, noisy)
+    whole, moved = (denoiser.denoise(noisy, replace(options, num_steps=1, step_size_scale=s)).image - noisy for s in (1.0, 0.5))
+    torch.testing.assert_close(moved, 0.5 * whole, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="--step-sizes 0.0 is out of range"):
+        RowSettings(step_sizes=(0.0,))
 
 
 # --- candidates

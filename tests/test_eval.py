@@ -81,7 +81,7 @@ def full_run(photos: Path, tmp_path_factory: pytest.TempPathFactory, tiny_checkp
     """Every kind of row, on the images at two levels."""
     output = tmp_path_factory.mktemp("full")
     more = ["--levels", "0.02", "0.1", "--passes", "4", "--tolerances", "0.5", "--candidates", "3", "--candidate-steps", "2"]
-    more += ["--loops", "1", "--sweep", "0.1", "0.3", "--sweep-limit", "2", "--strip", "1"]
+    more += ["--step-sizes", "0.5", "--loops", "1", "--sweep", "0.1", "0.3", "--sweep-limit", "2", "--strip", "1"]
     assert denoising.main(arguments(photos, output, ["identity", str(tiny_checkpoint), *baselines], *more)) == 0
     return output
 
@@ -92,6 +92,7 @@ def test_every_model_gets_its_rows_on_the_same_noise(photos: Path, full_run: Pat
         ("noisy input", 1),
         *[("thinking", step) for step in (1, 2, 3)],
         ("thinking, tolerance 0.5", 3),
+        *[("thinking, step size x 0.5", step) for step in (1, 2, 3)],
         ("best of 3", 2),
         *[("applied", step) for step in (1, 2, 3)],
         ("x0", 1),
@@ -144,8 +145,9 @@ def test_every_image_is_kept_and_the_rest_is_drawn(full_run: Path):
         assert chosen.psnr.mean() == pytest.approx(row["psnr_image"]) and chosen.ssim.mean() == pytest.approx(row["ssim"])
     candidates = pyarrow.parquet.read_table(full_run / "candidates.parquet").to_pandas()
     assert len(candidates) == 2 * 5 * 3  # conditions, images, candidates
-    steps, verified = results(full_run)["verification"]["candidates"][:2]
+    steps, smaller, verified = results(full_run)["verification"]["candidates"][:3]
     assert (steps["method"], verified["method"]) == ("steps 1..3", "best of 3")
+    assert smaller["method"] == "steps 1..3, step size x 0.5" and smaller["gain_over_mean"] != steps["gain_over_mean"]
     mine = candidates[candidates.condition == verified["condition"]]
     psnr = (10 * np.log10(255**2 / mine.mse)).groupby(mine.image)
     assert verified["oracle_gain_over_mean"]["mean"] == pytest.approx((psnr.max() - psnr.mean()).mean())

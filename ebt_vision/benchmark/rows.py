@@ -23,6 +23,8 @@ class RowSettings:
     steps: int = 10
     tolerances: tuple[float, ...] = ()
     tolerance_of: ToleranceOf = "first"
+    step_sizes: tuple[float, ...] = ()
+    """Rows of thinking with so many times the learned step size."""
     candidates: int = 8
     candidate_steps: tuple[int, ...] = ()
     """Steps of the best-of-N rows; empty for 1 and `steps`."""
@@ -36,6 +38,8 @@ class RowSettings:
         for name, values in whole.items():
             if any(value < 1 for value in values):
                 raise ValueError(f"--{name} {min(values)} is out of range; use 1 or more")
+        if any(scale <= 0 for scale in self.step_sizes):
+            raise ValueError(f"--step-sizes {min(self.step_sizes)} is out of range; use positive numbers")
         for name, value in {"candidates": self.candidates, "loops": self.loops}.items():
             if value < 0:
                 raise ValueError(f"--{name} {value} is out of range; use 0 (no such rows) or more")
@@ -57,6 +61,7 @@ class Row:
     """DiT: the VP level that it is told, where that is not the noise's own."""
     tolerance: float | None = None
     tolerance_of: ToleranceOf = "first"
+    step_size_scale: float = 1.0
     num_candidates: int = 1
     candidate_noise: float = 0.0
     langevin: float = 0.0
@@ -106,6 +111,8 @@ def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
     for tolerance in settings.tolerances:
         method = f"thinking, tolerance {tolerance:g}" + (" of the previous" if settings.tolerance_of == "previous" else "")
         yield replace(plain, method=method, reported=(steps,), tolerance=tolerance, tolerance_of=settings.tolerance_of)
+    for scale in settings.step_sizes:
+        yield replace(plain, method=f"thinking, step size x {scale:g}", step_size_scale=scale)
     if settings.candidates > 1:
         for count in sorted(set(settings.candidate_steps or (1, steps))):
             yield Row(
@@ -154,6 +161,7 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
         num_steps=row.num_steps,
         tolerance=row.tolerance,
         tolerance_of=row.tolerance_of,
+        step_size_scale=row.step_size_scale,
         num_candidates=row.num_candidates,
         candidate_noise_std=row.candidate_noise,
         langevin_std=row.langevin,

@@ -3,14 +3,15 @@
 import numpy as np
 
 from ebt_vision.benchmark.measure import Measured, psnr_of
+from ebt_vision.benchmark.rows import Row
 from ebt_vision.benchmark.statistics import auroc, bootstrap_means, intervals, spearman
 
 
 def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> dict:
     """How well the energy ranks the candidates of an image, within the image and across images.
 
-    The candidates are those of a best-of-N row, or what plain thinking had after each of its steps. Gains are in dB of
-    per-image PSNR over the mean candidate: of the one of lowest energy, and of the oracle that would keep the best.
+    The candidates are those of a best-of-N row, or what thinking from the observation had after each of its steps. Gains
+    are in dB of per-image PSNR over the mean candidate: of the one of lowest energy, and of the oracle that would keep the best.
     `gain_over_first` is over the first: with best of N the one whose start had no noise added, which is plain thinking where
     there is no Langevin noise: worse starts alone raise the gain over the mean, never this one. Each
     mean over images comes as {mean, low, high} with its 95 % interval; `images_ranked` is how many images have a rank
@@ -34,7 +35,7 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
     }
     figures = {name: _mean_with_interval(values, num_resamples, seed) for name, values in means.items()}
     return _where(measured) | {
-        "method": measured.row.method if best_of else f"steps {measured.row.reported[0]}..{measured.row.num_steps}",
+        "method": measured.row.method if best_of else _steps(measured.row),
         "steps": measured.row.num_steps,
         "images": len(energy),
         "images_ranked": int(np.isfinite(within).sum()),
@@ -45,8 +46,9 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
 
 
 def has_candidates(measured: Measured) -> bool:
-    """Whether verify_candidates has something to rank: best of N, or plain thinking measured after several steps."""
-    return measured.row.num_candidates > 1 or (measured.row.method == "thinking" and len(measured.row.reported) > 1)
+    """Whether verify_candidates has something to rank: best of N, or thinking measured after several steps."""
+    row = measured.row
+    return row.num_candidates > 1 or (row.kind == "ebt" and len(row.reported) > 1)
 
 
 def verify_thinking(measured: Measured) -> list[dict]:
@@ -73,6 +75,12 @@ def verify_thinking(measured: Measured) -> list[dict]:
             }
         rows.append(row)
     return rows
+
+
+def _steps(row: Row) -> str:
+    """steps 1..10, and the step size where it is not the learned one."""
+    steps = f"steps {row.reported[0]}..{row.num_steps}"
+    return steps if row.step_size_scale == 1 else f"{steps}, step size x {row.step_size_scale:g}"
 
 
 def _where(measured: Measured) -> dict:
