@@ -209,12 +209,15 @@ class EBTObjective(ImageObjective):
     def energy_order_loss(self, result: ThinkingResult, clean: Tensor, observation: Tensor, start: Tensor) -> Tensor:
         """The loss () on the order of energies of the start, the last candidate and the clean image."""
         model: PatchEBT = self.model  # type: ignore[assignment]
-        others = (result.final.detach(), clean)
+        candidates = [start, result.final.detach(), clean]
+        # Thinking has taken the start's energy already, but with Langevin noise that of the start and the noise.
+        known = 0 if self.config.thinking.langevin_std > 0 else 1
+        others = candidates[known:]
         context = (torch.cat([c] * len(others)) for c in model.context_of(observation))
         others_energies = model(torch.cat(others), *context).unflatten(0, (len(others), -1))
-        energies = torch.cat([result.energies[:1], others_energies])
+        energies = torch.cat([result.energies[:known], others_energies])
         energies = energy_as_error(energies, model.step_size.detach(), clean[0].numel())
-        errors = [F.mse_loss(c, clean, reduction="none").flatten(1).mean(1) for c in (start, *others)]
+        errors = [F.mse_loss(c, clean, reduction="none").flatten(1).mean(1) for c in candidates]
         return energy_order_loss(energies, torch.stack(errors), self.config.energy_order_scale)
 
     def continue_thinking(self, batch: ImageBatch, rows: dict[str, Tensor]) -> ImageBatch:

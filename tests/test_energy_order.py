@@ -99,6 +99,22 @@ def test_more_steps_than_one_are_ordered_from_the_first_start():
     assert all(torch.isfinite(p.grad).all() for p in objective.parameters() if p.grad is not None)
 
 
+def test_langevin_noise_is_not_part_of_the_start(monkeypatch):
+    """The start's energy is that of the start itself, whose error it is compared with."""
+    seen = {}
+    monkeypatch.setattr(
+        "ebt_vision.objectives.energy_order_loss",
+        lambda energies, errors, scale: seen.update(e=energies, r=errors) or energies.sum(),
+    )
+    ebt = model()
+    objective = EBTObjective(ebt, ObjectiveConfig(energy_order_weight=1.0, thinking=ThinkingConfig(langevin_std=0.5)))
+    output, images = objective(batch()), batch()
+    candidates = (objective.observe(images), output["candidate"], images.clean)
+    expected = energy_as_error(torch.stack([ebt(c) for c in candidates]), ebt.step_size, images.clean[0].numel())
+    torch.testing.assert_close(seen["e"], expected)
+    torch.testing.assert_close(seen["r"], torch.stack([(c - images.clean).square().flatten(1).mean(1) for c in candidates]))
+
+
 @pytest.mark.parametrize("section", [{"objective": {"energy_order_weight": 1.0}}, {"replay": {"capacity": 8}}])
 def test_options_of_energies_are_refused_for_other_models(section: dict):
     sizes = {"img_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}

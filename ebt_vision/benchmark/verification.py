@@ -11,9 +11,9 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
     """How well the energy ranks the candidates of an image, within the image and across images.
 
     The candidates are those of a best-of-N row, or what thinking from the observation had after each of its steps. Gains
-    are in dB of per-image PSNR over the mean candidate: of the one of lowest energy, and of the oracle that would keep the best.
-    `gain_over_first` is over the first: with best of N the one whose start had no noise added, which is plain thinking where
-    there is no Langevin noise: worse starts alone raise the gain over the mean, never this one. Each
+    are in dB of per-image PSNR over the mean candidate: of the one of lowest energy, and of the oracle that would keep
+    the best. `gain_over_first` is over the first: with best of N the one whose start had no noise added, which is plain
+    thinking where there is no Langevin noise: worse starts alone raise the gain over the mean, never this one. Each
     mean over images comes as {mean, low, high} with its 95 % interval; `images_ranked` is how many images have a rank
     correlation at all (candidates that are all alike have none).
     """
