@@ -60,7 +60,7 @@ def experiment(photos: Path, model_type: str = "patch_ebt", **sections: dict) ->
 
 
 FULL_THINKING = dict(thinking=dict(num_steps=2, min_num_steps=1, step_size_factor=1.5, langevin_std=0.05))
-REPLAY = dict(capacity=16, share=0.5, max_age=4, start=2, renoise_std=0.2, renoise_start=3)
+REPLAY = dict(capacity=16, share=0.5, max_age=4, start=2, renoise_std=0.2, renoise_start=3, partial_moves=0.5)
 
 
 def train(raw: dict, output: Path) -> Path:
@@ -170,6 +170,25 @@ def test_half_of_the_candidates_are_noised_again_up_to_an_age(photos: Path, tmp_
             assert len(noised) == 0
         else:
             assert 70 < len(noised) < 130 and 0.15 < noised.max() < 0.25  # of 200; uniform up to renoise_std, 0.2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_so_many_candidates_are_kept_part_of_the_way(photos: Path, tmp_path: Path, share: float):
+    config = build_config(experiment(photos, replay=REPLAY | dict(partial_moves=share)))
+    trainer = Trainer(config, tmp_path, device="cpu")
+    start = torch.full((400, 3, 8, 8), 2.0)
+    batch = ImageBatch(clean=start, noise=start, generators=[], start=start)
+    output = {"candidate": start + 1.0, "observation": start}
+    kept = trainer._rows_to_keep(batch, output, torch.arange(400))["candidate"]
+    way = kept[:, 0, 0, 0] - 2.0
+    assert torch.equal(kept, (2.0 + way.view(-1, 1, 1, 1)).expand_as(kept))  # one share for each image
+    partial = way[way < 1]
+    assert abs(len(partial) - 400 * share) < 50 and way.max() <= 1
+    if share:
+        assert partial.min() < 0.05 and 0.4 < partial.mean() < 0.6
+    trainer.step += 1
+    again = trainer._rows_to_keep(batch, output, torch.arange(400))["candidate"]
+    assert torch.equal(again, kept) == (share == 0)  # other draws at each update
 
 
 @pytest.mark.slow

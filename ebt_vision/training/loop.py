@@ -35,8 +35,9 @@ from ebt_vision.training.state import (
 )
 from ebt_vision.training.task import Samples
 
-# A stream of make_generator, so that no two uses of the seed draw the same numbers; a task has others.
+# Streams of make_generator, so that no two uses of the seed draw the same numbers; a task has others.
 _REPLAY = 3
+_PARTIAL_MOVES = 31
 
 
 class TrainingDivergedError(RuntimeError):
@@ -126,7 +127,7 @@ class Trainer:
                 self.accelerator.backward(output["loss"])  # divided by the number of parts
             losses.append(output["loss"].detach())
             if self._replays:
-                self.replay.add(self._objective.replay_rows(batch, output), ages + 1)
+                self.replay.add(self._rows_to_keep(batch, output, part), ages + 1)
         loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optim.clip_norm)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
@@ -160,6 +161,17 @@ class Trainer:
             rows["candidate"] = self._renoise(rows["candidate"], old_ages, generator)
             ages[len(part) - count :] = old_ages
         return self._objective.continue_thinking(batch, rows if count else {}), ages
+
+    def _rows_to_keep(self, batch: Any, output: dict[str, Tensor], part: Tensor) -> dict[str, Tensor]:
+        """What the replay buffer keeps of a part of a batch."""
+        rows = self._objective.replay_rows(batch, output)
+        if self.config.replay.partial_moves:
+            generator = make_generator(self.config.seed, _PARTIAL_MOVES, self.step, self.rank, int(part[0]))
+            candidate = rows["candidate"]
+            partial, share = torch.rand([2, len(candidate), *[1] * (candidate.ndim - 1)], generator=generator).to(candidate)
+            share = share.where(partial < self.config.replay.partial_moves, 1.0)
+            rows["candidate"] = torch.lerp(batch.start.to(candidate), candidate, share)
+        return rows
 
     def _renoise(self, candidates: Tensor, ages: Tensor, generator: torch.Generator) -> Tensor:
         """Replayed candidates, about half of them, as far as their ages allow, with noise."""

@@ -22,6 +22,9 @@ class ReplayConfig:
     """A trajectory is dropped after so many training steps."""
     start: int = 0
     """The first update that replays: a young model's steps overshoot, and repeated they drive candidates out of all range."""
+    partial_moves: float = 0.0
+    """Share of the candidates, in [0, 1], that are kept only part of the way from where they started to where the step led, a
+    uniform share of it: an energy then meets half-finished candidates that have kept what the image has of texture."""
     renoise_std: float = 0.0
     """Half of the replayed candidates get Gaussian noise of a standard deviation uniform in [0, renoise_std], on [-1, 1]: an
     energy that meets half-finished candidates only where its own steps leave them takes every other one for finished."""
@@ -34,8 +37,9 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         if self.capacity < 0:
             raise ValueError(f"replay.capacity={self.capacity} is negative; use 0 to turn the buffer off")
-        if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"replay.share={self.share} is not in [0, 1]")
+        for name in ("share", "partial_moves"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"replay.{name}={getattr(self, name)} is not in [0, 1]")
         for name in ("renoise_std", "renoise_start"):
             if getattr(self, name) < 0:
                 raise ValueError(f"replay.{name}={getattr(self, name)} is negative; use 0 or more")
