@@ -78,9 +78,8 @@ def verify_thinking(measured: Measured) -> list[dict]:
 
 
 def _steps(row: Row) -> str:
-    """steps 1..10, and the step size where it is not the learned one."""
-    steps = f"steps {row.reported[0]}..{row.num_steps}"
-    return steps if row.step_size_scale == 1 else f"{steps}, step size x {row.step_size_scale:g}"
+    """steps 1..10, and what the method says more than "thinking"."""
+    return f"steps {row.reported[0]}..{row.num_steps}{row.method.removeprefix('thinking')}"
 
 
 def _where(measured: Measured) -> dict:
