@@ -1,0 +1,222 @@
+"""`ebt-vision denoise`: image files and folders of them, one after the other; what fails is named and the rest goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, duration, is_users, one_line, say
+from ebt_vision.commands.numbers import count, not_negative, positive, whole_number
+
+if TYPE_CHECKING:
+    from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
+    from ebt_vision.noise import Noise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.description = (
+        "Denoise images; each result gets its input's name in DIR, with its bit depth, colour profile, orientation and alpha."
+    )
+    parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=Path)
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results; made if missing")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--steps", metavar="N", type=count, help="thinking steps (default: what the model suggests)")
+    parser.add_argument("--candidates", metavar="N", type=count, default=1, help="think N times, keep the lowest energy")
+    parser.add_argument(
+        "--tolerance",
+        metavar="T",
+        type=not_negative,
+        help="stop when a step gains less than this share of the first; try 0.02",
+    )
+    parser.add_argument(
+        "--tolerance-of",
+        choices=("first", "previous"),
+        default="first",
+        help="the step that T is a share of; 'previous' thinks on where noise is stronger than in training; try 0.05",
+    )
+    parser.add_argument("--step-size-scale", metavar="F", type=positive, default=1.0, help="factor on the learned step size")
+    parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise in each thinking step")
+    parser.add_argument(
+        "--add-noise",
+        metavar="SIGMA",
+        type=_noise,
+        help="add Gaussian noise first, in 0..255 units; or KIND:AMOUNT of gaussian, paper, poisson, salt-and-pepper, jpeg",
+    )
+    parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all noise (default 0)")
+    parser.add_argument("--tile", metavar="SIZE", type=count, help="tile side in pixels for large images")
+    parser.add_argument(
+        "--overlap",
+        metavar="PIXELS",
+        type=whole_number,
+        help="pixels that tiles have in common (default: a quarter of a tile); more is slower and smoother",
+    )
+    parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.set_defaults(run=_run)
+
+
+def _noise(text: str) -> Noise:
+    from ebt_vision.noise import Noise
+
+    try:
+        return Noise.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """One image to denoise."""
+
+    source: Path
+    target: Path
+
+
+def _run(args: argparse.Namespace) -> int:
+    jobs, problems = _plan(args.inputs, args.output, args.overwrite, args.png)
+    for problem in problems:
+        say(problem)
+    failed, done = len(problems), 0
+    if jobs:
+        _make_folder(args.output)
+        denoiser, options = _load(args)
+    start = time.perf_counter()
+    try:
+        for number, job in enumerate(jobs, 1):
+            try:
+                line = _denoise_one(job, denoiser, options, args)
+            except Exception as error:
+                if not is_users(error):
+                    raise
+                message = one_line(error)
+                say(message if str(job.source) in message else f"{job.source}: {message}")
+                failed += 1
+                continue
+            done += 1
+            left = (time.perf_counter() - start) / number * (len(jobs) - number)
+            print(line + (f", {duration(left)} left" if number < len(jobs) else ""), flush=True)
+    except KeyboardInterrupt:
+        say(f"interrupted; {done} of {len(jobs)} images are done and kept in {args.output}")
+        return INTERRUPTED
+    if failed:
+        say(f"{failed} of {failed + done} failed, {done} written to {args.output}")
+        return BAD_INPUT
+    return 0
+
+
+def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> tuple[list[_Job], list[str]]:
+    """What to denoise into which file, and a line for each input that cannot be done."""
+    jobs: dict[Path, _Job] = {}
+    problems: list[str] = []
+    for path in inputs:
+        try:
+            pairs = list(_targets(path, output, png))
+        except (ValueError, OSError) as error:
+            problems.append(one_line(error))
+            continue
+        for source, target in pairs:
+            if target in jobs and jobs[target].source != source:
+                problems.append(f"{source}: its result {target} is that of {jobs[target].source} too; rename one of them")
+            elif target.exists() and not overwrite:
+                problems.append(f"{source}: {target} exists; give another --output, or --overwrite to replace it")
+            else:
+                jobs[target] = _Job(source=source, target=target)
+    return list(jobs.values()), problems
+
+
+def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]:
+    from ebt_vision.image_files import WRITABLE_SUFFIXES, find_images
+
+    for source in find_images([path]):
+        relative = source.relative_to(path) if path.is_dir() else Path(source.name)
+        if path.is_dir() and path.resolve() != output.resolve() and source.resolve().is_relative_to(output.resolve()):
+            continue  # results of an earlier run, in a folder inside this one
+        suffix = relative.suffix if relative.suffix.lower() in WRITABLE_SUFFIXES and not png else ".png"
+        yield source, output / relative.with_suffix(suffix)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {folder} cannot be made ({error.strerror}); choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output {folder} cannot be written to; choose another folder")
+
+
+def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
+    from ebt_vision.checkpoint import default_pretrained, pick_device
+    from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+    from ebt_vision.noise import suited
+
+    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
+    noise = args.add_noise
+    options = DenoiseOptions(
+        num_steps=args.steps or denoiser.suggested_steps,
+        num_candidates=args.candidates,
+        tolerance=args.tolerance,
+        tolerance_of=args.tolerance_of,
+        langevin_std=args.langevin,
+        step_size_scale=args.step_size_scale,
+        seed=args.seed,
+        sigma=noise and noise.sigma,
+        noise_level=noise and noise.noise_level,
+    )
+    return suited(denoiser, noise), options
+
+
+def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:
+    """Denoise one file and write the result; returns the line to print."""
+    from ebt_vision.image_files import read_image, write_image
+    from ebt_vision.metrics import psnr
+    from ebt_vision.tiling import denoise_tiled
+
+    start = time.perf_counter()
+    image = read_image(job.source)
+    clean = image.pixels[None]  # (1, 3, H, W)
+    noisy = clean
+    if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
+        noisy = args.add_noise.add(clean, args.seed)
+    progress = _tile_progress(job.source, start)
+    result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, overlap=args.overlap, callback=progress)
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    write_image(job.target, image.with_pixels(result.image[0].cpu()), overwrite=args.overwrite)
+    parts = [_energies(result), _steps(result), duration(time.perf_counter() - start)]
+    if args.add_noise:
+        before, after = (float(psnr(images.clamp(0, 1), clean, data_range=1.0)) for images in (noisy, result.image.cpu()))
+        parts.append(f"PSNR {before:.2f} -> {after:.2f} dB")
+    return f"{job.source} -> {job.target}: " + ", ".join(part for part in parts if part)
+
+
+def _tile_progress(source: Path, start: float) -> Callable[[int, int], None]:
+    """On a terminal: a line that says how far a large image is, wiped at the end."""
+
+    def show(done: int, total: int) -> None:
+        if total < 2 or not sys.stderr.isatty():
+            return
+        line = ""
+        if done < total:
+            left = f", {duration((time.perf_counter() - start) / done * (total - done))} left" if done else ""
+            line = f"{source}: tile {done} of {total}{left}"
+        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _energies(result: DenoiseResult) -> str:
+    if result.energies is None:  # not an energy-based model
+        return ""
+    return f"energy {float(result.energies[0, 0]):.3f} -> {float(result.energies[-1, 0]):.3f}"
+
+
+def _steps(result: DenoiseResult) -> str:
+    steps = int(result.num_steps[0])
+    return f"{steps} step" + "s" * (steps != 1)

@@ -1,0 +1,65 @@
+"""`ebt-vision generate`: go on with a text, token by token."""
+
+import argparse
+import time
+
+from ebt_vision.commands.console import duration, say
+from ebt_vision.commands.numbers import count, not_negative, whole_number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.description = "Go on with PROMPT by a text model; an EBT thinks about every token."
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--tokens", metavar="N", type=count, default=200, help="tokens to add at most (default 200)")
+    parser.add_argument("--steps", metavar="N", type=count, default=2, help="thinking steps a token (default 2)")
+    parser.add_argument(
+        "--candidates", metavar="N", type=count, default=1, help="think N times a token, keep the lowest energy"
+    )
+    parser.add_argument("--tolerance", metavar="T", type=not_negative, help="stop when a step gains less than this share")
+    parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise on the logits at every step")
+    parser.add_argument("--temperature", metavar="T", type=not_negative, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", metavar="P", type=not_negative, default=1.0, help="draw from this share of the probability")
+    parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all draws (default 0)")
+    parser.add_argument("--tokenizer", metavar="FILE", default="bytes", help="a tokenizer.json (default: bytes)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ebt_vision.checkpoint import default_pretrained, load_pretrained, pick_device
+    from ebt_vision.data.tokenizer import load_tokenizer
+    from ebt_vision.generation import GenerateOptions, generate
+    from ebt_vision.thinking import ThinkingError
+
+    options = GenerateOptions(
+        num_tokens=args.tokens,
+        num_steps=args.steps,
+        num_candidates=args.candidates,
+        tolerance=args.tolerance,
+        langevin_std=args.langevin,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = load_pretrained(args.model or default_pretrained("causal_text_ebt"), device=pick_device(args.device))
+    start, num_tokens = time.perf_counter(), 0
+    energies: list[float] = []
+    try:
+        for token in generate(model, tokenizer, args.prompt, options):
+            if num_tokens == 0:
+                print(args.prompt, end="")
+            print(token.text, end="", flush=True)
+            num_tokens += 1
+            if token.energy is not None:
+                energies.append(token.energy)
+    except ThinkingError as error:
+        raise ValueError(f"{error}; or another --seed") from error
+    finally:
+        if num_tokens:
+            print(flush=True)
+    energy = f", mean energy {sum(energies) / len(energies):.3f}" if energies else ""
+    say(f"{num_tokens} tokens in {duration(time.perf_counter() - start)}{energy}")
+    return 0

@@ -1,0 +1,36 @@
+"""`ebt-vision info`: the shipped checkpoints, or what is in one."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.description = (
+        "Describe a checkpoint: kind, size, settings, hash of the weights. Without MODEL, list the shipped ones."
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ebt_vision.checkpoint import PRETRAINED_DIR, list_pretrained, load_pretrained, resolve
+
+    if args.model is None:
+        names = list_pretrained()
+        for name in names:
+            print(name)
+        if not names:
+            print(f"no checkpoint is shipped in {PRETRAINED_DIR}; train one with `ebt-vision train CONFIG`")
+        return 0
+    model = load_pretrained(args.model)
+    print(f"{args.model}: {model.model_type}, {model.num_parameters:,} parameters")
+    if not args.model.startswith("hub:"):
+        from ebt_vision.checkpoint import checkpoint_hash
+
+        print(f"  {'folder':<20} {resolve(args.model)}")
+        print(f"  {'weights (sha256)':<20} {checkpoint_hash(args.model)}")
+    from dataclasses import asdict
+
+    for name, value in asdict(model.config).items():
+        print(f"  {name:<20} {value}")
+    return 0
