@@ -1,6 +1,6 @@
 """A page in which to denoise an image by thinking: python apps/denoise.py [--port N] [--share] [--checkpoint FOLDER].
 
-The page itself: what stands where, and what happens when. service.py does it, with work.py, figures.py and recipes.py.
+The page itself: what stands where, and what happens when. service.py does it, with the modules beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for apps.*, when started as a program
@@ -20,10 +20,11 @@ import gradio as gr
 
 from apps import figures
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
-from apps.work import MAX_BYTES
+from apps.sources import MAX_BYTES
 from ebt_vision.checkpoint import CheckpointError, list_pretrained, model_type_of, pick_device
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.noise import NOISE_KINDS
+from ebt_vision.thinking import ToleranceOf
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 ACCESS = Path(__file__).resolve().parent / "access.js"
@@ -164,7 +165,17 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
             1,
             value=0,
             step=0.01,
-            label="Stop when a step gains less than this share of the first: 0.02 ends before it blurs; 0: never",
+            label="Stop when a step lowers the energy by less than this share; 0: never",
+            elem_id="tolerance",
+        )
+        of = gr.Radio(
+            [
+                ("the first step: 0.02 ends before it blurs", "first"),
+                ("the step before: 0.05 thinks on in strong noise", "previous"),
+            ],
+            value="first",
+            label="A share of what was gained by",
+            elem_id="tolerance-of",
         )
         langevin = gr.Slider(0, 0.3, value=0, step=0.01, label="Langevin noise in each step")
         candidates = gr.Slider(
@@ -184,7 +195,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
     gr.on([how.change, kind.change], show, [how, kind], [kind, *amounts], **quiet)
     looks = dict(api_visibility="private", show_progress="hidden", concurrency_id="look", concurrency_limit=1)
     gr.on([page.load, upload.change], service.estimate, [upload], [seen], **looks)
-    return upload, [how, kind, *amounts, seed, steps, model, scale, tolerance, langevin, candidates, tile]
+    return upload, [how, kind, *amounts, seed, steps, model, scale, tolerance, of, langevin, candidates, tile]
 
 
 def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
@@ -239,7 +250,8 @@ def _endpoints(service: Service, models: dict[str, str]) -> None:
         fields = {name: gr.Number(value, label=name) for name, value in numbers.items()}
         file, told, rows = gr.File(label="denoised"), gr.JSON(label="facts"), gr.JSON(label="methods")
         first = [image, noise, fields["amount"], fields["seed"], fields["steps"], model]
-        rest = [fields[name] for name in ("step_size_scale", "tolerance", "langevin", "candidates", "tile")]
+        tolerance_of = gr.Dropdown(list(get_args(ToleranceOf)), value="first", label="tolerance_of")
+        rest = [fields[name] for name in ("step_size_scale", "tolerance", "langevin", "candidates", "tile")] + [tolerance_of]
         one = dict(concurrency_id="device", concurrency_limit=1)
         gr.Button().click(service.api_denoise, [*first, *rest], [file, told], api_name="denoise", **one)
         gr.Button().click(service.api_compare, first, [rows], api_name="compare", **one)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from apps.work import Answer, Column, Steps, Update
+from apps.comparing import Column
+from apps.thinking_aloud import Answer, Steps, Update
 
 THUMBNAIL = 256
 """Longest side in pixels of a picture of the filmstrip."""

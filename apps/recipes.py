@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from apps.work import Request
+from apps.sources import Request
 
 UNFINISHED = "# The page's image was stopped early. This makes the finished one.\n"
 """Goes before both, in which it is a comment, where they do not make what the page shows."""
@@ -21,6 +21,8 @@ def command(request: Request, model: str, device: str) -> str:
         words += ["--candidates", str(request.num_candidates)]
     if request.tolerance is not None:
         words += ["--tolerance", repr(request.tolerance)]
+        if request.tolerance_of != "first":
+            words += ["--tolerance-of", request.tolerance_of]
     if request.langevin_std:
         words += ["--langevin", repr(request.langevin_std)]
     if request.step_size_scale != 1:

@@ -16,7 +16,10 @@ import numpy as np
 from PIL import Image
 
 from apps import figures, recipes
-from apps.work import Answer, Request, Update, compare, estimate, free_memory, think_aloud
+from apps.background import free_memory
+from apps.comparing import compare
+from apps.sources import Request, estimate
+from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision.checkpoint import list_pretrained, model_type_of
 from ebt_vision.denoiser import Denoiser
 from ebt_vision.image_files import write_image
@@ -55,9 +58,23 @@ class Service:
         for columns in self._guarded(compare(request, self._methods(label), stop), path):
             yield figures.comparison(columns)
 
-    def api_denoise(self, image, noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile):
+    def api_denoise(
+        self,
+        image,
+        noise,
+        amount,
+        seed,
+        steps,
+        model,
+        step_size_scale,
+        tolerance,
+        langevin,
+        candidates,
+        tile,
+        tolerance_of="first",
+    ):
         """Denoise an image: a PNG file, and a dictionary of figures."""
-        values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile)
+        values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile, tolerance_of)
         request, label = api_request(image, *values)
         folder = Path(tempfile.mkdtemp())
         try:
@@ -181,14 +198,16 @@ def _remove(folder: Path) -> None:
 
 def read_controls(path: str | None, values: Sequence[Any]) -> tuple[Request, str]:
     """The request of the page's controls, in their order on it, and the model's label."""
-    how, kind, *amounts, seed, steps, label, scale, tolerance, langevin, candidates, tile = values
+    how, kind, *amounts, seed, steps, label, scale, tolerance, of, langevin, candidates, tile = values
     amount = dict(zip(NOISE_KINDS, amounts, strict=True))[kind]
     size = None if tile == OWN_TILES else int(tile)
     noise = "none" if how == NOISY_ALREADY else kind
-    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size or 0)
+    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size or 0, of)
 
 
-def api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, tile) -> tuple[Request, str]:
+def api_request(
+    path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, tile, tolerance_of="first"
+) -> tuple[Request, str]:
     """The request of what an endpoint was given, checked."""
     if not path:
         raise gr.Error("Upload an image or pick one of the examples first.", title="No image", print_exception=False)
@@ -200,6 +219,7 @@ def api_request(path, noise, amount, seed, steps, label, scale, tolerance, lange
             num_steps=_whole(steps, "steps", 1, MAX_STEPS),
             step_size_scale=float(scale),
             tolerance=float(tolerance) or None,
+            tolerance_of=tolerance_of,
             langevin_std=float(langevin),
             num_candidates=_whole(candidates, "candidates", 1, MAX_CANDIDATES),
             tile_size=_whole(tile, "tile", 16, 512) if tile else None,

@@ -82,18 +82,31 @@ def by_command(photo: Path, checkpoint: Path, output: Path, *options: str) -> np
 def controls(**changed) -> list:
     """The values of the page's controls, in their order."""
     values = dict(how=service.ADD, kind="gaussian") | {name: known.default for name, known in NOISE_KINDS.items()}
-    values |= dict(seed=3, steps=4, model="m", scale=1, tolerance=0, langevin=0, candidates=1, tile=service.OWN_TILES)
+    values |= dict(
+        seed=3, steps=4, model="m", scale=1, tolerance=0, of="first", langevin=0, candidates=1, tile=service.OWN_TILES
+    )
     return list((values | changed).values())
 
 
 def test_controls_become_a_request() -> None:
-    request, label = service.read_controls("a.png", controls(tile="64", tolerance=0.2))
-    assert (label, str(request.noise), request.seed, request.tile_size, request.tolerance) == ("m", "gaussian:25", 3, 64, 0.2)
+    request, label = service.read_controls("a.png", controls(tile="64", tolerance=0.2, of="previous"))
+    assert (label, str(request.noise), request.seed, request.tile_size) == ("m", "gaussian:25", 3, 64)
+    assert (request.options().tolerance, request.options().tolerance_of) == (0.2, "previous")
     assert service.read_controls("a.png", controls(how=service.NOISY_ALREADY))[0].noise is None
 
 
 @pytest.mark.parametrize(
-    "changed", [{"steps": 33}, {"candidates": 9}, {"seed": -1}, {"gaussian": 999}, {"scale": 0}, {"tile": "4"}, {"steps": None}]
+    "changed",
+    [
+        {"steps": 33},
+        {"candidates": 9},
+        {"seed": -1},
+        {"gaussian": 999},
+        {"scale": 0},
+        {"tile": "4"},
+        {"steps": None},
+        {"of": "none"},
+    ],
 )
 def test_what_is_out_of_range_is_refused(changed: dict) -> None:
     with pytest.raises(gr.Error):

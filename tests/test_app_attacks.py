@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from test_app import served
-from test_app_work import bad_files
+from test_app_parts import bad_files
 from torch import Tensor
 
 from apps import denoise as app

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from apps import figures, recipes, work
-from apps.work import Answer, Request, Update, think_aloud
+from apps import comparing, figures, recipes, sources, thinking_aloud
+from apps.sources import Request
+from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision import cli
 from ebt_vision.denoiser import Denoiser, IdentityDenoiser, load_denoiser
 from ebt_vision.image_files import read_image, write_image
 from ebt_vision.noise import Noise
+from ebt_vision.tiling import num_tiles
 
 ROOT = Path(__file__).parent.parent
 GAUSSIAN = Noise.parse("25")
@@ -74,7 +76,7 @@ def test_candidates_are_shown_with_the_winner(tiny: Denoiser, photo: str) -> Non
     _, answer = run(Request(path=photo, noise=GAUSSIAN, num_steps=2, num_candidates=3), tiny)
     shown = figures.candidates(answer.steps)
     assert len(answer.steps.candidates) == 3 and shown.count("<img") == 3 and shown.count(" won</b>") == 1
-    assert sum(candidate.wins for candidate in answer.steps.candidates) == work.num_tiles(45, 61, tiny.tile_size)
+    assert sum(candidate.wins for candidate in answer.steps.candidates) == num_tiles(45, 61, tiny.tile_size)
 
 
 def test_stop_ends_after_the_step_under_way(tiny: Denoiser, photo: str) -> None:
@@ -97,8 +99,8 @@ def test_who_leaves_stops_the_work(tiny: Denoiser, photo: str) -> None:
 def test_a_large_image_begins_with_a_close_up(tiny: Denoiser, photo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(path=photo, noise=GAUSSIAN, num_steps=2)
     _, plain = run(request, tiny)
-    monkeypatch.setattr(work, "CLOSE_UP_ABOVE", 1000)
-    monkeypatch.setattr(work, "CLOSE_UP", 32)
+    monkeypatch.setattr(thinking_aloud, "CLOSE_UP_ABOVE", 1000)
+    monkeypatch.setattr(thinking_aloud, "CLOSE_UP", 32)
     updates, answer = run(request, tiny)
     assert "close-up" in updates[0].words and updates[0].after.shape == (32, 32, 3) and updates[-1].after.shape == (45, 61, 3)
     assert (answer.after == plain.after).all() and len(answer.steps.frames) == 3 and answer.steps.frames[0].shape == (32, 32, 3)
@@ -114,7 +116,7 @@ def test_methods_are_compared_and_one_that_is_missing_says_why(tiny: Denoiser, p
         raise ValueError("bm3d is <not> installed")
 
     methods = {"EBT": lambda: tiny, "None": IdentityDenoiser, "BM3D": missing}
-    *_, columns = work.compare(Request(path=photo, noise=GAUSSIAN, num_steps=2), methods, threading.Event())
+    *_, columns = comparing.compare(Request(path=photo, noise=GAUSSIAN, num_steps=2), methods, threading.Event())
     assert [column.name for column in columns] == ["Noisy", "EBT", "None", "BM3D"]
     assert (
         columns[1].num_forward == 3 and columns[2].num_forward is None and columns[2].psnrs == pytest.approx(columns[0].psnrs)
@@ -156,14 +158,14 @@ def bad_files(folder: Path) -> dict[str, str]:
 def test_bad_uploads_are_refused_in_a_sentence(tmp_path: Path) -> None:
     for name, words in bad_files(tmp_path).items():
         with pytest.raises(ValueError, match=words) as caught:
-            work.open_source(Request(path=str(tmp_path / name)))
+            sources.open_source(Request(path=str(tmp_path / name)))
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_too_many_bytes_are_refused_before_they_are_read(photo: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "MAX_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="command line"):
-        work.open_source(Request(path=photo))
+        sources.open_source(Request(path=photo))
 
 
 def test_odd_images_are_taken(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_odd_images_are_taken(tmp_path: Path) -> None:
     Image.new("L", (3_000, 8), 77).save(tmp_path / "wide.png")
     Image.fromarray(np.full((9, 17), 40_000, np.uint16)).save(tmp_path / "deep.png")
     shapes = [
-        work.open_source(Request(path=str(tmp_path / name))).noisy.shape for name in ("print.jpg", "wide.png", "deep.png")
+        sources.open_source(Request(path=str(tmp_path / name))).noisy.shape for name in ("print.jpg", "wide.png", "deep.png")
     ]
     assert shapes == [(1, 3, 20, 40), (1, 3, 8, 3_000), (1, 3, 9, 17)]
 
@@ -179,7 +181,16 @@ def test_odd_images_are_taken(tmp_path: Path) -> None:
 # --- Recipes
 
 
-FULL = dict(num_steps=2, num_candidates=2, tolerance=0.1, langevin_std=0.02, step_size_scale=0.5, tile_size=16, seed=7)
+FULL = dict(
+    num_steps=2,
+    num_candidates=2,
+    tolerance=0.1,
+    tolerance_of="previous",
+    langevin_std=0.02,
+    step_size_scale=0.5,
+    tile_size=16,
+    seed=7,
+)
 
 
 @pytest.mark.parametrize("settings", [dict(noise=GAUSSIAN, num_steps=2), dict(noise=Noise.parse("poisson:30"), **FULL), dict()])

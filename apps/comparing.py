@@ -1,0 +1,82 @@
+"""Several methods side by side on one image."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from apps.background import in_thread
+from apps.sources import Request, Source, open_source, to_bytes
+from ebt_vision.denoiser import DenoiseOptions, Denoiser
+from ebt_vision.noise import suited
+from ebt_vision.tiling import denoise_tiled, num_tiles
+
+COMPARED = 512
+"""Longest side in pixels of what is compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One method on the image that all were given."""
+
+    name: str
+    image: np.ndarray | None = None
+    """uint8 (h, w, 3)."""
+    psnrs: list[float] = field(default_factory=list)
+    num_forward: int | None = None
+    """Passes through the network for each tile; None for a method without one."""
+    seconds: float | None = None
+    problem: str = ""
+
+
+def compare(request: Request, methods: dict[str, Callable[[], Denoiser]], stop: threading.Event) -> Iterator[list[Column]]:
+    """The columns so far, the noisy image first: each method {name: how to load it} on the same middle of the image.
+
+    Every method takes the request's steps, the regressor one. A method that cannot be loaded or run says why.
+    """
+    options = request.options()
+    source = open_source(request).middle(COMPARED)
+    columns = [Column(name="Noisy", image=to_bytes(source.noisy), psnrs=source.psnr(source.noisy))]
+    yield columns
+    for name, load in methods.items():
+        if stop.is_set():
+            return
+        yield [*columns, Column(name=name, problem="working …")]
+        work = functools.partial(_column, name, load, source, options, request, stop)
+        (column,) = in_thread(work, stop, own=False)
+        columns = [*columns, column]
+        yield columns
+
+
+def _column(
+    name: str,
+    load: Callable[[], Denoiser],
+    source: Source,
+    options: DenoiseOptions,
+    request: Request,
+    stop: threading.Event,
+    post: Callable[[Column], None],
+) -> Column:
+    try:
+        denoiser = suited(load(), request.noise)
+        if "regressor" in name.lower():
+            options = replace(options, num_steps=1)
+        start = time.perf_counter()
+        result = denoise_tiled(denoiser, source.noisy, options, tile_size=request.tile_size, on_step=lambda step: stop.is_set())
+    except (ValueError, OSError, RuntimeError) as error:
+        return Column(name=name, problem=str(error))
+    height, width = source.noisy.shape[-2:]
+    tiles = num_tiles(height, width, request.tile_size or denoiser.tile_size)
+    return Column(
+        name=name,
+        image=to_bytes(result.image),
+        psnrs=source.psnr(result.image),
+        num_forward=round(int(result.num_forward[0]) / tiles) if denoiser.num_parameters else None,
+        seconds=time.perf_counter() - start,
+        problem="stopped" if stop.is_set() else "",
+    )

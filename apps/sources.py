@@ -1,0 +1,131 @@
+"""What a visitor asks for, and the image it is about: read, checked for size, with noise where it is wished for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ebt_vision.classical import estimate_sigma
+from ebt_vision.denoiser import DenoiseOptions
+from ebt_vision.image_files import ImageFile, ImageFileError, quantise, read_image
+from ebt_vision.metrics import mse, psnr_from_mse
+from ebt_vision.noise import Noise
+from ebt_vision.thinking import ToleranceOf
+
+MAX_PIXELS = 24_000_000
+MAX_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a visitor asks for."""
+
+    path: str
+    noise: Noise | None = None
+    """Noise to add first; None for a photograph that is noisy already."""
+    seed: int = 0
+    num_steps: int = 4
+    step_size_scale: float = 1.0
+    tolerance: float | None = None
+    tolerance_of: ToleranceOf = "first"
+    langevin_std: float = 0.0
+    num_candidates: int = 1
+    tile_size: int | None = None
+    """None for the model's own."""
+
+    def options(self) -> DenoiseOptions:
+        """The same for a denoiser; ValueError for what is out of range."""
+        return DenoiseOptions(
+            num_steps=self.num_steps,
+            num_candidates=self.num_candidates,
+            tolerance=self.tolerance,
+            tolerance_of=self.tolerance_of,
+            langevin_std=self.langevin_std,
+            step_size_scale=self.step_size_scale,
+            seed=self.seed,
+            sigma=None if self.noise is None else self.noise.sigma,
+            noise_level=None if self.noise is None else self.noise.noise_level,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """An image that was read, and what is to be denoised; both (1, 3, H, W), about [0, 1]."""
+
+    file: ImageFile
+    noisy: Tensor
+    clean: Tensor | None
+    """None where it is not known."""
+
+    def middle(self, side: int) -> Source:
+        """The middle `side` x `side` pixels of it, or what there is."""
+        top, left = (max(length - side, 0) // 2 for length in self.noisy.shape[-2:])
+        cut = (..., slice(top, top + side), slice(left, left + side))
+        return replace(self, noisy=self.noisy[cut], clean=None if self.clean is None else self.clean[cut])
+
+    def psnr(self, image: Tensor) -> list[float]:
+        """PSNR in dB of an image (1, 3, H, W), clipped, as a list of one; empty if the clean image is not known."""
+        if self.clean is None:
+            return []
+        rows = zip(image.clamp(0, 1).split(256, -2), self.clean.split(256, -2), strict=True)  # they become float64
+        errors = torch.stack([mse(part, known)[0] * known.numel() for part, known in rows])
+        return [float(psnr_from_mse(errors.sum() / self.clean.numel(), data_range=1.0))]
+
+
+def open_source(request: Request) -> Source:
+    """Read an image and add noise. ImageFileError for a file that is no image or too large, ValueError for a bad amount."""
+    path = Path(request.path)
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise ImageFileError(f"{path} has more than {MAX_BYTES >> 20} MB; use the command line for it")
+    _check_size(path)
+    file = read_image(path)
+    image = file.pixels[None]
+    if image.shape[-2] * image.shape[-1] > MAX_PIXELS:
+        raise _too_large(path, image.shape[-1], image.shape[-2])
+    if request.noise is None:
+        return Source(file=file, noisy=image, clean=None)
+    return Source(file=file, noisy=request.noise.add(image, request.seed), clean=image)
+
+
+def _check_size(path: Path) -> None:
+    """Refuse by the header what would take a long time to decode; whatever else is wrong is read_image's to tell."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception:  # on damaged bytes Pillow raises nearly anything
+        return
+    if width * height > MAX_PIXELS:
+        raise _too_large(path, width, height)
+
+
+def _too_large(path: Path, width: int, height: int) -> ImageFileError:
+    return ImageFileError(
+        f"{path} is {width}x{height} pixels; this page takes {MAX_PIXELS // 10**6} megapixels, the command line more"
+    )
+
+
+def estimate(path: str) -> float:
+    """The standard deviation of the noise of a photograph, 0..255 units, from its middle 512 x 512 pixels."""
+    return estimate_sigma(open_source(Request(path=path)).middle(512).noisy)[0]
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """The first of (B, 3, H, W), or (3, H, W), in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
+    image = images[0] if images.ndim == 4 else images
+    return np.ascontiguousarray(quantise(image).transpose(1, 2, 0))  # CHW -> HWC
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """(1, 3, H, W), made smaller where its longest side is above `side`."""
+    height, width = images.shape[-2:]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return images
+    size = (max(round(height * scale), 1), max(round(width * scale), 1))
+    return F.interpolate(images.clamp(0, 1), size=size, mode="area")
