@@ -16,6 +16,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 def test_every_config_loads_builds_and_opens_with_its_command(path: Path):
     config = load_config(path)
     assert config.name == path.stem
+    if config.train.init_from and config.train.init_from.startswith("runs/"):  # a stage that goes on from another's run
+        config = load_config(path, ["train.init_from=null"])
     with torch.device("cpu" if config.train.init_from else "meta"):
         assert build_model(config).num_parameters > 1000
     assert build_config(config_to_dict(config)) == config
@@ -31,10 +33,15 @@ def test_the_configs_that_the_project_promises_are_there():
     assert {"smoke", "paper_id_128_large", "tiny_imagenet_ebt_gpu", "tiny_imagenet_ebt_cpu"} <= names
     cpu = [load_config(path) for path in CONFIGS if path.stem.endswith("_cpu")]
     assert {config.model_type for config in cpu} == {"patch_ebt", "dit", "patch_regressor"}
-    same = {
-        (c.seed, c.train.num_updates, c.train.batch_size, c.train.ema_decay, c.optim, c.objective.level, c.data) for c in cpu
+    same = {(c.seed, c.train.batch_size, c.train.ema_decay, c.optim, c.objective.level, c.data) for c in cpu}
+    assert len(same) == 1  # equal order, weight decay and averaging
+    first, second = (load_config(CONFIGS[0].with_name(f"tiny_imagenet_ebt_cpu{stage}.yaml")) for stage in ("", "_stage2"))
+    assert (second.model, second.data, second.train.batch_size) == (first.model, first.data, first.train.batch_size)
+    assert second.train.init_from == f"runs/{first.name}/model"
+    updates = {c.model_type: c.train.num_updates for c in cpu} | {
+        "patch_ebt": first.train.num_updates + second.train.num_updates
     }
-    assert len(same) == 1  # equal budget, order, weight decay and averaging
+    assert set(updates.values()) == {4000}  # equal budget
     counts = []
     for config in cpu:
         with torch.device("meta"):
