@@ -164,7 +164,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
             0,
             1,
             value=0,
-            step=0.01,
+            step=0.001,
             label="Stop when a step lowers the energy by less than this share; 0: never",
             elem_id="tolerance",
         )
@@ -172,6 +172,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
             [
                 ("the first step: 0.02 ends before it blurs", "first"),
                 ("the step before: 0.05 thinks on in strong noise", "previous"),
+                ("a first step in training: 0.005 does both, if the model knows it", "training"),
             ],
             value="first",
             label="A share of what was gained by",

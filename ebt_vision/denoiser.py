@@ -36,7 +36,7 @@ class DenoiseOptions:
     tolerance: float | None = None
     """EBT: a sample stops once a step gains no more than this share of what its first step did (see ThinkingConfig)."""
     tolerance_of: ToleranceOf = "first"
-    """EBT: the step whose gain that is a share of, the first or the previous one."""
+    """EBT: what that is a share of: the gain of the first step, the previous one, or a first step at the training's noise."""
     langevin_std: float = 0.0
     """EBT: noise added to the candidate before each gradient, on [-1, 1]."""
     step_size_scale: float = 1.0
@@ -57,7 +57,9 @@ class DenoiseOptions:
         check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "use 1 (plain thinking) or more")
         check(self.candidate_noise_std >= 0, "candidate_noise_std", self.candidate_noise_std, "use 0 or more")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
-        check(self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, "use 'first' or 'previous'")
+        check(
+            self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, f"use one of {get_args(ToleranceOf)}"
+        )
         check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
         check(self.step_size_scale > 0, "step_size_scale", self.step_size_scale, "use a positive number")
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
@@ -117,6 +119,8 @@ class Denoiser(ABC):
     """Images are padded to multiples of it."""
     suggested_steps: int = 4
     """What num_steps is on the command line and the page where nobody asks for a number."""
+    suggested_tolerance: float | None = None
+    """What tolerance is on the command line, of the training's noise, where nobody asks for steps or a tolerance."""
     input_scale: float = 1.0
     """Factor on the image, as -1..1, before a network sees it: see for_photographs and for_vp_images, which set it."""
     signal_scale: float = 1.0

@@ -18,7 +18,7 @@ from ebt_vision.corruption import (
     to_model_range,
 )
 from ebt_vision.denoiser import TRAINING_LEVEL, Callback, DenoiseOptions, Denoiser, DenoiseResult, DenoiseStep
-from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
+from ebt_vision.models.patch_ebt import PatchEBT, num_patches, patch_energy_mean
 from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor
@@ -65,10 +65,14 @@ class EBTDenoiser(ModelDenoiser):
         super().__init__(model, name=name, input_scale=input_scale)
         self.model = model
         self.suggested_steps = model.config.suggested_steps
+        self.suggested_tolerance = model.config.suggested_tolerance
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         x = to_model_range(noisy) * self.input_scale
         watch = _Watch(options, x.shape, self.patch_size, callback)
+        gain = self.model.config.training_gain
+        if options.tolerance is not None and options.tolerance_of == "training" and gain is None:
+            raise ValueError(f"{self.name} has no training_gain in its config; use tolerance_of 'first' or 'previous'")
         result = best_of(
             self.model,
             watch.starts(x, image_ids),
@@ -77,6 +81,7 @@ class EBTDenoiser(ModelDenoiser):
                 langevin_std=options.langevin_std,
                 tolerance=options.tolerance,
                 tolerance_of=options.tolerance_of,
+                training_gain=gain and gain * num_patches(x.shape, self.patch_size),
             ),
             context=self.model.context_of(x),
             step_size=self.model.step_size.detach() * options.step_size_scale,

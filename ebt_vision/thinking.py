@@ -92,7 +92,7 @@ class NonFiniteGradientError(ThinkingError):
         )
 
 
-ToleranceOf = Literal["first", "previous"]
+ToleranceOf = Literal["first", "previous", "training"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,10 @@ class ThinkingConfig:
     """If set, a sample stops once a step lowers its energy by no more than this share of what its first step did."""
     tolerance_of: ToleranceOf = "first"
     """previous: of what the step before did. An energy that falls step by step at an even rate, as that of an input far from
-    anything that was trained on, is then thought on; one that settles at once stops."""
+    anything that was trained on, is then thought on; one that settles at once stops. training: of `training_gain` times
+    training_gain / what the sample's own first step did: the noisier the input, the smaller the gains that are worth a step."""
+    training_gain: float | None = None
+    """By how much a first step lowers the energy of an input with the training's noise, on average; for `training` alone."""
 
     def __post_init__(self) -> None:
         check(self.num_steps >= 0, "num_steps", self.num_steps, "use 1 or more, or 0 to return the start")
@@ -128,7 +131,13 @@ class ThinkingConfig:
         check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
         check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
-        check(self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, "use 'first' or 'previous'")
+        check(
+            self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, f"use one of {get_args(ToleranceOf)}"
+        )
+        gain = self.training_gain
+        check(gain is None or gain > 0, "training_gain", gain, "use a positive number")
+        if self.tolerance is not None and self.tolerance_of == "training" and gain is None:
+            raise ValueError("tolerance_of='training' needs the model's training_gain; use 'first' or 'previous'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,22 +303,32 @@ class _Descent:
         """Drop the samples whose last update gained too little; returns which of the active ones go on (None: all)."""
         if self.config.tolerance is None or previous is None or step < 1:
             return None
-        end = 2 if self.config.tolerance_of == "first" else max(2, step)
-        higher, lower, before, now = (
-            e.reshape(len(e), -1).sum(1) for e in (self.energies[end - 2], self.energies[end - 1], *self.energies[-2:])
-        )
         index = self._index()
-        gain = (before - now)[index]
+        gain = self._gain(step)[index]
         rose = index[gain < 0]
         if len(rose):  # the update made it worse: take it back
             self.y = self.y.index_copy(0, rose, previous[rose])
             self.energies[-1] = self.energies[-1].index_copy(0, rose, self.energies[-2][rose])
             used[rose] -= 1
-        moving = gain > self.config.tolerance * (higher - lower).clamp(min=0)[index]
+        moving = gain > self.config.tolerance * self._yardstick(step)[index]
         if moving.all():
             return None
         self.active = index[moving]
         return moving
+
+    def _gain(self, step: int) -> Tensor:
+        """By how much update `step` (1, 2, ...) lowered the energy of each sample, summed over its elements, (B,)."""
+        before, now = (energy.reshape(len(energy), -1).sum(1) for energy in self.energies[step - 1 : step + 1])
+        return before - now
+
+    def _yardstick(self, step: int) -> Tensor:
+        """What a tolerance is a share of after update `step`, (B,)."""
+        of = self.config.tolerance_of
+        gain = self._gain(max(1, step - 1) if of == "previous" else 1).clamp(min=0)
+        if of == "training":
+            assert self.config.training_gain is not None  # ThinkingConfig sees to it
+            return self.config.training_gain**2 / gain.clamp(min=torch.finfo(gain.dtype).tiny)
+        return gain
 
     def _update(self, candidate: Tensor) -> None:
         self.y = candidate if self.active is None else self.y.index_copy(0, self.active, candidate)

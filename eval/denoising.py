@@ -349,7 +349,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     count, amount = number(int, 1), number(float, 0)
     add("--steps", type=count, default=10, help="EBT: thinking steps")
     add("--tolerances", type=amount, nargs="*", default=[], help="EBT: rows of adaptive thinking")
-    add("--tolerance-of", choices=("first", "previous"), default="first", help="share of which step's gain they are")
+    add("--tolerance-of", choices=("first", "previous", "training"), default="first", help="what they are shares of")
     add("--step-sizes", type=amount, nargs="*", default=[], help="EBT: rows with so many times the learned step size")
     add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 leaves it out")
     add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")

@@ -194,6 +194,15 @@ def test_a_tolerance_of_the_previous_step_is_a_row_of_its_own():
     assert (options.tolerance, options.tolerance_of) == (0.05, "previous")
 
 
+def test_a_tolerance_of_the_trainings_gain_is_a_row_of_its_own():
+    condition = Condition(protocol="paper", kind="level", strength=0.1)
+    settings = RowSettings(steps=4, tolerances=(0.005,), tolerance_of="training", candidates=0)
+    assert [row.method for row in rows_of("m", "ebt", condition, settings)] == [
+        "thinking",
+        "thinking, tolerance 0.005 of the training's",
+    ]
+
+
 def test_a_smaller_step_size_is_a_row_of_its_own():
     condition = Condition(protocol="paper", kind="level", strength=0.1)
     _, half = rows_of("m", "ebt", condition, RowSettings(steps=4, step_sizes=(0.5,), candidates=0))

@@ -14,6 +14,7 @@ import tifffile
 from PIL import Image
 
 from ebt_vision import cli
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 
 RNG = np.random.default_rng(0)
 
@@ -53,6 +54,22 @@ def test_denoise_prints_a_line_and_writes_the_image(run, good: Path, tmp_path: P
     assert (status, err, len(out)) == (0, [], 1)
     assert re.search(r"good\.png: energy \S+ -> \S+, 2 steps, \S+ s, PSNR \S+ -> \S+ dB$", out[0])
     assert Image.open(tmp_path / "out" / "good.png").size == (45, 37)
+
+
+def test_a_models_own_stopping_rule_holds_where_nobody_asks_for_steps(good: Path, tmp_path: Path, capsys) -> None:
+    config = PatchEBTConfig(
+        img_size=16, embed_dim=32, depth=1, num_heads=2, suggested_steps=5, suggested_tolerance=1e9, training_gain=1.0
+    )
+    PatchEBT(config).save_pretrained(tmp_path / "model")  # its energy is |y|^2 / 2, of which a step of 1 leaves nothing
+
+    def steps(*options: str) -> str:
+        arguments = ["denoise", str(good), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--overwrite"]
+        assert cli.main([*arguments, *options]) == 0
+        return re.search(r"(\d+) steps?", capsys.readouterr().out).group(1)
+
+    assert steps() == "1"
+    assert steps("--steps", "5") == "5"
+    assert steps("--tolerance", "0", "--tolerance-of", "first", "--step-size-scale", "0.5") == "5"
 
 
 def test_noise_of_a_file_does_not_depend_on_the_others(run, good: Path, tmp_path: Path) -> None:

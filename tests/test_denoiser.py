@@ -54,6 +54,10 @@ EVERY_KIND = {
     "ebt best of": (ebt, DenoiseOptions(num_steps=2, num_candidates=3, langevin_std=0.05)),
     "ebt tolerance": (ebt, DenoiseOptions(num_steps=6, tolerance=0.3)),
     "ebt tolerance of the previous": (ebt, DenoiseOptions(num_steps=6, tolerance=0.3, tolerance_of="previous")),
+    "ebt tolerance of the training's": (
+        lambda: ebt(training_gain=0.5),
+        DenoiseOptions(num_steps=6, tolerance=0.3, tolerance_of="training"),
+    ),
     "dit ddim": (dit, DenoiseOptions(num_steps=3, noise_level=0.05)),
     "dit by sigma": (dit, DenoiseOptions(num_steps=3, sigma=25)),
     "dit estimating": (dit, DenoiseOptions(num_steps=3)),
@@ -229,6 +233,20 @@ def test_tolerance_stops_early_and_the_energies_keep_their_length():
     assert result.energies.shape == (31, 2)
     assert result.num_steps.max() < 30 and result.num_forward.max() < 31
     assert torch.equal(result.energies[-1], result.energies[-2])
+
+
+def test_the_trainings_gain_is_per_patch_and_must_be_known():
+    """It is an energy per patch, as everything that people are shown, so that it holds for any size."""
+    options = DenoiseOptions(num_steps=12, tolerance=0.02, tolerance_of="training")
+    noisy = noisy_images(1)
+    plain = ebt().denoise(noisy, DenoiseOptions(num_steps=12))
+    gains = -plain.energies[:, 0].diff()
+    known = float((gains[0] * gains[4] / options.tolerance) ** 0.5)  # the fifth step gains just too little
+    stopped = ebt(training_gain=1.0001 * known).denoise(noisy, options)
+    assert stopped.num_steps.tolist() == [5] and ebt(training_gain=0.9999 * known).denoise(noisy, options).num_steps.item() > 5
+    torch.testing.assert_close(stopped.energies[-1], plain.energies[5])
+    with pytest.raises(ValueError, match="has no training_gain"):
+        ebt().denoise(noisy, options)
 
 
 def test_callback_sees_every_step_of_every_candidate_and_can_stop_all():

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import compare
 import denoising
 import picture
+import training_gain
 
 QUICK = ["--sweep", "--strip", "0", "--candidates", "0", "--resamples", "100"]
 
@@ -371,3 +372,14 @@ def test_the_picture_is_drawn(tmp_path: Path, photos: Path, tiny_checkpoint: Pat
     target = tmp_path / "picture.png"
     picture.main(["--model", str(tiny_checkpoint), "--images", str(photos / "0.png"), "--steps", "1", "--output", str(target)])
     assert Image.open(target).width > 100
+
+
+def test_the_training_gain_is_the_mean_fall_of_the_first_step(
+    photos: Path, baselines: list[str], tiny_checkpoint: Path, capsys
+):
+    assert training_gain.main(["--model", str(tiny_checkpoint), "--data", str(photos), "--limit", "4"]) == 0
+    told = capsys.readouterr().out
+    falls = training_gain.measure(str(tiny_checkpoint), str(photos), 0.1, 4, batch_size=3)
+    assert falls.shape == (4,) and f"training_gain: {falls.mean():.4g} " in told
+    assert training_gain.main(["--model", baselines[0], "--data", str(photos)]) == 2
+    assert "is no EBT" in capsys.readouterr().err

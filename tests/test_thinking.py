@@ -179,6 +179,23 @@ def test_the_tolerance_may_be_a_share_of_the_step_before():
         ThinkingConfig(tolerance_of="last")  # type: ignore[arg-type]
 
 
+def test_the_tolerance_may_be_a_share_of_what_a_first_step_does_at_the_trainings_noise():
+    """The stronger the noise, the smaller the gains that are still worth a step."""
+    weak, known, strong = (size * torch.ones(1, 4, dtype=torch.float64) for size in (0.5, 1.0, 2.0))
+    config = ThinkingConfig(num_steps=20, step_size=0.5, tolerance=0.04, tolerance_of="training", training_gain=1.5)
+    assert think(half_square, known, config).num_steps.tolist() == [4]  # 1.5, 0.375, 0.094, 0.023 against 0.06
+    assert think(half_square, weak, config).num_steps.tolist() == [2]  # 0.375, 0.094 against 0.24
+    assert think(half_square, strong, config).num_steps.tolist() == [6]  # 6, 1.5, 0.375, 0.094, 0.023, 0.006 against 0.015
+    both = think(half_square, torch.cat([weak, strong]), config)
+    assert both.num_steps.tolist() == [2, 6]
+    flat = think(lambda y: 0 * half_square(y), known, replace(config, tolerance=0.0))  # nothing gained, nothing to divide by
+    assert flat.num_steps.tolist() == [1]
+    with pytest.raises(ValueError, match="training_gain"):
+        ThinkingConfig(tolerance=0.1, tolerance_of="training")
+    with pytest.raises(ValueError, match="training_gain"):
+        ThinkingConfig(training_gain=0.0)
+
+
 def test_with_a_tolerance_an_update_that_raises_the_energy_is_taken_back():
     start = torch.ones(1, 1, dtype=torch.float64)
     result = think(half_square, start, ThinkingConfig(num_steps=5, step_size=3.0, tolerance=0.0))  # y -> -2 y

@@ -104,12 +104,16 @@ def sweep_rows_of(name: str, kind: Kind, condition: Condition, settings: RowSett
     yield from (row for row in rows_of(name, kind, condition, settings) if row.method in wanted)
 
 
+_TOLERANCE_OF: dict[ToleranceOf, str] = {"first": "", "previous": " of the previous", "training": " of the training's"}
+"""What a tolerance is a share of, in the name of its row."""
+
+
 def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
     steps = settings.steps
     plain = Row(model=name, kind="ebt", method="thinking", num_steps=steps, reported=tuple(range(1, steps + 1)))
     yield plain
     for tolerance in settings.tolerances:
-        method = f"thinking, tolerance {tolerance:g}" + (" of the previous" if settings.tolerance_of == "previous" else "")
+        method = f"thinking, tolerance {tolerance:g}{_TOLERANCE_OF[settings.tolerance_of]}"
         yield replace(plain, method=method, reported=(steps,), tolerance=tolerance, tolerance_of=settings.tolerance_of)
     for scale in settings.step_sizes:
         yield replace(plain, method=f"thinking, step size x {scale:g}", step_size_scale=scale)

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=Path)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results; made if missing")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
-    parser.add_argument("--steps", metavar="N", type=count, help="thinking steps (default: what the model suggests)")
+    parser.add_argument(
+        "--steps", metavar="N", type=count, help="thinking steps (default: what the model suggests, with its tolerance)"
+    )
     parser.add_argument("--candidates", metavar="N", type=count, default=1, help="think N times, keep the lowest energy")
     parser.add_argument(
         "--tolerance",
@@ -37,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance-of",
-        choices=("first", "previous"),
+        choices=("first", "previous", "training"),
         default="first",
-        help="the step that T is a share of; 'previous' thinks on where noise is stronger than in training; try 0.05",
+        help="what T is a share of: what the first step gained; the step before (try 0.05); a first step at the noise of the "
+        "training, which asks for less the stronger the noise is (try 0.005)",
     )
     parser.add_argument("--step-size-scale", metavar="F", type=positive, default=1.0, help="factor on the learned step size")
     parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise in each thinking step")
@@ -159,11 +162,14 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
 
     denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
     noise = args.add_noise
+    tolerance, tolerance_of = args.tolerance, args.tolerance_of
+    if args.steps is None and tolerance is None and denoiser.suggested_tolerance is not None:
+        tolerance, tolerance_of = denoiser.suggested_tolerance, "training"
     options = DenoiseOptions(
         num_steps=args.steps or denoiser.suggested_steps,
         num_candidates=args.candidates,
-        tolerance=args.tolerance,
-        tolerance_of=args.tolerance_of,
+        tolerance=tolerance,
+        tolerance_of=tolerance_of,
         langevin_std=args.langevin,
         step_size_scale=args.step_size_scale,
         seed=args.seed,

@@ -21,6 +21,11 @@ class PatchEBTConfig(TrunkConfig):
     """Let the energy see the noisy observation beside the candidate: E(x, y) instead of the paper's E(y)."""
     suggested_steps: int = 4
     """Thinking steps where nobody asks for a number: kept with the weights, because models differ in when they overthink."""
+    suggested_tolerance: float | None = None
+    """The tolerance that goes with suggested_steps, with tolerance_of="training" (see thinking.ThinkingConfig); None: none."""
+    training_gain: float | None = None
+    """By how much a first step lowers the energy, mean over patches, of an image with the training's noise, on average:
+    eval/training_gain.py measures it. Only a tolerance of the training's noise needs it."""
     init_step_size: float = 1.0
     """Where the learned step size starts. The paper's 3000 for a mean over 64 patches is 47 for this sum (linear head)."""
 
@@ -29,6 +34,12 @@ class PatchEBTConfig(TrunkConfig):
         TrunkConfig.__post_init__(self)
         if self.suggested_steps < 1:
             raise ValueError(f"suggested_steps={self.suggested_steps} must be 1 or more")
+        for name in ("suggested_tolerance", "training_gain"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be above 0, or null")
+        if self.suggested_tolerance is not None and self.training_gain is None:
+            raise ValueError(f"suggested_tolerance={self.suggested_tolerance} needs training_gain: see eval/training_gain.py")
         if self.energy_head not in ("linear", "quadratic"):
             raise ValueError(f"energy_head={self.energy_head!r} is unknown; use 'linear' or 'quadratic'")
         if self.energy_head == "linear" and self.embed_dim < self.patch_dim:
@@ -102,4 +113,9 @@ class PatchEBT(EnergyModel):
 
 def patch_energy_mean(energies: Tensor, image_shape: torch.Size, patch_size: int) -> Tensor:
     """The energy to show people: the mean over patches, which compares across image sizes. Same shape as `energies`."""
-    return energies / (image_shape[-2] // patch_size * (image_shape[-1] // patch_size))
+    return energies / num_patches(image_shape, patch_size)
+
+
+def num_patches(image_shape: torch.Size, patch_size: int) -> int:
+    """Patches of an image (..., H, W)."""
+    return image_shape[-2] // patch_size * (image_shape[-1] // patch_size)

@@ -1,0 +1,59 @@
+"""By how much an EBT's first thinking step lowers the energy at the noise that it was trained on.
+
+    python eval/training_gain.py --model tiny_imagenet_ebt --data "train-*.parquet" --level 0.1
+
+prints the mean over images of that fall, in energy per patch. As `training_gain` in the model's config (its config.json, or
+the `model` section of a training config) it is what `--tolerance-of training` compares later steps with.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from ebt_vision.benchmark.images import load_images
+from ebt_vision.benchmark.options import number
+from ebt_vision.benchmark.protocols import Condition, observed
+from ebt_vision.benchmark.rows import Row, prepare
+from ebt_vision.denoiser import load_denoiser
+from ebt_vision.model_denoisers import EBTDenoiser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(description="Measure an EBT's training_gain.")
+    parser.add_argument("--model", required=True, help="a shipped name, a folder or hub:OWNER/NAME; an EBT for images")
+    parser.add_argument("--data", required=True, help="images as it was trained on, better not those that it is tested on")
+    parser.add_argument("--level", type=number(float, 0, 1), default=0.1, help="its training's VP noise level (default 0.1)")
+    parser.add_argument("--limit", type=number(int, 1), default=512, help="images, spread evenly over the data")
+    settings = parser.parse_args(arguments)
+    try:
+        gains = measure(settings.model, settings.data, settings.level, settings.limit)
+    except (ValueError, OSError) as error:
+        print(f"training_gain: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"training_gain: {gains.mean():.4g} (standard deviation over {len(gains)} images {gains.std():.3g})")
+    return 0
+
+
+def measure(model: str, data: str, level: float, limit: int, *, batch_size: int = 32) -> torch.Tensor:
+    """The fall of each image's energy in the first step, mean over patches, (N,). Raises ValueError for other models."""
+    denoiser = load_denoiser(model)
+    if not isinstance(denoiser, EBTDenoiser):
+        raise ValueError(f"{model} is no EBT for images, so it has no energy to lower")
+    images = load_images(data, img_size=denoiser.tile_size, limit=limit)
+    condition = Condition(protocol="paper", kind="level", strength=level)
+    row = Row(model=model, kind="ebt", method="thinking", num_steps=1, reported=(1,))
+    falls = []
+    for start in range(0, len(images), batch_size):
+        indices = range(start, min(start + batch_size, len(images)))
+        _, noisy = observed(condition, images.images(indices), indices)
+        ready, noisy, options = prepare(denoiser, row, condition, noisy)
+        energies = ready.denoise(noisy, options, image_ids=indices).energies
+        assert energies is not None  # an EBT's result has them
+        falls.append(energies[0] - energies[1])
+    return torch.cat(falls)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
