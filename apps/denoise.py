@@ -172,7 +172,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
             [
                 ("the first step: 0.02 ends before it blurs", "first"),
                 ("the step before: 0.05 thinks on in strong noise", "previous"),
-                ("a first step in training: 0.005 does both, if the model knows it", "training"),
+                ("a first step in training: 0.006 does both, if the model knows it", "training"),
             ],
             value="first",
             label="A share of what was gained by",

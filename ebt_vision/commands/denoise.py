@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("first", "previous", "training"),
         default="first",
         help="what T is a share of: what the first step gained; the step before (try 0.05); a first step at the noise of the "
-        "training, which asks for less the stronger the noise is (try 0.005)",
+        "training, which asks for less the stronger the noise is (try 0.006)",
     )
     parser.add_argument("--step-size-scale", metavar="F", type=positive, default=1.0, help="factor on the learned step size")
     parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise in each thinking step")
