@@ -71,8 +71,6 @@ class EBTDenoiser(ModelDenoiser):
         x = to_model_range(noisy) * self.input_scale
         watch = _Watch(options, x.shape, self.patch_size, callback)
         gain = self.model.config.training_gain
-        if options.tolerance is not None and options.tolerance_of == "training" and gain is None:
-            raise ValueError(f"{self.name} has no training_gain in its config; use tolerance_of 'first' or 'previous'")
         result = best_of(
             self.model,
             watch.starts(x, image_ids),

@@ -137,7 +137,7 @@ class ThinkingConfig:
         gain = self.training_gain
         check(gain is None or gain > 0, "training_gain", gain, "use a positive number")
         if self.tolerance is not None and self.tolerance_of == "training" and gain is None:
-            raise ValueError("tolerance_of='training' needs the model's training_gain; use 'first' or 'previous'")
+            raise ValueError("tolerance_of='training': the model has no training_gain; use 'first' or 'previous'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -36,6 +36,7 @@ from ebt_vision.benchmark.verification import has_candidates, verify_candidates,
 from ebt_vision.checkpoint import checkpoint_hash, pick_device
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.provenance import provenance
+from ebt_vision.thinking import ToleranceOf
 from ebt_vision.whole_files import write_text
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
@@ -349,7 +350,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     count, amount = number(int, 1), number(float, 0)
     add("--steps", type=count, default=10, help="EBT: thinking steps")
     add("--tolerances", type=amount, nargs="*", default=[], help="EBT: rows of adaptive thinking")
-    add("--tolerance-of", choices=("first", "previous", "training"), default="first", help="what they are shares of")
+    add("--tolerance-of", choices=get_args(ToleranceOf), default="first", help="what they are shares of")
     add("--step-sizes", type=amount, nargs="*", default=[], help="EBT: rows with so many times the learned step size")
     add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 leaves it out")
     add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")

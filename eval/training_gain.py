@@ -3,16 +3,16 @@
     python eval/training_gain.py --model tiny_imagenet_ebt --data "train-*.parquet" --level 0.1
 
 prints the mean over images of that fall, in energy per patch. As `training_gain` in the model's config (its config.json, or
-the `model` section of a training config) it is what `--tolerance-of training` compares later steps with.
+the `model` section of a training config) it is what `--tolerance-of training` compares later steps with. The noise is that
+of the VP process at one level; there is no such number for a model that was trained on noise of many strengths.
 """
 
-import argparse
 import sys
 
 import torch
 
 from ebt_vision.benchmark.images import load_images
-from ebt_vision.benchmark.options import number
+from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.protocols import Condition, observed
 from ebt_vision.benchmark.rows import Row, prepare
 from ebt_vision.denoiser import load_denoiser
@@ -21,12 +21,12 @@ from ebt_vision.model_denoisers import EBTDenoiser
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(description="Measure an EBT's training_gain.")
+    parser = OneLineParser(prog="training_gain", description="Measure an EBT's training_gain.")
     parser.add_argument("--model", required=True, help="a shipped name, a folder or hub:OWNER/NAME; an EBT for images")
     parser.add_argument("--data", required=True, help="images as it was trained on, better not those that it is tested on")
     parser.add_argument("--level", type=number(float, 0, 1), default=0.1, help="its training's VP noise level (default 0.1)")
     parser.add_argument("--limit", type=number(int, 1), default=512, help="images, spread evenly over the data")
-    settings = parser.parse_args(arguments)
+    settings = parser.parse(arguments)
     try:
         gains = measure(settings.model, settings.data, settings.level, settings.limit)
     except (ValueError, OSError) as error:

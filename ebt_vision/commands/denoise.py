@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         metavar="T",
         type=not_negative,
-        help="stop when a step gains less than this share of the first; try 0.02",
+        help="stop when a step gains less than this share of what --tolerance-of names; try 0.02",
     )
     parser.add_argument(
         "--tolerance-of",
