@@ -22,6 +22,7 @@ from ebt_vision.energy_order import energy_as_error, energy_order_loss
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.realistic_noise import RealisticNoiseConfig
 from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -41,7 +42,7 @@ class ImageBatch:
     start: Tensor | None = None
     """Candidates to think on from, where a replay buffer gave some; None starts at the observation."""
     observation: Tensor | None = None
-    """What was observed, (B, C, H, W), where a replay buffer gave some; None makes it of clean and noise."""
+    """What was observed, (B, C, H, W), where the task or a replay buffer gave it; None makes it of clean and noise."""
 
 
 _DISTANCES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss, "l1": F.l1_loss}
@@ -55,6 +56,8 @@ class ObjectiveConfig:
     """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. The DiT trains on all timesteps up to it."""
     sigmas: tuple[float, float] = (0.0, 75.0)
     """Models of noise_process "awgn", in place of `level`: each sample's standard deviation is uniform in it (0..255 units)."""
+    realistic_noise: RealisticNoiseConfig | None = None
+    """Models of noise_process "awgn", in place of `sigmas`: the mixture of realistic_noise.py; null for Gaussian noise alone."""
     loss: Literal["smooth_l1", "mse", "l1"] = "smooth_l1"
     """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's. The DiT has its own."""
     loss_steps: Literal["every", "last"] = "every"
@@ -128,7 +131,9 @@ class ImageObjective(Objective):
         """Denoise (B, C, H, W) in [-1, 1] at 1..num_steps steps, for validation; `level` is None for AWGN."""
 
     def observe(self, batch: ImageBatch) -> Tensor:
-        """The noisy images of a batch, (B, C, H, W): at the training level, or each with a sigma drawn for it."""
+        """The noisy images of a batch, (B, C, H, W): given, or at the training level, or each with a sigma drawn for it."""
+        if batch.observation is not None:
+            return batch.observation
         if noise_process_of(self.model) == "vp":
             signal, noise = corruption.signal_and_noise_scale(self.config.level)
             return signal * batch.clean + noise * batch.noise
@@ -186,7 +191,7 @@ class EBTObjective(ImageObjective):
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         model: PatchEBT = self.model  # type: ignore[assignment]
-        observation = self.observe(batch) if batch.observation is None else batch.observation
+        observation = self.observe(batch)
         start = observation if batch.start is None else batch.start
         result = think(
             self.energy_fn,

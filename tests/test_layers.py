@@ -18,6 +18,7 @@ LEVELS = {
     "corruption.py": 1,
     "metrics.py": 1,
     "models/blocks.py": 1,
+    "realistic_noise.py": 2,
     "models/": 2,
     "checkpoint.py": 3,
     "provenance.py": 3,

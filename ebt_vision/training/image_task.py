@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ebt_vision import corruption
 from ebt_vision.data.images import DataConfig, ImageSet, load_image_set
-from ebt_vision.objectives import ImageBatch
+from ebt_vision.objectives import ImageBatch, ObjectiveConfig
+from ebt_vision.realistic_noise import add_realistic_noise
 from ebt_vision.rng import randn_like
 from ebt_vision.training.settings import ValidationConfig
 from ebt_vision.training.task import Task
@@ -24,7 +25,16 @@ class ImageTask(Task):
     def make_batch(self, samples: ImageSet, indices: Sequence[int], epochs: Sequence[int], device: torch.device) -> ImageBatch:
         clean = corruption.to_model_range(samples.images(indices, epochs).to(device).float() / 255.0)
         generators = self.generators(indices, epochs)
-        return ImageBatch(clean=clean, noise=randn_like(clean.cpu(), generators).to(device), generators=generators)
+        noise = randn_like(clean.cpu(), generators).to(device)
+        return ImageBatch(clean=clean, noise=noise, generators=generators, observation=self._observation(clean, generators))
+
+    def _observation(self, clean: Tensor, generators: list[torch.Generator]) -> Tensor | None:
+        """Images with realistic noise, (B, 3, H, W) in [-1, 1]; None where the objective adds its own."""
+        objective = self.config.objective
+        if not isinstance(objective, ObjectiveConfig) or objective.realistic_noise is None:
+            return None
+        noisy = add_realistic_noise(corruption.to_image_range(clean), objective.realistic_noise, generators)
+        return corruption.to_model_range(noisy).to(clean.device)
 
     def load_held_out(self) -> Tensor | None:
         """The validation images, float (B, C, H, W) in [-1, 1]."""
