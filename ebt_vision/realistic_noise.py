@@ -1,17 +1,17 @@
-"""The noise of photographs as people have them: a seeded mixture for training and for evaluation.
+"""A seeded mixture of the noise that photographs have, for training and for evaluation.
 
-Half of the draws (`gaussian_share`) are plain white Gaussian noise, never clipped, as the restoration papers measure it. The others
-go through what cameras and the web do, each part with a probability of its own:
+A share of the draws (`gaussian_share`) is plain white Gaussian noise, not clipped, as in the tables of restoration papers. The
+other draws follow what cameras and the web do. Each part has a probability of its own:
 
-    noise field     one of: sensor noise, which depends on the signal, through a Bayer mosaic (Foi et al. 2008; Brooks et al. 2019);
-                    Gaussian noise with correlated colour channels; speckle
-    correlation     the field is blurred or was resampled: neighbouring pixels are alike, as after denoising or resizing in a camera
-    JPEG            before and after the noise, quality 30..95
-    8 bits          clipped and rounded
+    noise field   sensor noise, Gaussian noise with correlated colour channels, or speckle. Sensor noise depends on the signal
+                  and goes through a Bayer mosaic, demosaicing, white balance and a tone curve (Brooks et al. 2019).
+    correlation   The field is blurred or enlarged, so that neighbouring pixels are alike, as after denoising or resizing.
+    JPEG          before the noise, after it, or both.
+    8 bits        clipped and rounded.
 
-The strength of a draw is a standard deviation in 0..255 units. It is `max_sigma * u ** sigma_power` with u uniform, so that weak noise,
-which most photographs have, is drawn often. A share of the draws has no noise at all. The clean image stays the target: JPEG
-artefacts and noise alike are to be removed.
+The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1). Weak noise
+is drawn often, because most photographs have weak noise. A share of the draws has no noise at all. The target is the clean
+image, so a network learns to remove JPEG artefacts as well as noise.
 """
 
 import math
@@ -45,7 +45,7 @@ class RealisticNoiseConfig:
     correlated_share: float = 0.5
     """Share of the realistic draws whose noise is spatially correlated, in [0, 1]."""
     jpeg_share: float = 0.4
-    """Share of the realistic draws that are JPEG files in the end, in [0, 1]; a fifth of the realistic draws were ones before."""
+    """Share of the realistic draws that become JPEG files after the noise, in [0, 1]. A fifth of them are JPEG files before."""
     jpeg_quality: tuple[int, int] = (30, 95)
     """Lowest and highest quality."""
 
@@ -99,7 +99,7 @@ _Field = Callable[[Tensor, float, _Correlation | None, torch.Generator], Tensor]
 
 
 def _sensor_noise(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
-    """Poisson-Gaussian noise of a sensor in linear light, as the camera's pipeline leaves it; std `sigma` on average."""
+    """Poisson-Gaussian noise of a sensor (Foi et al. 2008) after the camera's pipeline; std `sigma` on average."""
     gains, shot = _uniform(generator, 1.2, 2.4, 3), _uniform(generator, 0.0, 1.0, 1)
     gains[1] = 1.0  # white balance keeps green
     raw = _mosaic(_to_linear(clean.clamp(0, 1)) / gains[:, None, None])  # (1, H, W)

@@ -73,7 +73,7 @@ class ConvDecoder(nn.Module):
 
 
 class ConvTrunk(PatchTrunk):
-    """PatchTrunk with a convolutional stem; its head is a ConvDecoder, and its reconstruction is the image plus the head's output."""
+    """PatchTrunk with a convolutional stem and a ConvDecoder as head; it reconstructs the image plus the head's output."""
 
     def _make_embedding(self, config: TrunkConfig, num_inputs: int) -> None:
         self.stem = ConvStem(config, num_inputs)

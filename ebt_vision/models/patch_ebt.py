@@ -43,9 +43,7 @@ class PatchEBTConfig(TrunkConfig):
         if self.energy_head not in ("linear", "quadratic"):
             raise ValueError(f"energy_head={self.energy_head!r} is unknown; use 'linear' or 'quadratic'")
         if self.energy_head == "linear" and self.stem_widths:
-            raise ValueError(
-                "energy_head='linear' has no use for the decoder of a convolutional stem; use 'quadratic', or stem_widths: []"
-            )
+            raise ValueError("energy_head='linear' has no use for a convolutional decoder; use 'quadratic', or stem_widths: []")
         if self.energy_head == "linear" and self.embed_dim < self.patch_dim:
             raise ValueError(
                 f"embed_dim={self.embed_dim} is below patch_size**2 * in_chans={self.patch_dim}: the gradient of a linear head "

@@ -23,12 +23,12 @@ class TrunkConfig:
     num_heads: int = 4
     mlp_ratio: float = 4.0
     stem_widths: tuple[int, ...] = ()
-    """Channels of a convolutional stem and decoder, one width a level from fine to coarse (see conv_trunk.py); each level halves
-    the resolution, from stem_unshuffle down to patch_size. Empty: a linear patch embedding and no decoder, the plain trunk."""
+    """Channels of a convolutional stem and decoder, one width a level, fine to coarse (see conv_trunk.py). A level halves the
+    resolution, from 1 / stem_unshuffle to 1 / patch_size. Empty: a linear patch embedding and no decoder, the plain trunk."""
     stem_blocks: int = 1
     """Residual blocks at each level of a convolutional stem, and as many of its decoder."""
     stem_unshuffle: int = 1
-    """A convolutional stem starts at 1 / stem_unshuffle of the resolution (pixel_unshuffle, as FFDNet); 1 starts at full size."""
+    """A convolutional stem starts at 1 / stem_unshuffle of the resolution (pixel_unshuffle, as in FFDNet); 1 is full size."""
     noise_process: Literal["vp", "awgn"] = "vp"
     """What the training images went through: the VP process at one level, which shrinks the signal, as in the paper; or plain
     Gaussian noise of many strengths, as photographs have it. It is stored here because it says how input must be scaled."""
@@ -60,8 +60,8 @@ class TrunkConfig:
         reached = self.stem_unshuffle * 2 ** len(self.stem_widths)
         if reached != self.patch_size:
             raise ValueError(
-                f"stem_widths={list(self.stem_widths)} with stem_unshuffle={self.stem_unshuffle} ends at patches of {reached} px, "
-                f"not at patch_size={self.patch_size}; give one width for each halving"
+                f"stem_widths={list(self.stem_widths)} with stem_unshuffle={self.stem_unshuffle} ends at patches of "
+                f"{reached} px, not at patch_size={self.patch_size}; give one width for each halving"
             )
 
     @property
