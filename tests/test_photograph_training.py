@@ -15,6 +15,7 @@ from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.objectives import EBTObjective, ImageBatch, ObjectiveConfig
 from ebt_vision.rng import sample_generators
 from ebt_vision.training.build import build_model, build_objective, build_task
+from ebt_vision.training.image_task import cut_images
 from ebt_vision.training.loop import Trainer
 
 MODEL = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, stem_widths=[4, 8], noise_process="awgn")
@@ -77,6 +78,31 @@ def test_the_task_makes_the_observation_in_any_batch(photos: Path):
     assert build_task(plain).make_batch(samples, [3], [0], torch.device("cpu")).observation is None
 
 
+def test_crops_are_cut_into_squares_of_a_size_drawn_for_each_epoch(photos: Path):
+    config = build_config(experiment(photos, data=dict(cut_sizes=[8, 16])))
+    task = build_task(config)
+    samples = task.load_samples()
+    sides = set()
+    for epoch in range(8):
+        batch = task.make_batch(samples, [3, 5], [epoch, epoch], torch.device("cpu"))
+        side = batch.clean.shape[-1]
+        sides.add(side)
+        assert batch.clean.shape == (2 * (16 // side) ** 2, 3, side, side)
+        assert batch.clean.numel() == 2 * 3 * 16 * 16
+        whole = samples.images([3, 5], [epoch, epoch]).float() / 127.5 - 1
+        torch.testing.assert_close(batch.clean[0], whole[0, :, :side, :side], rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.clean[-1], whole[1, :, -side:, -side:], rtol=0, atol=1e-6)
+        alone = task.make_batch(samples, [5], [epoch], torch.device("cpu"))
+        torch.testing.assert_close(alone.observation, batch.observation[-len(alone.clean) :], rtol=0, atol=0)
+        assert len(batch.generators) == len(batch.clean)
+    assert sides == {8, 16}
+
+
+def test_cut_images_goes_row_by_row():
+    image = torch.arange(24.0).reshape(1, 1, 4, 6)
+    assert cut_images(image, 2)[:, 0, 0, 0].tolist() == [0, 2, 4, 12, 14, 16]
+
+
 def tiny_batch(count: int = 64) -> ImageBatch:
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.rand(2, count, 3, 8, 8, generator=generator)
@@ -125,11 +151,18 @@ def test_a_share_of_the_samples_starts_from_the_proposal_and_replayed_ones_do_no
         (dict(objective=dict(realistic_noise=dict(gaussian_share=2.0))), "gaussian_share=2 is not in"),
         (dict(objective=dict(realistic_noise=dict(gausian_share=0.5))), "did you mean 'gaussian_share'"),
         (dict(model=dict(stem_widths=[4])), "ends at patches of 2 px"),
+        (dict(data=dict(cut_sizes=[5])), "5 does not divide img_size=16"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(sections: dict, answer: str, photos: Path):
     with pytest.raises(ConfigError, match=answer):
         build_config(experiment(photos, **sections))
+
+
+def test_a_replay_buffer_and_cut_crops_do_not_go_together(photos: Path):
+    config = build_config(experiment(photos, data=dict(cut_sizes=[8]), replay=REPLAY))
+    with pytest.raises(ConfigError, match="do not go together"):
+        build_objective(build_model(config), config)
 
 
 def test_a_reconstruction_is_for_the_quadratic_energy_alone(photos: Path):

@@ -68,6 +68,8 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
         raise ConfigError(f"replay.capacity={config.replay.capacity} is for energy-based models; use 0 for {config.model_type}")
     if isinstance(config.objective, ObjectiveConfig) and config.objective.energy_order_weight and not cls.thinks:
         raise ConfigError(f"objective.energy_order_weight is for energy-based models; use 0 for {config.model_type}")
+    if config.replay.capacity and isinstance(config.data, DataConfig) and config.data.cut_sizes:
+        raise ConfigError("replay.capacity and data.cut_sizes do not go together: replayed rows have one size; use 0 or []")
     reconstructs = isinstance(config.objective, ObjectiveConfig) and config.objective.reconstruction_weight > 0
     if reconstructs and not (isinstance(model, PatchEBT) and model.config.energy_head == "quadratic"):
         raise ConfigError("objective.reconstruction_weight is for patch_ebt with a quadratic energy_head; use 0")
