@@ -1,4 +1,4 @@
-"""The command line: ebt-vision train | denoise | generate | info.
+"""The command line: ebt-vision train | denoise | generate | export | info.
 
 The commands are in ebt_vision/commands/. Imports are lazy, so that --help answers at once. What a user can mend comes out as
 one line on stderr and exit status 2, without a traceback; an interrupt ends with status 130 and keeps what is done.
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ebt_vision.commands import denoise, generate, info, train
+from ebt_vision.commands import denoise, export, generate, info, train
 from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, one_line, say
 
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_arguments(commands.add_parser("train", help="train a model from a YAML config"))
     denoise.add_arguments(commands.add_parser("denoise", help="denoise image files and folders of them"))
     generate.add_arguments(commands.add_parser("generate", help="go on with a text"))
+    export.add_arguments(commands.add_parser("export", help="write a network as ONNX or a torch.export program"))
     info.add_arguments(commands.add_parser("info", help="describe a checkpoint, or list the shipped ones"))
     return parser
 

@@ -34,6 +34,7 @@ LEVELS = {
     "noise.py": 3,
     "classical.py": 3,
     "image_files.py": 3,
+    "export.py": 3,
     "data/": 3,
     "training/": 4,
     "benchmark/": 4,
