@@ -14,7 +14,7 @@ from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, one_line, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 training diverged, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 2 bad input or diverged training, 130 interrupted, 143 terminated."""
     try:
         args = _parse(argv)
         status: int = args.run(args)

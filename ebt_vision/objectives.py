@@ -174,8 +174,9 @@ def thinking_output(
     if loss_steps == "last":
         predictions = predictions[-1:]
     last = len(result.predictions) - 1
+    loss = torch.stack([loss_of(p) for p in predictions]).mean()
     return {
-        "loss": torch.stack([loss_of(p) for p in predictions]).mean(),
+        "loss": loss.where(result.finite, torch.nan),  # the training loop refuses the update, in every process alike
         "candidate": result.final.detach(),
         "step_size": step_size.detach(),
         "energy_before_last_update": result.energies[last].detach(),
@@ -184,11 +185,11 @@ def thinking_output(
 
 
 def thinking_logs(output: dict[str, Tensor], energy_after: Callable[[], float]) -> dict[str, float | Callable[[], float]]:
-    """Step size, and the energy before and after the *last* update; the latter is computed only when logged."""
+    """Step size, and the energy before and after the *last* update; read from the device only when logged."""
     return {
-        "step_size": output["step_size"].item(),
-        "candidate_gradient_norm": output["candidate_gradient_norm"].mean().item(),
-        "energy_before_last_update": output["energy_before_last_update"].mean().item(),
+        "step_size": lambda: output["step_size"].item(),
+        "candidate_gradient_norm": lambda: output["candidate_gradient_norm"].mean().item(),
+        "energy_before_last_update": lambda: output["energy_before_last_update"].mean().item(),
         "energy_after_last_update": energy_after,
     }
 
@@ -219,6 +220,7 @@ class EBTObjective(ImageObjective):
             create_graph=True,
             generator=batch.generators,
             evaluate_final=False,
+            check_finite=False,
         )
         output = thinking_output(
             result, model.step_size, self.config.loss_steps, lambda p: self.distance(p, batch.clean).mean()
