@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    num_empty = sum(not word or (word.startswith("--") and word.endswith("=")) for word in words)
+    if num_empty > (getattr(args, "prompt", None) == ""):
+        parser.error("an argument is empty; is a shell variable unset?")
     if hasattr(args, "overrides"):  # argparse does not go on with key=value after an option
         args.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
