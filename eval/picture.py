@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             corruption.add_vp_noise(corruption.to_model_range(clean), level, make_generator(0, int(1000 * level)))
         )
         images = [noisy.clamp(0, 1)]
-        images += [denoise_tiled(denoiser, noisy, DenoiseOptions(num_steps=n)).image for n in settings.steps]
+        images += [denoise_tiled(denoiser, noisy, DenoiseOptions(num_steps=n, noise_level=level)).image for n in settings.steps]
         for axis, image, title in zip(line, [*images, clean], titles, strict=True):
             axis.imshow(image[0].permute(1, 2, 0).numpy())
             psnr = float(metrics.psnr(image, clean, data_range=1.0))
