@@ -11,6 +11,7 @@ that is asked for (noise level, timestep, thinking steps) and pools, all layers 
 
 import contextlib
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -355,7 +356,7 @@ def load_extractor(
         raise ValueError(
             f"{name} was trained at {own} px, img_size={img_size} is another size; leave img_size out to use {own}"
         )
-    identity = weights_hash(model, repr(model.config))
+    identity = weights_hash(model, json.dumps(model.network_config, sort_keys=True))
     if isinstance(model, PatchEBT | PatchRegressor):
         return TrunkExtractor(model, name, identity)
     if model.model_type == "dit":

@@ -193,9 +193,10 @@ def think(
     `context` tensors (B, ...) are handed to the energy after the candidate. `step_size`, a number or a tensor () or (B,),
     takes the config's place and may need a gradient; so does `num_steps`. `create_graph` makes the predictions differentiable
     with respect to the energy's parameters and the step size. `generator` feeds every random draw. `callback` is called with
-    the start and after each update; if it returns True, thinking ends there. Without `evaluate_final` the last energy is
-    not computed, which saves a forward pass. Without `check_finite` the host does not wait for the device at every step:
-    nothing is raised for a gradient that is not finite, and `ThinkingResult.finite` says whether there was one.
+    the start and after each update; if it returns True, thinking ends there. With a tolerance an update that raised the energy
+    of a sample is taken back, after the callback has seen it. Without `evaluate_final` the last energy is not computed, which
+    saves a forward pass. Without `check_finite` the host does not wait for the device at every step: nothing is raised for a
+    gradient that is not finite, and `ThinkingResult.finite` says whether there was one.
 
     Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
     NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph.
@@ -243,11 +244,12 @@ class _Descent:
             candidate, energy, gradient, norm = self._gradient(start, step, in_graph)
             self._count(forwards)
             self._record(energy)
-            if self._ended(callback, step):
-                return self._result(predictions, norms, used, forwards)
+            ended = self._ended(callback, step)
 
             # Stop the samples that have settled; they keep the better of their last two candidates.
             moving = self._settle(used, previous, step)
+            if ended:
+                return self._result(predictions, norms, used, forwards)
             if moving is not None:
                 if not moving.any():
                     return self._result(predictions, norms, used, forwards)
@@ -268,7 +270,8 @@ class _Descent:
         else:
             energy = torch.full_like(self._select(self.energies[0]), torch.nan) if self.energies else self._nan_energy()
         self._record(energy)
-        if evaluate_final and not self._ended(callback, num_steps):
+        if evaluate_final:
+            self._ended(callback, num_steps)
             self._settle(used, previous, num_steps)
         return self._result(predictions, norms, used, forwards)
 

@@ -1,6 +1,7 @@
 """The benchmark programs on tiny models: rows, resuming, refusing what does not belong together."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,36 @@ def test_parts_of_other_settings_are_refused(photos: Path, tmp_path: Path, capsy
     assert "parts made with other images, limit; choose another --output" in capsys.readouterr().err
     assert denoising.main(arguments(photos, tmp_path, ["no-such-model"])) == 2
     assert "neither a shipped checkpoint" in capsys.readouterr().err
+
+
+def edit_config(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    stored = json.loads(path.read_text())
+    stored["config"] |= fields
+    path.write_text(json.dumps(stored))
+
+
+def test_parts_know_the_fields_of_the_config_that_their_row_depends_on(
+    photos: Path, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    edit_config(model, training_gain=0.01)
+    stopping = ["--tolerances", "0.5", "--tolerance-of", "training"]
+    assert denoising.main(arguments(photos, tmp_path / "plain", [str(model)])) == 0
+    assert denoising.main(arguments(photos, tmp_path / "stopping", [str(model)], *stopping)) == 0
+    before = timeless(rows(tmp_path / "stopping"))
+    edit_config(model, suggested_steps=7)  # no row depends on it
+    assert denoising.main(arguments(photos, tmp_path / "stopping", [str(model)], *stopping)) == 0
+    assert timeless(rows(tmp_path / "stopping")) == before
+    edit_config(model, training_gain=100.0)  # plain thinking does not depend on it, its stopping rule does
+    assert denoising.main(arguments(photos, tmp_path / "plain", [str(model)])) == 0
+    capsys.readouterr()
+    assert denoising.main(arguments(photos, tmp_path / "stopping", [str(model)], *stopping)) == 2
+    assert "parts made with other config; choose another --output" in capsys.readouterr().err
+    edit_config(model, noise_process="awgn")
+    assert denoising.main(arguments(photos, tmp_path / "plain", [str(model)])) == 2
+    assert "parts made with other config; choose another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

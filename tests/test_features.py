@@ -1,5 +1,7 @@
 """Features: every layer is the network's own tokens, fed as asked for; names, pools and refusals."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,18 @@ def test_pixels_and_random_weights(folder: Path, images: Tensor):
     again, other = load_extractor(f"random:{folder / 'ebt'}"), load_extractor(f"random:{folder / 'ebt'}", seed=1)
     assert fresh.identity == again.identity and len({trained.identity, fresh.identity, other.identity}) == 3
     assert fresh.num_parameters == trained.num_parameters
+
+
+def test_an_identity_knows_what_the_features_depend_on(folder: Path, tmp_path: Path):
+    """Advice on how to think is not part of it, how the input is scaled is."""
+    shutil.copytree(folder / "ebt", tmp_path / "ebt")
+    path = tmp_path / "ebt" / "config.json"
+    stored = json.loads(path.read_text())
+    identities = []
+    for edit in ({}, {"training_gain": 300.0, "suggested_steps": 9, "init_step_size": 3.0}, {"noise_process": "awgn"}):
+        path.write_text(json.dumps(stored | {"config": stored["config"] | edit}))
+        identities.append(load_extractor(str(tmp_path / "ebt")).identity)
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_layers_by_word(folder: Path):

@@ -1,13 +1,16 @@
 """The speed program: it runs, counts and refuses; no timing is asserted."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from ebt_vision.benchmark import training_cost
+from ebt_vision.benchmark import time_profile, training_cost
 from ebt_vision.benchmark.time_profile import KINDS, time_by_kind
 from ebt_vision.benchmark.timing import MatrixProduct, Version, time_side_by_side
 from ebt_vision.config import build_config
@@ -134,6 +137,44 @@ def test_a_profile_tells_products_from_the_rest(tmp_path: Path):
     assert list(found["profile"]) == [row["name"] for row in found["rows"]]
     assert all(shares["matrix products"] > 0 and shares["optimizer"] > 0 for shares in found["profile"].values())
     assert "| share of the time | matrix products |" in (tmp_path / "report.md").read_text()
+
+
+def test_on_a_gpu_each_kernel_is_counted_once(monkeypatch: pytest.MonkeyPatch):
+    """What torch's profiler lists there: operations with their kernels' time, the kernels again, and spans of named regions."""
+
+    def event(key: str, own: float, *, cuda: bool = False, total: float | None = None, annotation: bool = False):
+        return SimpleNamespace(
+            key=key,
+            device_type=DeviceType.CUDA if cuda else DeviceType.CPU,
+            is_user_annotation=annotation,
+            self_device_time_total=own,
+            device_time_total=own if total is None else total,
+        )
+
+    events = [
+        event("aten::mm", 50.0),
+        event("sm90_xmma_gemm", 50.0, cuda=True),
+        event("aten::_scaled_dot_product_flash_attention", 0.0, total=20.0),
+        event("aten::_flash_attention_forward", 20.0),
+        event("flash_fwd_kernel", 20.0, cuda=True),
+        event("triton_poi_fused_add", 10.0),
+        event("triton_poi_fused_add", 10.0, cuda=True),
+        event("Optimizer.step#AdamW.step", 0.0, total=15.0, annotation=True),
+        event("Optimizer.step#AdamW.step", 17.0, cuda=True, annotation=True),
+        event("aten::_fused_adamw_", 15.0),
+        event("multi_tensor_apply_kernel", 15.0, cuda=True),
+        event("Memcpy HtoD", 5.0, cuda=True),
+    ]
+
+    class Profiler(contextlib.nullcontext):
+        def key_averages(self):
+            return events
+
+    monkeypatch.setattr(time_profile, "profile", lambda activities: Profiler(Profiler()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    shares = time_profile.time_by_kind(lambda: None, "cuda")
+    expected = dict(zip(KINDS, (0.5, 0.2, 0.1, 0.15, 0.05), strict=True))
+    assert shares == pytest.approx(expected)
 
 
 def test_the_plain_image_model_is_the_paper_s():

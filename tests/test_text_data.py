@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 
 from ebt_vision.data.sources import DataError
@@ -27,7 +28,7 @@ def test_documents_are_packed_and_each_token_knows_where_its_own_starts(tmp_path
     assert batch.tokens.tolist() == [[B, *b"abc", B, *b"defg"]]
     assert batch.targets.tolist() == [[*b"abc", B, *b"defg", B]]
     assert batch.starts.tolist() == [[0, 0, 0, 0, 4, 4, 4, 4, 4]]
-    assert samples.bytes_per_token == pytest.approx(7 / 9)
+    assert samples.bytes_per_token() == pytest.approx(7 / 9)
 
 
 def test_all_sequences_predict_every_token_once(tmp_path: Path):
@@ -46,6 +47,23 @@ def test_shares_of_one_file_do_not_overlap_and_miss_nothing(tmp_path: Path):
     first, last = (text_set(tmp_path / "a.txt", share=share) for share in ([0.0, 0.9], [0.9, 1.0]))
     assert first.num_tokens + last.num_tokens == 101
     assert first.num_tokens == 91
+
+
+def test_bytes_per_token_are_those_of_the_tokens_that_are_predicted(tmp_path: Path):
+    """Long words first, short ones after them: each part, and each beginning of it, has its own number of bytes a token."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "größte": 1, "a": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "größte " * 50 + "a " * 50  # 8 bytes and a space; one byte and a space
+    (tmp_path / "a.txt").write_text(text)
+    options = dict(tokenizer=str(tmp_path / "tokenizer.json"))
+    long, short = (text_set(tmp_path / "a.txt", share=share, **options) for share in ([0.0, 0.5], [0.5, 1.0]))
+    assert long.bytes_per_token() == pytest.approx(9, abs=0.1) and short.bytes_per_token() == pytest.approx(2, abs=0.2)
+    whole = text_set(tmp_path / "a.txt", **options)
+    assert whole.bytes_per_token() == len(text.encode()) / 101  # the boundary at the end is predicted too
+    assert whole.bytes_per_token(10) == pytest.approx((10 * 9 - 1) / 10)
+    text_bytes = text_set(tmp_path / "a.txt", share=[0.0, 0.5])
+    assert text_bytes.bytes_per_token() == 1.0
 
 
 def test_offsets_change_with_the_epoch_and_with_nothing_else(tmp_path: Path):
@@ -119,8 +137,6 @@ def test_bytes_come_back_as_text_character_by_character():
 
 
 def test_a_tokenizer_file(tmp_path: Path):
-    import tokenizers
-
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "to": 1, "be": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))

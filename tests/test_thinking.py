@@ -206,6 +206,15 @@ def test_with_a_tolerance_an_update_that_raises_the_energy_is_taken_back():
         think(half_square, start, ThinkingConfig(tolerance=0.0), create_graph=True)
 
 
+@pytest.mark.parametrize("num_steps", [1, 5])  # the callback ends thinking at its last step, or before
+def test_an_update_that_raises_the_energy_is_taken_back_where_a_callback_ends_thinking(num_steps: int):
+    start = torch.tensor([[1.0], [0.1]], dtype=torch.float64)  # with a step of 3 both get worse: y -> -2 y
+    config = ThinkingConfig(num_steps=num_steps, step_size=3.0, tolerance=0.0)
+    result = think(half_square, start, config, callback=lambda step: step.index == 1)
+    assert torch.equal(result.final, start) and result.num_steps.tolist() == [0, 0]
+    assert torch.equal(result.energies[-1], half_square(start))
+
+
 def test_the_callback_sees_the_start_and_every_update_and_can_end_thinking():
     seen: list[ThinkingStep] = []
     config = ThinkingConfig(num_steps=4, step_size=0.1)

@@ -16,6 +16,7 @@ from ebt_vision.benchmark.parts import Part, Parts, join
 from ebt_vision.benchmark.protocols import Condition, observed, same_shapes
 from ebt_vision.benchmark.rows import Row, prepare
 from ebt_vision.denoiser import Denoiser, DenoiseResult, join_results
+from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.tiling import denoise_tiled, num_tiles
 
 FORMAT = 2
@@ -30,6 +31,20 @@ class Subject:
     denoiser: Denoiser
     hash: str | None
     """Of the checkpoint; None for a method without weights."""
+
+    def config_of(self, row: Row) -> dict | None:
+        """The fields of the model's config that the figures of `row` depend on; None for a method without weights."""
+        model: PretrainedModel | None = getattr(self.denoiser, "model", None)
+        if model is None:
+            return None
+        with_training_gain = row.tolerance is not None and row.tolerance_of == "training"
+        return model.network_config | ({"training_gain": model.config.training_gain} if with_training_gain else {})
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the network runs on, which its rounding and its seconds depend on."""
+        model: PretrainedModel | None = getattr(self.denoiser, "model", None)
+        return "cpu" if model is None else next(model.parameters()).device.type
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +98,8 @@ class Bench:
             "row": asdict(row),
             "condition": asdict(condition),
             "checkpoint": subject.hash,
+            "config": subject.config_of(row),
+            "device": subject.device,
             "images": self.images.hash,
             "limit": len(indices),
             "batch-size": self.batch_size,

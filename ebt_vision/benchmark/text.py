@@ -60,6 +60,7 @@ class TextScores:
     energies: np.ndarray | None
     """float32 (N, T, K), after each step; None for a model without energies."""
     bytes_per_token: float
+    """Of these K tokens."""
 
     def best_of(self, num_candidates: int) -> np.ndarray:
         """Losses (T, K) of the start, of the first num_candidates, whose energy is lowest at each step and token."""
@@ -130,10 +131,11 @@ def score_text(
             logits = model(batch.tokens.to(device), batch.starts.to(device))
             part = token_losses(logits, targets)[None, None]
         losses.append(part[..., scored].float().cpu())
+    kept = torch.cat(losses, dim=-1).numpy()[..., :max_tokens]
     return TextScores(
-        losses=torch.cat(losses, dim=-1).numpy()[..., :max_tokens],
+        losses=kept,
         energies=torch.cat(energies, dim=-1).numpy()[..., :max_tokens] if energies else None,
-        bytes_per_token=samples.bytes_per_token,
+        bytes_per_token=samples.bytes_per_token(kept.shape[-1]),
     )
 
 

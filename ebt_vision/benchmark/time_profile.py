@@ -3,9 +3,13 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention")
+"""In the names of the fused operations; on CUDA the inner ones launch the kernels."""
+COMPILED = ("graph_", "triton_")
 KINDS = ("matrix products", "fused attention", "compiled kernels", "optimizer", "other")
 
 
@@ -30,16 +34,23 @@ def time_by_kind(call: Callable[[], object], device: torch.device | str = "cpu")
     found = dict.fromkeys(KINDS, 0.0)
     total = 0.0
     for event in profiler.key_averages():
+        on_device = event.device_type != DeviceType.CPU
+        if event.is_user_annotation and on_device:  # the span of a named region, which counts all of its kernels again
+            continue
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        total += own
-        if event.key.startswith("Optimizer.step"):  # with all that it calls: AdamW has no matrix products
+        # A kernel is listed by itself and again in the operation that launched it: the sum is over kernels, the kinds are told
+        # by the operations, but for compiled kernels, which carry their names themselves.
+        total += own if on_device == cuda else 0.0
+        if event.key.startswith(COMPILED):
+            found["compiled kernels"] += own if on_device == cuda else 0.0
+        elif on_device:
+            continue
+        elif event.key.startswith("Optimizer.step"):  # with all that it calls: AdamW has no matrix products
             found["optimizer"] += event.device_time_total if cuda else event.cpu_time_total
         elif event.key in MATRIX_PRODUCTS:
             found["matrix products"] += own
-        elif "scaled_dot_product" in event.key:
+        elif any(name in event.key for name in ATTENTION):
             found["fused attention"] += own
-        elif event.key.startswith(("graph_", "triton_")):
-            found["compiled kernels"] += own
     found["other"] = max(0.0, total - sum(found.values()))
     whole = sum(found.values())
     return {kind: value / whole if whole else 0.0 for kind, value in found.items()}

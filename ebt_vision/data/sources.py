@@ -237,7 +237,8 @@ def _open_table(
 
     def fingerprint() -> str:
         if files is None:  # a set of the hub: its own record of what was downloaded
-            return f"{where} {split} {table.info.version} {table.info.download_size} {len(table)}"
+            downloads = sorted(map(str, table.info.download_checksums or {}))  # addresses with the revision in them
+            return f"{where} {split} {table.info.version} {table.info.download_size} {len(table)} {downloads}"
         return files_fingerprint(Path(files[0]).parent, [Path(file) for file in files])
 
     return TableSource(where, table, image_column, label_column, fingerprint)

@@ -6,6 +6,7 @@ token carries the place where its document starts, which is what attention may l
 """
 
 import glob
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,10 @@ class TokenBatch:
 class TextSet:
     """A token stream cut into sequences; `len` of them. Made by `load_text_set`."""
 
-    def __init__(self, config: TextDataConfig, stream: np.ndarray, tokenizer: Tokenizer, *, bytes_per_token: float, seed: int):
+    def __init__(self, config: TextDataConfig, stream: np.ndarray, num_bytes: np.ndarray, tokenizer: Tokenizer, *, seed: int):
+        """`stream` has the tokens and `num_bytes`, of the same shape, the bytes of text that each of them stands for."""
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self.bytes_per_token = bytes_per_token
-        """Bytes of text for one token of the stream, boundaries counted as tokens: bits per byte from bits per token."""
-        self._stream = stream
+        self._stream, self._num_bytes = stream, num_bytes
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +92,13 @@ class TextSet:
         """Sequences that hold every token once, a padded last one included; see `all_sequences`."""
         return -(-(self.num_tokens - 1) // self.config.context_length)
 
+    def bytes_per_token(self, num_predicted: int | None = None) -> float:
+        """Bytes of text for one of the first `num_predicted` tokens that are predicted, boundaries counted as tokens: bits per
+        byte from bits per token. None stands for all of them; NaN where they stand for no bytes.
+        """
+        predicted = self._num_bytes[1:] if num_predicted is None else self._num_bytes[1 : num_predicted + 1]
+        return float(predicted.mean(dtype=np.float64)) or math.nan
+
     def text(self) -> str:
         """The whole stream as text, its documents one after the other."""
         return self.tokenizer.decode(self._stream.tolist())
@@ -99,7 +106,7 @@ class TextSet:
     def report(self) -> str:
         """One line for people."""
         return (
-            f"{self.num_tokens:,} tokens ({self.config.tokenizer}, {self.bytes_per_token:.2f} bytes each) from "
+            f"{self.num_tokens:,} tokens ({self.config.tokenizer}, {self.bytes_per_token():.2f} bytes each) from "
             f"{self.config.path}, {len(self)} sequences of {self.config.context_length}"
         )
 
@@ -149,23 +156,26 @@ def load_text_set(config: TextDataConfig, seed: int = 0) -> TextSet:
     tokenizer = load_tokenizer(config.tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     boundary = np.array([tokenizer.boundary], dtype)
-    pieces, num_bytes, num_tokens = [boundary], 0, 1
+    pieces, num_bytes, num_tokens = [boundary], [np.zeros(1, np.uint16)], 1
     for document in read_documents(config):
-        tokens = np.asarray(tokenizer.encode(document), dtype)
+        ids, widths = tokenizer.encode_with_bytes(document)
+        tokens = np.asarray(ids, dtype)
         if not len(tokens):
             continue
         pieces += [tokens, boundary]
-        num_bytes += len(document.encode())
+        rest = len(document.encode()) - sum(widths)  # behind the last token
+        num_bytes.append(np.minimum([*widths, rest], np.iinfo(np.uint16).max).astype(np.uint16))
         num_tokens += len(tokens) + 1
         if config.max_tokens is not None and num_tokens >= config.max_tokens:
             break
     stream = np.concatenate(pieces)[: config.max_tokens]
     if num_tokens == 1:
         raise DataError(f"no text in {config.path}: it is empty; check the path")
-    stream = stream[round(config.share[0] * len(stream)) : round(config.share[1] * len(stream))]
+    part = slice(round(config.share[0] * len(stream)), round(config.share[1] * len(stream)))
+    stream, widths_of_part = stream[part], np.concatenate(num_bytes)[: config.max_tokens][part]
     if len(stream) < 2:
         raise DataError(f"share={list(config.share)} of {config.path} holds {len(stream)} tokens; use a larger share")
-    return TextSet(config, stream, tokenizer, bytes_per_token=num_bytes / (num_tokens - 1), seed=seed)
+    return TextSet(config, stream, widths_of_part, tokenizer, seed=seed)
 
 
 def read_documents(config: TextDataConfig) -> Iterator[str]:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 BYTES = "bytes"
 _INSTALL = "pip install 'ebt_vision[text]'"
 
@@ -20,6 +22,9 @@ class Tokenizer(Protocol):
     boundary: int
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens, and how many UTF-8 bytes of the text each one stands for: those since the end of the token before."""
 
     def decode(self, tokens: list[int]) -> str: ...
 
@@ -38,6 +43,11 @@ class ByteTokenizer:
             return list(text.encode())
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid UTF-8 at character {error.start}; convert it to UTF-8") from None
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """The bytes, and 1 for each of them; TokenizerError as encode."""
+        tokens = self.encode(text)
+        return tokens, [1] * len(tokens)
 
     def decode(self, tokens: list[int]) -> str:
         """Text; boundaries are left out, bytes that make no character become U+FFFD."""
@@ -70,8 +80,17 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens without special ones; TokenizerError for a text that is no UTF-8."""
-        ByteTokenizer().encode(text)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self.encode_with_bytes(text)[0]
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """Tokens and their bytes; what no token stands for, such as dropped spaces, counts for the token after it."""
+        data = np.array(ByteTokenizer().encode(text), np.uint8)
+        found = self._backend.encode(text, add_special_tokens=False)
+        # The byte after each character: the places where a character begins, without the first one, and the end.
+        begins = np.flatnonzero((data & 0xC0) != 0x80)
+        after = np.append(begins, len(data))  # after[i]: the bytes of the first i characters
+        ends = np.maximum.accumulate(after[[last for _, last in found.offsets]]) if found.ids else np.zeros(0, np.int64)
+        return list(found.ids), np.diff(ends, prepend=0).tolist()
 
     def decode(self, tokens: list[int]) -> str:
         """Text; boundaries are left out."""

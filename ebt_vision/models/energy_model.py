@@ -19,6 +19,8 @@ class EnergyModel(PretrainedModel):
     depends on another element of the batch.
     """
 
+    usage_fields = ("init_step_size",)  # the step size that was learned lies with the weights
+
     def __init__(self, init_step_size: float):
         super().__init__()
         if init_step_size < MIN_STEP_SIZE:

@@ -56,6 +56,7 @@ class PatchEBT(EnergyModel):
 
     model_type = "patch_ebt"
     config_class = PatchEBTConfig
+    usage_fields = (*EnergyModel.usage_fields, "suggested_steps", "suggested_tolerance", "training_gain")
 
     def __init__(self, config: PatchEBTConfig):
         super().__init__(config.init_step_size)

@@ -42,11 +42,18 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
     config: Any
     card: str | None = None
     """The model card that came with the weights, with their licence; save_pretrained writes it beside them."""
+    usage_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of the config that say how to start or use the model; the network's output on its weights is the same."""
 
     @property
     def num_parameters(self) -> int:
         """Every trainable number of the model, whatever optimiser group it is in."""
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def network_config(self) -> dict[str, Any]:
+        """The fields of the config that the network's output depends on: what a cache is keyed by, beside the weights."""
+        return {name: value for name, value in asdict(self.config).items() if name not in self.usage_fields}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {"model_type": self.model_type, "config": asdict(self.config)}

@@ -197,7 +197,7 @@ def _trials_path(protocol: Protocol, train: LabelledImages, head: Head, candidat
         "head": [head.name, head.settings],
         "features": [feature.name for feature in candidate.stored],
         "made_by": protocol.maker.identity,
-        "data": [train.images.fingerprint, config.split, config.limit, config.img_size],
+        "data": [train.images.fingerprint, config.split, config.image_column, config.limit, config.img_size],
         "labels": hashlib.sha256(train.labels.tobytes()).hexdigest(),
         "protocol": [protocol.held_out, protocol.num_views, protocol.seed],
     }

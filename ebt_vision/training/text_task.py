@@ -96,7 +96,7 @@ class TextTask(Task):
         model.train(was_training)
         nats = (torch.stack(losses).sum(0) / num_tokens).tolist()
         return TextValidation(
-            bits_per_byte=[value / math.log(2) / held_out.bytes_per_token for value in nats],
+            bits_per_byte=[value / math.log(2) / held_out.bytes_per_token(num_tokens) for value in nats],
             perplexity=[math.exp(value) for value in nats],
             energies=(torch.stack(energies).sum(0) / num_tokens).tolist() if energies else [],
         )
