@@ -10,7 +10,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from ebt_vision.thinking import ToleranceOf
 
 MIN_SIDE = 8
 """Pixels; smaller images hold nothing to denoise by."""
+STARTS = ("observation", "proposal")
+MAX_STRENGTH = 1.5
 MAX_VALUE = 16.0
 """Values of an image beyond this are no noise on [0, 1]: Gaussian noise of sigma 255 stays below 8."""
 
@@ -31,7 +33,13 @@ class DenoiseOptions:
     """What to do with an image; a denoiser reads the fields that it has a use for."""
 
     num_steps: int = 1
-    """EBT: thinking steps. Regressor: applications. DiT: passes of DDIM, or loops of the recursion."""
+    """EBT: thinking steps, the proposal included. Regressor: applications. DiT: passes of DDIM, or loops of the recursion."""
+    start: Literal["observation", "proposal"] | None = None
+    """EBT: think from the noisy image, or from the proposal N(x), which then is the first step; None: as the model suggests."""
+    strength: float = 1.0
+    """How much of the noise that was found is removed, 0..1.5. Below 1 the result is the minimum of the energy around the
+    denoised image plus (1 - strength) / (2 * strength) * |y - x|^2, which keeps grain: 0 gives the image x back. Above 1 the
+    network is shown the noise that it found, `strength` times as strong, and denoises that: a second run, for what is left."""
     num_candidates: int = 1
     """EBT: think from so many starts and keep the image of lowest energy (self-verification)."""
     candidate_noise_std: float = 0.1
@@ -60,6 +68,8 @@ class DenoiseOptions:
     def __post_init__(self) -> None:
         self._check_kinds()
         check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
+        check(self.start in (None, *STARTS), "start", self.start, f"use one of {STARTS}, or None")
+        check(0 <= self.strength <= MAX_STRENGTH, "strength", self.strength, f"use 0 (off) to {MAX_STRENGTH:g}; 1 is normal")
         check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "use 1 (plain thinking) or more")
         check(self.candidate_noise_std >= 0, "candidate_noise_std", self.candidate_noise_std, "use 0 or more")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
@@ -80,7 +90,7 @@ class DenoiseOptions:
         for name in ("num_steps", "num_candidates", "seed", "tile_size"):
             if getattr(self, name) is not None or name != "tile_size":
                 check_whole(name, getattr(self, name))
-        for name in ("candidate_noise_std", "langevin_std", "step_size_scale"):
+        for name in ("strength", "candidate_noise_std", "langevin_std", "step_size_scale"):
             check_number(name, getattr(self, name))
         for name in ("tolerance", "noise_level", "sigma"):
             if getattr(self, name) is not None:
@@ -201,9 +211,12 @@ class Denoiser(nn.Module, ABC):
         # Thinking takes gradients, which inference mode forbids.
         with torch.inference_mode(False), torch.no_grad():
             plain = noisy.clone() if noisy.is_inference() else noisy
-            padded = pad_to_multiple(working(plain), self.patch_size)
-            result = self._denoise(self.to_network(padded), options, ids, on_step)
-            return _finished(result, size, plain)
+            padded = self.to_network(pad_to_multiple(working(plain), self.patch_size))
+            result = self._denoise(padded, options, ids, on_step)
+            if options.strength > 1.0:
+                stronger = padded + (options.strength - 1.0) * (padded - result.image.to(padded))
+                result = self._denoise(stronger, options, ids, on_step)
+            return _weakened(_finished(result, size, plain), plain, options.strength)
 
     def forward(self, noisy: Tensor, options: DenoiseOptions | None = None) -> Tensor:
         """The denoised images alone, (B, 3, H, W) in [0, 1]: `denoise(noisy, options).image`."""
@@ -276,6 +289,20 @@ def _finished(result: DenoiseResult, size: Sequence[int], like: Tensor) -> Denoi
             on_device[name] = _seen(on_device[name], size).to(like)
     trajectory = result.trajectory and tuple(_seen(image, size).to(like) for image in result.trajectory)
     return replace(result, trajectory=trajectory, **on_device)
+
+
+def _weakened(result: DenoiseResult, noisy: Tensor, strength: float) -> DenoiseResult:
+    """The result with a strength below 1: its images moved back towards the noisy ones, (B, 3, H, W)."""
+    if strength >= 1.0:
+        return result
+
+    def weaken(images: Tensor) -> Tensor:
+        return (noisy + strength * (images - noisy)).clamp(0, 1)
+
+    image = weaken(result.image)
+    candidates = None if result.candidate_images is None else weaken(result.candidate_images)
+    trajectory = result.trajectory and (*result.trajectory[:-1], image)
+    return replace(result, image=image, candidate_images=candidates, trajectory=trajectory)
 
 
 def _seen(images: Tensor, size: Sequence[int]) -> Tensor:

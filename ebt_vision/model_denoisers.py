@@ -70,9 +70,10 @@ class ModelDenoiser(Denoiser):
 
 
 class EBTDenoiser(ModelDenoiser):
-    """PatchEBT: descend the energy from the noisy image; of several candidates keep the one of lowest energy.
+    """PatchEBT: descend the energy from the noisy image or its proposal; of several candidates keep the one of lowest energy.
 
-    With num_candidates above 1 the first one starts from the image itself, each other from the image and some noise.
+    With num_candidates above 1 the first one starts from there, each other from there and some noise. A proposal N(x) is the
+    first of the steps: it takes one forward pass, and the energy of x comes with it.
     """
 
     model: PatchEBT
@@ -84,29 +85,36 @@ class EBTDenoiser(ModelDenoiser):
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         x = to_model_range(noisy) * self.scale_for(options)
-        watch = _Watch(options, x.shape, self.patch_size, callback)
+        context = self.model.context_of(x)
+        proposed = None
+        if (options.start or self.model.config.suggested_start) == "proposal":
+            proposed = self.model.propose(x, *context)
+        watch = _Watch(options, x, self.patch_size, callback, proposed)
         gain = self.model.config.training_gain
         result = best_of(
             self.model,
-            watch.starts(x, image_ids),
+            watch.starts(image_ids),
             ThinkingConfig(
-                num_steps=options.num_steps,
+                num_steps=options.num_steps - watch.num_before,
                 langevin_std=options.langevin_std,
                 tolerance=options.tolerance,
                 tolerance_of=options.tolerance_of,
                 training_gain=gain and gain * num_patches(x.shape, self.patch_size),
             ),
-            context=self.model.context_of(x),
+            context=context,
             step_size=self.model.step_size.detach() * options.step_size_scale,
             generator=sample_generators(options.seed, image_ids, LANGEVIN_STREAM),
             callback=watch,
         )
         image = to_image_range(result.final)
+        energies = _chosen_energies(result.results, result.chosen, options.num_steps - watch.num_before)
+        if proposed is not None:
+            energies = torch.cat([proposed[1][None].to(energies), energies])
         return DenoiseResult(
             image=image,
-            num_steps=_of_chosen([r.num_steps for r in result.results], result.chosen),
-            num_forward=result.num_forward,
-            energies=self._mean(_chosen_energies(result.results, result.chosen, options.num_steps), x),
+            num_steps=_of_chosen([r.num_steps for r in result.results], result.chosen) + watch.num_before,
+            num_forward=result.num_forward + watch.num_before,
+            energies=self._mean(energies, x),
             candidate_energies=self._mean(result.energies, x),
             chosen=result.chosen,
             candidate_images=to_image_range(result.candidates) if options.keep_candidates else None,
@@ -123,35 +131,54 @@ class EBTDenoiser(ModelDenoiser):
 
 
 class _Watch:
-    """Hands the starts to best_of and hears of every step: passes them on, keeps them, stops all when asked to."""
+    """Hands the starts to best_of and hears of every step: passes them on, keeps them, stops all when asked to.
 
-    def __init__(self, options: DenoiseOptions, shape: torch.Size, patch_size: int, callback: Callback):
-        self.options, self.shape, self.patch_size, self.callback = options, shape, patch_size, callback
+    `proposed` is the proposal and the energy of the observation `x`, where thinking starts from the proposal.
+    """
+
+    def __init__(
+        self,
+        options: DenoiseOptions,
+        x: Tensor,
+        patch_size: int,
+        callback: Callback,
+        proposed: tuple[Tensor, Tensor] | None,
+    ):
+        self.options, self.x, self.patch_size, self.callback, self.proposed = options, x, patch_size, callback, proposed
+        self.num_before = 0 if proposed is None else 1  # steps before the first one of thinking
         self.candidate, self.stopped = 0, False
         self.images: list[list[Tensor]] = []  # of each candidate, after each step
 
-    def starts(self, x: Tensor, image_ids: list[int]) -> Iterator[Tensor]:
+    def starts(self, image_ids: list[int]) -> Iterator[Tensor]:
+        first = self.x if self.proposed is None else self.proposed[0]
         for candidate in range(self.options.num_candidates):
             if self.stopped:
                 return
             self.candidate = candidate
             self.images.append([])
+            if self.proposed is not None:
+                self._tell(0, self.x, self.proposed[1])
             if candidate == 0:
-                yield x
+                yield first
             else:
                 generators = sample_generators(self.options.seed, image_ids, JITTER_STREAM, candidate)
-                yield x + self.options.candidate_noise_std * randn_like(x, generators)
+                yield first + self.options.candidate_noise_std * randn_like(first, generators)
 
     def __call__(self, step: ThinkingStep) -> bool:
-        image = to_image_range(step.candidate)
+        if self.stopped:  # before the first step of thinking
+            return True
+        return self._tell(step.index + self.num_before, step.candidate, step.energies)
+
+    def _tell(self, index: int, candidate: Tensor, energies: Tensor) -> bool:
+        image = to_image_range(candidate)
         if self.options.keep_trajectory:
             self.images[-1].append(image)
         told = self.callback(
             DenoiseStep(
-                index=step.index,
+                index=index,
                 num_steps=self.options.num_steps,
                 image=image,
-                energies=patch_energy_mean(step.energies, self.shape, self.patch_size),
+                energies=patch_energy_mean(energies, self.x.shape, self.patch_size),
                 candidate=self.candidate,
                 num_candidates=self.options.num_candidates,
             )

@@ -283,9 +283,16 @@ class EBTObjective(ImageObjective):
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
+        """With suggested_start "proposal" the first image is the proposal, and thinking goes on from there."""
         assert isinstance(model, PatchEBT)
-        result = think(model, noisy, context=model.context_of(noisy), step_size=model.step_size.detach(), num_steps=num_steps)
-        return Prediction(images=list(result.predictions), energies=result.energies)
+        context, alpha = model.context_of(noisy), model.step_size.detach()
+        if model.config.suggested_start == "observation":
+            result = think(model, noisy, context=context, step_size=alpha, num_steps=num_steps)
+            return Prediction(images=list(result.predictions), energies=result.energies)
+        with torch.no_grad():
+            proposal, energy = model.propose(noisy, *context)
+        result = think(model, proposal, context=context, step_size=alpha, num_steps=num_steps - 1)
+        return Prediction(images=[proposal, *result.predictions], energies=torch.cat([energy[None], result.energies]))
 
 
 class RegressorObjective(ImageObjective):

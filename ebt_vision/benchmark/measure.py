@@ -37,8 +37,10 @@ class Subject:
         model: PretrainedModel | None = getattr(self.denoiser, "model", None)
         if model is None:
             return None
-        with_training_gain = row.tolerance is not None and row.tolerance_of == "training"
-        return model.network_config | ({"training_gain": model.config.training_gain} if with_training_gain else {})
+        names = ["suggested_start"]  # a row names no start
+        if row.tolerance is not None and row.tolerance_of == "training":
+            names.append("training_gain")
+        return model.network_config | {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
 
     @property
     def device(self) -> str:

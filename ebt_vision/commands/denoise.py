@@ -52,6 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_noise,
         help="add Gaussian noise first, in 0..255 units; or KIND:AMOUNT of gaussian, paper, poisson, salt-and-pepper, jpeg",
     )
+    parser.add_argument(
+        "--strength",
+        metavar="S",
+        type=not_negative,
+        default=1.0,
+        help="0 to 1.5: below 1 keeps some of the grain (0 gives the image back), above 1 is for noise that is left over",
+    )
+    parser.add_argument(
+        "--start", choices=("observation", "proposal"), help="think from the noisy image or from the network's proposal"
+    )
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all noise (default 0)")
     parser.add_argument("--tile", metavar="SIZE", type=count, help="tile side in pixels for large images")
     parser.add_argument(
@@ -172,6 +182,8 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         tolerance_of=tolerance_of,
         langevin_std=args.langevin,
         step_size_scale=args.step_size_scale,
+        strength=args.strength,
+        start=args.start,
         seed=args.seed,
         sigma=noise and noise.sigma,
         noise_level=noise and noise.noise_level,

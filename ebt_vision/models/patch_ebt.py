@@ -19,6 +19,9 @@ class PatchEBTConfig(TrunkConfig):
     reconstruction, the energy of Salimans & Ho 2021 (sec. 3) and of gradient-step denoisers (Hurault et al. 2022, eq. 8)."""
     observation_context: bool = False
     """Let the energy see the noisy observation beside the candidate: E(x, y) instead of the paper's E(y)."""
+    suggested_start: Literal["observation", "proposal"] = "observation"
+    """Where thinking starts unless somebody says otherwise: the noisy image, or N of it, for a model that was trained with
+    objective.reconstruction_weight. The proposal then is the first of the steps."""
     suggested_steps: int = 4
     """Thinking steps where nobody asks for a number: kept with the weights, because models differ in when they overthink."""
     suggested_tolerance: float | None = None
@@ -32,6 +35,10 @@ class PatchEBTConfig(TrunkConfig):
     def __post_init__(self) -> None:
         # An explicit class: slots=True makes a new one, which zero-argument super() does not know.
         TrunkConfig.__post_init__(self)
+        if self.suggested_start not in ("observation", "proposal"):
+            raise ValueError(f"suggested_start={self.suggested_start!r} is unknown; use 'observation' or 'proposal'")
+        if self.suggested_start == "proposal" and self.energy_head != "quadratic":
+            raise ValueError("suggested_start='proposal' needs energy_head='quadratic', which has a reconstruction")
         if self.suggested_steps < 1:
             raise ValueError(f"suggested_steps={self.suggested_steps} must be 1 or more")
         for name in ("suggested_tolerance", "training_gain"):
@@ -56,7 +63,7 @@ class PatchEBT(EnergyModel):
 
     model_type = "patch_ebt"
     config_class = PatchEBTConfig
-    usage_fields = (*EnergyModel.usage_fields, "suggested_steps", "suggested_tolerance", "training_gain")
+    usage_fields = (*EnergyModel.usage_fields, "suggested_start", "suggested_steps", "suggested_tolerance", "training_gain")
 
     def __init__(self, config: PatchEBTConfig):
         super().__init__(config.init_step_size)
@@ -95,6 +102,11 @@ class PatchEBT(EnergyModel):
             raise ValueError("energy_head='linear' has no reconstruction; use a model with the quadratic head")
         patches = self._reconstruct_patches(candidate, *context)
         return unpatchify(patches, self.config.patch_size, *candidate.shape[-2:])
+
+    def propose(self, observation: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """N(observation), (B, in_chans, H, W), and the energy (B,) of the observation, in one forward pass; see reconstruct."""
+        proposal = self.reconstruct(observation, *context)
+        return proposal, 0.5 * (observation - proposal).square().flatten(1).sum(1)
 
     def _reconstruct_patches(self, candidate: Tensor, *context: Tensor) -> Tensor:
         self._check_context(context)

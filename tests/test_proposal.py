@@ -1,0 +1,135 @@
+"""Thinking from the network's proposal, and the strength of denoising."""
+
+import pytest
+import torch
+
+from ebt_vision.corruption import to_image_range, to_model_range
+from ebt_vision.denoiser import DenoiseOptions, DenoiseStep, IdentityDenoiser
+from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.objectives import EBTObjective
+from ebt_vision.thinking import think
+
+TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, stem_widths=(4, 8), noise_process="awgn")
+
+
+def tiny_denoiser(**changes: object) -> EBTDenoiser:
+    torch.manual_seed(0)
+    model = PatchEBT(PatchEBTConfig(**(TINY | changes)))  # type: ignore[arg-type]
+    torch.nn.init.normal_(model.head.output.weight, std=0.1)  # type: ignore[union-attr]
+    return EBTDenoiser(model)
+
+
+def noisy_images(count: int = 2, height: int = 16, width: int = 12) -> torch.Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_proposal_is_the_first_step_and_brings_the_energy_of_the_observation():
+    denoiser, noisy = tiny_denoiser(suggested_start="proposal"), noisy_images()
+    model, x = denoiser.model, to_model_range(noisy)
+    with torch.no_grad():
+        expected = model.reconstruct(x)
+    result = denoiser.denoise(noisy, DenoiseOptions(num_steps=3, keep_trajectory=True))
+    thought = think(model, expected, step_size=model.step_size.detach(), num_steps=2)
+    torch.testing.assert_close(result.image, to_image_range(thought.final).clamp(0, 1))
+    patches = 4 * 3
+    torch.testing.assert_close(result.energies, torch.cat([model(x)[None], thought.energies]).detach() / patches)
+    assert result.trajectory is not None and len(result.trajectory) == 4
+    torch.testing.assert_close(result.trajectory[0], noisy)
+    torch.testing.assert_close(result.trajectory[1], to_image_range(expected).clamp(0, 1))
+    assert result.num_steps.tolist() == [3, 3]
+    assert result.num_forward.tolist() == [4, 4]  # the proposal, two gradients, the last energy
+    once = denoiser.denoise(noisy, DenoiseOptions(num_steps=1))
+    torch.testing.assert_close(once.image, to_image_range(expected).clamp(0, 1))
+    assert once.energies is not None and once.energies.shape == (2, 2) and once.num_forward.tolist() == [2, 2]
+
+
+def test_the_options_take_precedence_over_the_models_suggestion():
+    noisy = noisy_images()
+    proposing, observing = tiny_denoiser(suggested_start="proposal"), tiny_denoiser()
+    for start in ("observation", "proposal"):
+        options = DenoiseOptions(num_steps=2, start=start)  # type: ignore[arg-type]
+        images = [denoiser.denoise(noisy, options).image for denoiser in (proposing, observing)]
+        torch.testing.assert_close(*images, rtol=0, atol=0)
+    assert not torch.allclose(proposing.denoise(noisy).image, observing.denoise(noisy).image)
+
+
+def test_a_callback_hears_of_every_step_and_can_stop_at_each():
+    denoiser, noisy = tiny_denoiser(suggested_start="proposal"), noisy_images(1)
+    heard: list[DenoiseStep] = []
+    full = denoiser.denoise(noisy, DenoiseOptions(num_steps=3, num_candidates=2, keep_trajectory=True), callback=heard.append)
+    assert [(step.candidate, step.index) for step in heard] == [(c, i) for c in range(2) for i in range(4)]
+    assert full.candidate_energies is not None and full.candidate_energies.shape == (2, 1)
+    for last in range(3):
+        result = denoiser.denoise(
+            noisy, DenoiseOptions(num_steps=3, keep_trajectory=True), callback=lambda step, last=last: step.index == last
+        )
+        assert result.num_steps.item() == max(last, 1)  # the proposal is there when its step is told
+        torch.testing.assert_close(result.image, heard[max(last, 1)].image)
+
+
+def test_the_result_does_not_depend_on_the_batch():
+    denoiser, noisy = tiny_denoiser(suggested_start="proposal"), noisy_images(3)
+    options = DenoiseOptions(num_steps=2, num_candidates=2, tolerance=0.01)
+    together = denoiser.denoise(noisy, options, image_ids=[0, 1, 2])
+    alone = denoiser.denoise(noisy[1:2], options, image_ids=[1])
+    torch.testing.assert_close(together.image[1:2], alone.image, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_reports_the_proposal_first():
+    denoiser, x = tiny_denoiser(suggested_start="proposal"), to_model_range(noisy_images())
+    prediction = EBTObjective.predict(denoiser.model, x, None, 3)
+    assert len(prediction.images) == 3 and prediction.energies is not None and prediction.energies.shape == (4, 2)
+    torch.testing.assert_close(prediction.images[0], denoiser.model.reconstruct(x))
+    torch.testing.assert_close(prediction.energies[1], denoiser.model(prediction.images[0]))
+
+
+def test_strength_0_gives_the_image_back_exactly_and_1_is_plain():
+    denoiser, noisy = tiny_denoiser(), noisy_images()
+    assert torch.equal(denoiser.denoise(noisy, DenoiseOptions(strength=0.0)).image, noisy)
+    plain = denoiser.denoise(noisy, DenoiseOptions()).image
+    assert torch.equal(denoiser.denoise(noisy, DenoiseOptions(strength=1.0)).image, plain)
+
+
+def test_a_strength_below_1_minimises_the_sum_of_energy_and_likelihood():
+    """|y - N|^2 / 2 + lambda |y - x|^2 / 2 with lambda = (1 - s) / s has its minimum at x + s (N - x)."""
+    denoiser, noisy, strength = tiny_denoiser(suggested_start="proposal"), noisy_images(), 0.4
+    options = DenoiseOptions(num_steps=1, keep_trajectory=True)
+    denoised = denoiser.denoise(noisy, options).image
+    y = noisy.clone().requires_grad_()
+    weight = (1 - strength) / strength
+    total = 0.5 * (y - denoised).square().sum() + 0.5 * weight * (y - noisy).square().sum()
+    (gradient,) = torch.autograd.grad(total, y)
+    minimum = noisy - gradient.detach() / (1 + weight)  # Newton's step on a quadratic
+    weak = denoiser.denoise(noisy, DenoiseOptions(num_steps=1, keep_trajectory=True, strength=strength))
+    torch.testing.assert_close(weak.image, minimum)
+    assert weak.trajectory is not None and torch.equal(weak.trajectory[-1], weak.image)
+
+
+def test_a_strength_above_1_denoises_the_noise_that_was_found_amplified():
+    denoiser, noisy = tiny_denoiser(suggested_start="proposal"), noisy_images()
+    x = to_model_range(noisy)
+    with torch.no_grad():
+        found = denoiser.model.reconstruct(x)
+        expected = denoiser.model.reconstruct(x + 0.3 * (x - found))
+    strong = denoiser.denoise(noisy, DenoiseOptions(num_steps=1, strength=1.3)).image
+    torch.testing.assert_close(strong, to_image_range(expected).clamp(0, 1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(IdentityDenoiser().denoise(noisy, DenoiseOptions(strength=1.5)).image, noisy)
+
+
+def test_tiles_keep_the_strength():
+    denoiser, noisy = tiny_denoiser(), noisy_images(1, 40, 24)
+    assert torch.allclose(denoiser.denoise(noisy, DenoiseOptions(strength=0.0)).image, noisy, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(strength=-0.1), dict(strength=1.6), dict(start="middle"), dict(strength=float("nan"))]
+)
+def test_options_out_of_range_are_refused(changes: dict):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        DenoiseOptions(**changes)
+
+
+def test_a_linear_head_has_no_proposal():
+    with pytest.raises(ValueError, match="needs energy_head='quadratic'"):
+        PatchEBTConfig(img_size=8, patch_size=2, embed_dim=16, num_heads=2, energy_head="linear", suggested_start="proposal")
