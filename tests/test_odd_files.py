@@ -389,6 +389,23 @@ def test_what_a_format_cannot_hold_is_said():
     assert losses("a.png", image) == losses("a.tif", image) == []
 
 
+@pytest.mark.parametrize("png", [False, True])
+def test_the_command_line_says_what_is_lost(tmp_path, tiny_checkpoint, capsys, png):
+    from ebt_vision.cli import main
+
+    exif = exif_with(MALFORMED["outside"], (0x0112, 3, 1, struct.pack(">HH", 6, 0)))
+    image = ImageFile(pixels=torch.zeros(3, 16, 24), alpha=torch.ones(1, 16, 24), mode="RGBA", bit_depth=16, exif=exif)
+    write_image(tmp_path / "a.png", image)
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    args = [str(tmp_path / "a.jpg"), "--output", str(tmp_path / "out"), "--model", str(tiny_checkpoint), "--device", "cpu"]
+    assert main(["denoise", *args, *(["--png"] if png else [])]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "ImageDescription" in lines[0] and "left out" in lines[0]
+    assert len(lines) == (1 if png else 3) and all("--png keeps it" in line for line in lines[1:])
+    result = read_image(tmp_path / "out" / ("a.png" if png else "a.jpg"))
+    assert result.pixels.shape == (3, 24, 16) and result.bit_depth == (16 if png else 8)
+
+
 HIDING = np.zeros((32, 48), np.float32)
 HIDING[8:24, 10:40] = 1.0
 HIDING[9, 11:30] = 0.5
@@ -468,7 +485,11 @@ for path in sys.argv[1:]:
     for kind in kinds if features.check("libtiff") else [None]:
         Image.fromarray(noise(64, 64)).save(tmp_path / "whole.tif", compression=kind)
         data = (tmp_path / "whole.tif").read_bytes()
-        for seed in range(30):
+        with tifffile.TiffFile(tmp_path / "whole.tif") as tiff:
+            samples = tiff.pages.first.tags[277].valueoffset
+        paths.append(tmp_path / f"{kind}.tif")
+        paths[-1].write_bytes(data[:samples] + b"\xff\xff" + data[samples + 2 :])
+        for seed in range(10):
             generator = np.random.default_rng(seed)
             bad = bytearray(data)
             for place in generator.integers(8, len(data), 20):

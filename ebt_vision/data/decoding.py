@@ -6,6 +6,7 @@ decoded, and so is what could take for ever: see MAX_SECONDS, MAX_PAGES and MAX_
 """
 
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -62,9 +63,10 @@ MAX_SCANNED = 4_000_000_000
 """Pixels times scans of a JPEG: a progressive one of 89 megapixels in 10 scans has 0.9e9, and a scan costs time even where it
 is empty."""
 
-# Pillow's warnings on damaged files are not printed: what matters becomes an error or a note. Not with catch_warnings, which
+# Pillow's remarks on damaged files are not printed: what matters becomes an error or a note. Not with catch_warnings, which
 # threads cannot use.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
