@@ -505,7 +505,12 @@ for path in sys.argv[1:]:
 def test_what_is_not_supported_is_not_called_damaged(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "a.bmp")
     data = bytearray((tmp_path / "a.bmp").read_bytes())
-    for place, value in [(14, struct.pack("<I", 77)), (30, struct.pack("<I", 9)), (28, struct.pack("<H", 7))]:
+    for place, value in [
+        (14, struct.pack("<I", 77)),
+        (30, struct.pack("<I", 9)),
+        (30, struct.pack("<I", 1)),
+        (28, struct.pack("<H", 7)),
+    ]:
         changed = bytes(data[:place]) + value + bytes(data[place + len(value) :])
         with pytest.raises(DecodeError, match="not supported") as caught:
             decode_image(changed)

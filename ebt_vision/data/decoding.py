@@ -59,6 +59,8 @@ SUFFIXES = frozenset(
 )
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
+UNSUPPORTED = ("unsupported", "not supported", "unknown raw mode")
+"""Words of Pillow's messages on whole files of a kind that it does not read."""
 MAX_SCANNED = 4_000_000_000
 """Pixels times scans of a JPEG: a progressive one of 89 megapixels in 10 scans has 0.9e9, and a scan costs time even where it
 is empty."""
@@ -92,7 +94,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     except Image.DecompressionBombError:
         raise TooLargeError(f"has far more than the {MAX_PIXELS} pixels that are decoded; make it smaller") from None
     except Exception as error:  # on damaged bytes the decoders raise nearly anything: SyntaxError, struct.error, KeyError
-        if isinstance(error, NotImplementedError) or "unsupported" in str(error).lower():
+        if isinstance(error, NotImplementedError) or any(word in str(error).lower() for word in UNSUPPORTED):
             raise DecodeError(f"is of a kind that is not supported ({one_line(error)}); save it as PNG") from error
         raise DecodeError(f"is damaged or truncated ({one_line(error)}); copy it again") from error
 
