@@ -579,6 +579,17 @@ def test_heic_is_read_upright(tmp_path, orientation):
     assert kept[ExifTags.Base.Model] == "A telephone" and kept.get(ExifTags.Base.Orientation, 1) == 1
 
 
+def test_a_heic_of_10_bits_says_that_8_are_read_and_keeps_what_its_colours_mean(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = noise(64, 96, dtype=np.uint16)
+    heif = pillow_heif.from_bytes(mode="RGB;16", size=(96, 64), data=pixels.tobytes())
+    heif.save(tmp_path / "a.heic", color_primaries=12, transfer_characteristics=13, matrix_coefficients=6, full_range_flag=1)
+    image = read_image(tmp_path / "a.heic")
+    assert image.notes == ("its 10 bits are read as 8",)
+    write_image(tmp_path / "a.png", image)
+    assert read_image(tmp_path / "a.png").metadata.png_colour == ((b"cICP", b"\x0c\x0d\0\1"),)
+
+
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_avif_is_read_upright(tmp_path, orientation):

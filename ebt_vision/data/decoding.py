@@ -132,6 +132,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> DecodedImage:
         # A TIFF is turned upright by Pillow, and decode_tiff reads its EXIF.
         orientation, exif, notes = (1, None, ()) if image.format == "TIFF" else read_exif(image)
         metadata = read_metadata(image, data)
+        if image.format == "HEIF" and (bits := image.info.get("bit_depth", 8)) > 8:
+            notes = (*notes, f"its {bits} bits are read as 8")
         if data.startswith(PNG_SIGNATURE) and data[24] == 16:  # IHDR's bit depth
             array = _decode_png16(data, image.info.get("transparency"))  # after load(), whose messages on damage are better
         elif image.mode.startswith("I;16"):
