@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.description = (
-        "Denoise images; each result gets its input's name in DIR, with its bit depth, colour profile, orientation and alpha."
+        "Denoise images; each result gets its input's name in DIR, with its bit depth, colour profile, EXIF and alpha, as "
+        "far as the format can hold them."
     )
     parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=Path)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results; made if missing")
