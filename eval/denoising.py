@@ -74,7 +74,7 @@ def run(settings: argparse.Namespace) -> None:
     groups = _groups(settings.group)
     names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
     groups = {name: [names[model] for model in models] for name, models in groups.items()}
-    device = pick_device(settings.device)
+    device = settings.device = pick_device(settings.device)
     conditions, sweep = conditions_of(settings)
     row_settings = _row_settings(settings)
     subjects = {model: _subject(model, name, device) for model, name in names.items()}  # a wrong name is found before the work
@@ -336,7 +336,7 @@ def _parser() -> OneLineParser:
     add("--tile", type=_whole_or_pixels, help="tiles of this side, or whole (default: the model's own; paper: whole)")
     add("--overlap", type=number(int, 0), help="pixels that tiles have in common (default: a quarter of the tile)")
     add("--batch-size", type=number(int, 1), help="images at a time (default 100; 1 for whole images)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--lpips-backbone", metavar="FILE", help="torchvision's weights of the backbone, or download")
     add("--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex")
     add("--resamples", type=number(int, 100), default=1000, help="bootstrap samples")

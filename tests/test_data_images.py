@@ -33,6 +33,14 @@ def png(pixels):
     return buffer.getvalue()
 
 
+def test_a_table_without_rows_holds_no_images(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": [], "label": []}, features=features).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"empty\.parquet holds no images: 0 rows in 1 parquet") as caught:
+        load_image_set(DataConfig(path=str(tmp_path / "empty.parquet"), img_size=16), seed=0)
+    assert "\n" not in str(caught.value)
+
+
 def save(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)

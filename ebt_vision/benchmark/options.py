@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ebt_vision.yaml_files import load_yaml
+
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit status 2, and which takes --config FILE.yaml for any of its options."""
@@ -40,7 +42,7 @@ def config_to_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str
     NAME=a,b. Unknown keys are refused with the nearest known one.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text())
     except OSError as error:
         raise ValueError(f"config {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

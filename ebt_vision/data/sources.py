@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 import datasets
+import pyarrow
+from pyarrow import parquet
 
 from ebt_vision.data.decoding import SUFFIXES
 
@@ -228,6 +230,8 @@ def _read_labels(where: str, table: datasets.Dataset, column: str | None) -> tup
 def _open_table(
     where: str, builder: str, split: str, files: list[str] | None, image_column: str, label_column: str | None
 ) -> TableSource:
+    if files is not None and _num_rows(files) == 0:
+        raise DataError(f"{where} holds no images: 0 rows in {len(files)} parquet file(s); check the files")
     try:
         table = datasets.load_dataset(builder, data_files=files, split=split)
     except Exception as error:  # from a name that does not exist to a damaged file, each library below has its own errors
@@ -242,6 +246,14 @@ def _open_table(
         return files_fingerprint(Path(files[0]).parent, [Path(file) for file in files])
 
     return TableSource(where, table, image_column, label_column, fingerprint)
+
+
+def _num_rows(files: list[str]) -> int | None:
+    """Rows of parquet files; None where one is damaged, which load_dataset explains."""
+    try:
+        return sum(parquet.read_metadata(file).num_rows for file in files)
+    except (OSError, pyarrow.ArrowException):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
