@@ -40,7 +40,7 @@ def program(request: Request, model: str, device: str) -> str:
     given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value != plain[name] or name == "num_steps")
     noise = request.noise
     made = "None" if noise is None else f"Noise(kind={noise.kind!r}, amount={noise.amount!r})"
-    noisy = "image.pixels[None]" if noise is None else f"noise.add(image.pixels[None], seed={request.seed})"
+    noisy = "image.visible_pixels()[None]" if noise is None else f"noise.add(image.visible_pixels()[None], seed={request.seed})"
     tile = "" if request.tile_size is None else f", tile_size={request.tile_size}"
     return f"""from ebt_vision.denoiser import DenoiseOptions, load_denoiser
 from ebt_vision.image_files import read_image, write_image

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ebt_vision.classical import estimate_sigma
+from ebt_vision.data.decoding import TooLargeError
 from ebt_vision.denoiser import DenoiseOptions
 from ebt_vision.image_files import ImageFile, ImageFileError, quantise, read_image
 from ebt_vision.metrics import mse, psnr_from_mse
@@ -83,31 +83,16 @@ def open_source(request: Request) -> Source:
     path = Path(request.path)
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise ImageFileError(f"{path} has more than {MAX_BYTES >> 20} MB; use the command line for it")
-    _check_size(path)
-    file = read_image(path)
-    image = file.pixels[None]
-    if image.shape[-2] * image.shape[-1] > MAX_PIXELS:
-        raise _too_large(path, image.shape[-1], image.shape[-2])
+    try:
+        file = read_image(path, max_pixels=MAX_PIXELS)
+    except ImageFileError as error:
+        if isinstance(error.__cause__, TooLargeError):
+            raise ImageFileError(f"{error}: this page takes {MAX_PIXELS // 10**6} megapixels, the command line more") from None
+        raise
+    image = file.visible_pixels()[None]
     if request.noise is None:
         return Source(file=file, noisy=image, clean=None)
     return Source(file=file, noisy=request.noise.add(image, request.seed), clean=image)
-
-
-def _check_size(path: Path) -> None:
-    """Refuse by the header what would take a long time to decode; whatever else is wrong is read_image's to tell."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception:  # on damaged bytes Pillow raises nearly anything
-        return
-    if width * height > MAX_PIXELS:
-        raise _too_large(path, width, height)
-
-
-def _too_large(path: Path, width: int, height: int) -> ImageFileError:
-    return ImageFileError(
-        f"{path} is {width}x{height} pixels; this page takes {MAX_PIXELS // 10**6} megapixels, the command line more"
-    )
 
 
 def estimate(path: str) -> float:

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import torch
 
-from ebt_vision.models.pretrained_model import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, PretrainedModel, read_config
-
-PRETRAINED_DIR = Path(__file__).parent / "pretrained"
+from ebt_vision.models.pretrained_model import (
+    CONFIG_NAME,
+    PRETRAINED_DIR,
+    WEIGHTS_NAME,
+    CheckpointError,
+    PretrainedModel,
+    read_config,
+)
 
 # Where each model_type of a config.json lives; imported when asked for, because diffusers takes seconds.
 MODEL_CLASSES = {
@@ -66,6 +71,8 @@ def model_class(model_type: str) -> type[PretrainedModel]:
 
 def resolve(name_or_path: str) -> Path:
     """The folder of a shipped name or a local path; CheckpointError lists what there is."""
+    if not name_or_path:
+        raise CheckpointError("the model's name is empty; give a shipped name, a folder or hub:OWNER/NAME")
     for folder in (PRETRAINED_DIR / name_or_path, Path(name_or_path)):
         if (folder / CONFIG_NAME).is_file():
             return folder
@@ -80,15 +87,12 @@ def load_pretrained(name_or_path: str, *, device: str = "cpu") -> PretrainedMode
 
     Raises CheckpointError for a name that is not known, and for files that are missing, damaged or do not fit.
     """
-    if name_or_path.startswith("hub:"):
-        from huggingface_hub import hf_hub_download
-
-        repository = name_or_path.removeprefix("hub:")
-        cls = model_class(read_config(Path(hf_hub_download(repository, CONFIG_NAME)))["model_type"])
-        return cls.from_pretrained(repository).to(device)
-    folder = resolve(name_or_path)
-    cls = model_class(read_config(folder / CONFIG_NAME)["model_type"])
-    return cls.from_files(folder / CONFIG_NAME, folder / WEIGHTS_NAME).to(device)
+    with torch.inference_mode(False):  # so that the weights can be used outside of it
+        if name_or_path.startswith("hub:"):
+            return PretrainedModel.from_pretrained(name_or_path).to(device)
+        folder = resolve(name_or_path)
+        cls = model_class(read_config(folder / CONFIG_NAME)["model_type"])
+        return cls.from_files(folder / CONFIG_NAME, folder / WEIGHTS_NAME).to(device)
 
 
 def checkpoint_hash(name_or_path: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ebt-vision train | denoise | generate | info.
+"""The command line: ebt-vision train | denoise | generate | export | info.
 
 The commands are in ebt_vision/commands/. Imports are lazy, so that --help answers at once. What a user can mend comes out as
 one line on stderr and exit status 2, without a traceback; an interrupt ends with status 130 and keeps what is done.
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ebt_vision.commands import denoise, generate, info, train
+from ebt_vision.commands import denoise, export, generate, info, train
 from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, one_line, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 training diverged, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 2 bad input or diverged training, 130 interrupted, 143 terminated."""
     try:
         args = _parse(argv)
         status: int = args.run(args)
@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    num_empty = sum(not word or (word.startswith("--") and word.endswith("=")) for word in words)
+    if num_empty > (getattr(args, "prompt", None) == ""):
+        parser.error("an argument is empty; is a shell variable unset?")
     if hasattr(args, "overrides"):  # argparse does not go on with key=value after an option
         args.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_arguments(commands.add_parser("train", help="train a model from a YAML config"))
     denoise.add_arguments(commands.add_parser("denoise", help="denoise image files and folders of them"))
     generate.add_arguments(commands.add_parser("generate", help="go on with a text"))
+    export.add_arguments(commands.add_parser("export", help="write a network as ONNX or a torch.export program"))
     info.add_arguments(commands.add_parser("info", help="describe a checkpoint, or list the shipped ones"))
     return parser
 

@@ -6,21 +6,24 @@ The implementations are in model_denoisers.py and classical.py; `load_denoiser` 
 
 import copy
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Self, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ebt_vision.checks import check
+from ebt_vision.checks import check, check_number, check_whole
 from ebt_vision.corruption import signal_and_noise_scale
 from ebt_vision.thinking import ToleranceOf
 
 MIN_SIDE = 8
 """Pixels; smaller images hold nothing to denoise by."""
+MAX_VALUE = 16.0
+"""Values of an image beyond this are no noise on [0, 1]: Gaussian noise of sigma 255 stays below 8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,15 +47,18 @@ class DenoiseOptions:
     seed: int = 0
     """All randomness depends on it and on the image's id."""
     noise_level: float | None = None
-    """DiT: the VP noise level in (0, 1] that it is told, for input that the VP process made; it goes before `sigma`."""
+    """The VP noise level in (0, 1] of images that the VP process made. A DiT starts there; it takes precedence over `sigma`."""
     sigma: float | None = None
     """Classical, and DiT without a noise_level: AWGN standard deviation in 0..255 units; None estimates it from the image."""
+    tile_size: int | None = None
+    """Side in pixels of the tiles of larger images: None for the denoiser's own, 0 for the whole image in one piece."""
     keep_trajectory: bool = False
     """Keep the image before the first and after every step."""
     keep_candidates: bool = False
     """EBT: keep the final image of every candidate, not of the winner alone."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
         check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "use 1 (plain thinking) or more")
         check(self.candidate_noise_std >= 0, "candidate_noise_std", self.candidate_noise_std, "use 0 or more")
@@ -66,6 +72,19 @@ class DenoiseOptions:
         level = self.noise_level
         check(level is None or 0 < level <= 1, "noise_level", level, "use a number in (0, 1], or None")
         check(self.sigma is None or 0 <= self.sigma <= 255, "sigma", self.sigma, "use 0..255, or None to estimate it")
+        size = self.tile_size
+        remedy = f"use {MIN_SIDE} or more, 0 for the whole image, or None for the denoiser's own"
+        check(size is None or size == 0 or size >= MIN_SIDE, "tile_size", size, remedy)
+
+    def _check_kinds(self) -> None:
+        for name in ("num_steps", "num_candidates", "seed", "tile_size"):
+            if getattr(self, name) is not None or name != "tile_size":
+                check_whole(name, getattr(self, name))
+        for name in ("candidate_noise_std", "langevin_std", "step_size_scale"):
+            check_number(name, getattr(self, name))
+        for name in ("tolerance", "noise_level", "sigma"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +97,8 @@ class DenoiseStep:
     energies: Tensor | None  # (B,), mean over patches
     candidate: int = 0
     num_candidates: int = 1
+    image_index: int = 0
+    """Of images in tiles, which take turns: the place in the batch of the one that `image` (1, 3, H, W) and `energies` show."""
 
 
 Callback = Callable[[DenoiseStep], object]
@@ -108,8 +129,12 @@ class DenoiseResult:
     """With keep_trajectory: the images before the first and after every step, like `image`, which is the last."""
 
 
-class Denoiser(ABC):
-    """Noisy images in, clean images out. The result for an image does not depend on what else is in its batch."""
+class Denoiser(nn.Module, ABC):
+    """Noisy images in, clean images out. The result for an image does not depend on what else is in its batch.
+
+    It is a module: `denoiser(noisy)` is the denoised image, and `to`, `parameters` and `state_dict` are those of the network.
+    It stays in eval mode.
+    """
 
     name: str
     num_parameters: int = 0
@@ -121,8 +146,8 @@ class Denoiser(ABC):
     """What num_steps is on the command line and the page where nobody asks for a number."""
     suggested_tolerance: float | None = None
     """What tolerance is on the command line, of the training's noise, where nobody asks for steps or a tolerance."""
-    input_scale: float = 1.0
-    """Factor on the image, as -1..1, before a network sees it: see for_photographs and for_vp_images, which set it."""
+    input_scale: float | None = 1.0
+    """Factor on the image, as -1..1, before a network sees it. None picks it by the options' noise_level: see scale_for."""
     signal_scale: float = 1.0
     """What multiplied the signal in the images that a network was trained on: sqrt(alpha_bar) of the VP process, 1 for AWGN."""
 
@@ -131,29 +156,92 @@ class Denoiser(ABC):
         noisy: Tensor,
         options: DenoiseOptions | None = None,
         *,
-        image_ids: Sequence[int] | None = None,
+        image_ids: Sequence[int] | Tensor | None = None,
         callback: Callback | None = None,
     ) -> DenoiseResult:
         """Denoise (B, 3, H, W), float, about [0, 1], never clipped on the way in; sides of 8 px or more, any size.
 
+        Images larger than the tile (options.tile_size, or the denoiser's own) are worked on one after the other, in tiles that
+        overlap by a quarter, as the command line and the page do: see ebt_vision.tiling.denoise_tiled. Options default to
+        `suggested_options`. Images of the result have the dtype and the device of `noisy`.
+
         `image_ids` (B, default all 0) tell apart the random numbers of images: the same id and seed give the same ones
-        in whatever batch. Sides that patch_size does not divide are reflect-padded, and the padding is cut off again.
+        in whatever batch. A callback hears of each step; of images in tiles see DenoiseStep.image_index.
         Raises ValueError for an image or an option that cannot be used, and what the method itself raises.
         """
-        options = options or DenoiseOptions()
+        options = self.options_or_suggested(options)
         check_images(noisy)
-        ids = [0] * len(noisy) if image_ids is None else list(image_ids)
-        if len(ids) != len(noisy):
-            raise ValueError(f"image_ids has {len(ids)} ids for a batch of {len(noisy)}; give one per image")
-        size = noisy.shape[-2:]
+        tile_size = self.tile_size if options.tile_size is None else options.tile_size
+        if tile_size == 0 or max(noisy.shape[-2:]) <= tile_size:
+            return self.denoise_whole(noisy, options, image_ids=image_ids, callback=callback)
+        from ebt_vision.tiling import denoise_each_tiled  # which imports this file
+
+        return denoise_each_tiled(self, noisy, options, image_ids=checked_ids(image_ids, len(noisy)), callback=callback)
+
+    def denoise_whole(
+        self,
+        noisy: Tensor,
+        options: DenoiseOptions | None = None,
+        *,
+        image_ids: Sequence[int] | Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> DenoiseResult:
+        """The same as `denoise` on whole images, whatever their size: a network may do badly far from its training's size.
+
+        Sides that patch_size does not divide are reflect-padded, and the padding is cut off again.
+        """
+        options = self.options_or_suggested(options)
+        check_images(noisy)
+        ids = checked_ids(image_ids, len(noisy))
+        size, dtype = noisy.shape[-2:], noisy.dtype
 
         def on_step(step: DenoiseStep) -> object:
-            return None if callback is None else callback(replace(step, image=crop(step.image.clamp(0, 1), size)))
+            return None if callback is None else callback(replace(step, image=_seen(step.image, size).to(dtype)))
 
-        with torch.no_grad():
-            padded = pad_to_multiple(noisy, self.patch_size)
+        # Thinking takes gradients, which inference mode forbids.
+        with torch.inference_mode(False), torch.no_grad():
+            plain = noisy.clone() if noisy.is_inference() else noisy
+            padded = pad_to_multiple(working(plain), self.patch_size)
             result = self._denoise(self.to_network(padded), options, ids, on_step)
-        return _finished(result, size, noisy.device)
+            return _finished(result, size, plain)
+
+    def forward(self, noisy: Tensor, options: DenoiseOptions | None = None) -> Tensor:
+        """The denoised images alone, (B, 3, H, W) in [0, 1]: `denoise(noisy, options).image`."""
+        return self.denoise(noisy, options).image
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever is asked for: no label is dropped while an image is denoised."""
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}, tile_size={self.tile_size}, patch_size={self.patch_size}"
+
+    @property
+    def suggested_options(self) -> DenoiseOptions:
+        """What the command line uses where nobody asks for steps or a tolerance."""
+        tolerance = self.suggested_tolerance
+        return DenoiseOptions(
+            num_steps=self.suggested_steps, tolerance=tolerance, tolerance_of="first" if tolerance is None else "training"
+        )
+
+    def options_or_suggested(self, options: DenoiseOptions | None) -> DenoiseOptions:
+        """`options`, or the suggested ones for None; ValueError for anything else."""
+        if options is None:
+            return self.suggested_options
+        if not isinstance(options, DenoiseOptions):
+            raise ValueError(f"options is a {type(options).__name__}; give DenoiseOptions(num_steps=..., ...) or None")
+        return options
+
+    def scale_for(self, options: DenoiseOptions) -> float:
+        """The factor on the image, as -1..1, before a network sees it.
+
+        It is input_scale. Where that is None, images are photographs, or made by the VP process if there is a noise_level:
+        the scale is then that of for_photographs, or of for_vp_images.
+        """
+        if self.input_scale is not None:
+            return self.input_scale
+        level = options.noise_level
+        return self.signal_scale if level is None else vp_input_scale(self.signal_scale, level)
 
     @abstractmethod
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
@@ -179,15 +267,54 @@ class Denoiser(ABC):
         return 64 * 3 * height * width * 4
 
 
-def _finished(result: DenoiseResult, size: Sequence[int], device: torch.device) -> DenoiseResult:
-    """The result with its images cropped and clamped, on the caller's device."""
+def _finished(result: DenoiseResult, size: Sequence[int], like: Tensor) -> DenoiseResult:
+    """The result with its images cropped, clamped and of the dtype of `like`, all on its device."""
     values = {name: getattr(result, name) for name in DenoiseResult.__slots__}
-    on_device = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    on_device = {name: value.to(like.device) for name, value in values.items() if isinstance(value, Tensor)}
     for name in ("image", "candidate_images"):
         if name in on_device:
-            on_device[name] = crop(on_device[name].clamp(0, 1), size)
-    trajectory = result.trajectory and tuple(crop(image.to(device).clamp(0, 1), size) for image in result.trajectory)
+            on_device[name] = _seen(on_device[name], size).to(like)
+    trajectory = result.trajectory and tuple(_seen(image, size).to(like) for image in result.trajectory)
     return replace(result, trajectory=trajectory, **on_device)
+
+
+def _seen(images: Tensor, size: Sequence[int]) -> Tensor:
+    return crop(images.clamp(0, 1), size)
+
+
+def working(images: Tensor) -> Tensor:
+    """The images in float32 or, where they have it, float64, in which sums of tiles and estimates of noise are accurate."""
+    return images if images.dtype == torch.float64 else images.float()
+
+
+def join_results(results: Sequence[DenoiseResult]) -> DenoiseResult:
+    """One result for images that were worked on one by one; a field that is not there, or not alike, in all of them is None.
+
+    Of trajectories that differ in length the shorter ones repeat their last image.
+    """
+
+    def joined(name: str, dim: int) -> Tensor | None:
+        values = [getattr(result, name) for result in results]
+        if any(value is None for value in values) or (dim and len({len(value) for value in values}) > 1):
+            return None
+        return torch.cat(values, dim=dim)
+
+    image, num_steps, num_forward = (joined(name, 0) for name in ("image", "num_steps", "num_forward"))
+    assert image is not None and num_steps is not None and num_forward is not None
+    trajectories = [result.trajectory or () for result in results]
+    count = max(map(len, trajectories)) if all(trajectories) else 0
+    padded = [images + images[-1:] * (count - len(images)) for images in trajectories] if count else []
+    return DenoiseResult(
+        image=image,
+        num_steps=num_steps,
+        num_forward=num_forward,
+        energies=joined("energies", 1),
+        candidate_energies=joined("candidate_energies", 1),
+        chosen=joined("chosen", 0),
+        candidate_images=joined("candidate_images", 1),
+        candidate_wins=joined("candidate_wins", 1),
+        trajectory=tuple(torch.cat(images) for images in zip(*padded, strict=True)) or None,
+    )
 
 
 class IdentityDenoiser(Denoiser):
@@ -220,12 +347,19 @@ def for_photographs(denoiser: Denoiser) -> Denoiser:
 def for_vp_images(denoiser: Denoiser, level: float) -> Denoiser:
     """A copy for images that the VP process made: a network trained on it gets them as they are, others at full signal."""
     denoiser = copy.copy(denoiser)
-    denoiser.input_scale = 1.0 / signal_and_noise_scale(level)[0] if denoiser.signal_scale == 1.0 else 1.0
+    denoiser.input_scale = vp_input_scale(denoiser.signal_scale, level)
     return denoiser
 
 
+def vp_input_scale(signal_scale: float, level: float) -> float:
+    """The factor on images that the VP process made at this level, for a network whose training had this signal scale."""
+    return 1.0 / signal_and_noise_scale(level)[0] if signal_scale == 1.0 else 1.0
+
+
 def check_images(noisy: Tensor) -> None:
-    """ValueError, in one line, unless `noisy` is a finite float (B, 3, H, W) with sides of at least MIN_SIDE."""
+    """ValueError, in one line, unless `noisy` is a finite float (B, 3, H, W), about [0, 1], with sides of at least MIN_SIDE."""
+    if not isinstance(noisy, Tensor):
+        raise ValueError(f"noisy is a {_kind(noisy)}, not a torch.Tensor; {_TO_TENSOR}")
     if noisy.ndim != 4:
         raise ValueError(f"noisy has shape {tuple(noisy.shape)}; give (B, 3, H, W), with noisy[None] for one image")
     if not noisy.is_floating_point():
@@ -238,6 +372,40 @@ def check_images(noisy: Tensor) -> None:
         raise ValueError(f"noisy is {noisy.shape[-2]}x{noisy.shape[-1]} px; both sides must be {MIN_SIDE} px or more")
     if not bool(torch.isfinite(noisy).all()):
         raise ValueError("noisy holds NaN or infinite values; replace them first, say with torch.nan_to_num")
+    _check_range(noisy)
+
+
+_TO_TENSOR = (
+    "give floats in [0, 1], (B, 3, H, W); of 8-bit RGB (H, W, 3) make torch.tensor(np.asarray(x)).permute(2, 0, 1)[None] / 255"
+)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__.split('.')[0]} {type(value).__name__}"
+
+
+def _check_range(noisy: Tensor) -> None:
+    """ValueError for images of another scale: 0..255, or as far as that can be told, -1..1."""
+    largest = float(noisy.abs().amax())
+    if largest > MAX_VALUE:
+        raise ValueError(f"noisy has values up to {largest:.4g}; give images in [0, 1], for 0..255 image / 255")
+    means = working(noisy).mean(dim=(1, 2, 3))
+    if bool((means < -0.25 - 5.0 / math.sqrt(noisy[0].numel())).any()):  # noise on [0, 1] does not get there
+        raise ValueError(f"noisy has a mean of {float(means.amin()):.3g}; give images in [0, 1], for -1..1 (image + 1) / 2")
+
+
+def checked_ids(image_ids: Sequence[int] | Tensor | None, count: int) -> list[int]:
+    """One whole number for each of `count` images, all 0 for None; ValueError for what is not that."""
+    if image_ids is None:
+        return [0] * count
+    try:
+        ids = [operator.index(i) for i in image_ids]
+    except TypeError:
+        raise ValueError(f"image_ids={image_ids!r} are not whole numbers; give one per image, say range({count})") from None
+    if len(ids) != count:
+        raise ValueError(f"image_ids has {len(ids)} ids for a batch of {count}; give one per image")
+    check(min(ids) >= 0, "image_ids", min(ids), "use 0 or more")
+    return ids
 
 
 def pad_to_multiple(images: Tensor, multiple: int, *, minimum: int = 1) -> Tensor:
@@ -259,6 +427,7 @@ def crop(images: Tensor, size: Sequence[int]) -> Tensor:
 def load_denoiser(name_or_path: str, *, device: str = "cpu") -> Denoiser:
     """A denoiser from "bm3d", "nlm" or "identity", a shipped checkpoint's name, a folder, or "hub:OWNER/NAME".
 
+    Its `denoise` does what the command line does: it takes images for photographs unless the options have a noise_level.
     Raises CheckpointError (a ValueError) for a name that is not known, MissingExtraError for an optional package.
     """
     if name_or_path == IdentityDenoiser.name:
@@ -270,4 +439,5 @@ def load_denoiser(name_or_path: str, *, device: str = "cpu") -> Denoiser:
     from ebt_vision.checkpoint import load_pretrained
     from ebt_vision.model_denoisers import denoiser_for
 
-    return denoiser_for(load_pretrained(name_or_path, device=device), name=name_or_path.rstrip("/").rsplit("/", 1)[-1])
+    name = name_or_path.rstrip("/").rsplit("/", 1)[-1]
+    return denoiser_for(load_pretrained(name_or_path, device=device), name=name, input_scale=None)

@@ -1,26 +1,33 @@
 """Image files for people: read with everything that should survive, written back without losing it or the old file."""
 
 import dataclasses
-import io
 import os
-import struct
-import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tifffile
 import torch
-from PIL import ExifTags, Image, TiffImagePlugin
+from scipy import ndimage
 from torch import Tensor
 
-from ebt_vision.data.decoding import MAX_PIXELS, MIN_SIDE, PNG_SIGNATURE, SUFFIXES, TIFF_TAGS_KEPT, DecodeError, decode_image
+from ebt_vision.data.decoding import MAX_PIXELS, MIN_SIDE, SUFFIXES, DecodeError, decode_image
+from ebt_vision.data.encoding import DEEP_SUFFIXES, encode
+from ebt_vision.data.metadata import Metadata
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE", "ImageFile", "ImageFileError", "find_images", "quantise", "read_image", "write_image"]
+__all__ = [
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "ImageFile",
+    "ImageFileError",
+    "find_images",
+    "losses",
+    "quantise",
+    "read_image",
+    "write_image",
+]
 
 WRITABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-JPEG_QUALITY = 95
 QUANTISED_AT_ONCE = 2**20
 """Samples that are float64 at a time: all those of a 12-megapixel image would take most of a gigabyte."""
 
@@ -45,6 +52,10 @@ class ImageFile:
     """The colour profile of `pixels`."""
     exif: bytes | None = None
     """EXIF block from b"Exif\\0\\0" on; its orientation is 1, since `pixels` are upright."""
+    metadata: Metadata = field(default_factory=Metadata)
+    """Resolution, XMP, comment, PNG texts and colours: each is written where the format has a place for it."""
+    notes: tuple[str, ...] = ()
+    """What was left out in reading, a clause each, such as "its EXIF fields Make cannot be read and are left out"."""
     path: Path | None = None
     """Where it was read."""
 
@@ -59,22 +70,42 @@ class ImageFile:
             raise ValueError(f"mode={self.mode!r} is not L, LA, RGB or RGBA with an alpha where it says so")
 
     def with_pixels(self, pixels: Tensor) -> "ImageFile":
-        """The same image with other pixels (3, H, W) of the same size."""
+        """The same image with other pixels (3, H, W) of the same size; where alpha is 0 the image keeps its own."""
         if pixels.shape != self.pixels.shape:
             raise ValueError(f"pixels has shape {tuple(pixels.shape)}, the image {tuple(self.pixels.shape)}")
+        if self.alpha is not None:
+            pixels = torch.where(self.alpha.to(pixels) == 0, self.pixels.to(pixels), pixels)
         return dataclasses.replace(self, pixels=pixels)
 
+    def visible_pixels(self) -> Tensor:
+        """`pixels` (3, H, W) to compute with: where alpha is 0, the colour of the nearest pixel that can be seen.
 
-def read_image(path: str | os.PathLike[str]) -> ImageFile:
-    """Read a still PNG, JPEG, WebP, TIFF, BMP, GIF or PPM file; what it is shows its content, not its name.
+        The colours that a file hides there are arbitrary, and a network would carry them into their neighbours.
+        """
+        if self.alpha is None:
+            return self.pixels
+        hidden = (self.alpha[0] == 0).cpu().numpy()
+        if hidden.all():
+            return torch.zeros_like(self.pixels)
+        if not hidden.any():
+            return self.pixels
+        rows, columns = ndimage.distance_transform_edt(hidden, return_distances=False, return_indices=True)
+        return self.pixels[:, torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
 
-    The EXIF orientation is applied to the pixels and the tag reset to 1, so that what is written displays as what was read.
-    Raises ImageFileError for a path that is missing or a folder, and for a file that is empty, no image, damaged, animated,
-    smaller than MIN_SIDE a side, larger than MAX_PIXELS (by its header, before it is decoded) or not finite.
+
+def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """Read a still PNG, JPEG, WebP, TIFF, BMP, GIF, PGM, PPM, AVIF or HEIC file; its content says what it is, not its name.
+
+    HEIC needs the extra "heic". The orientation is applied to the pixels and the EXIF tag reset to 1, so that what is written
+    displays as what was read. Raises ImageFileError for a path that is missing or a folder, and for a file that is empty, no
+    image, damaged, animated, smaller than MIN_SIDE a side, larger than `max_pixels` (by its header, before it is decoded; the
+    error's __cause__ is then a TooLargeError) or not finite.
     """
+    if not str(path):
+        raise ImageFileError("the name of the image is empty; name a file")
     path = Path(path)
     try:
-        decoded = decode_image(path.read_bytes())
+        decoded = decode_image(path.read_bytes(), max_pixels)
     except FileNotFoundError:
         raise ImageFileError(f"{path} does not exist; check the path") from None
     except IsADirectoryError:
@@ -92,6 +123,8 @@ def read_image(path: str | os.PathLike[str]) -> ImageFile:
         mode=("L" if grey else "RGB") + ("" if decoded.alpha is None else "A"),
         icc_profile=decoded.icc_profile,
         exif=decoded.exif,
+        metadata=decoded.metadata,
+        notes=decoded.notes,
         path=path,
     )
 
@@ -125,7 +158,9 @@ def write_image(path: str | os.PathLike[str], image: ImageFile, overwrite: bool 
     """Write `image` in the format of the suffix of `path`: .png, .jpg, .webp (lossless) or .tif.
 
     PNG and TIFF keep 16 bits; JPEG (quality 95, 4:4:4) and WebP are written in 8. JPEG has no alpha: the image is composited
-    on white. ICC profile and EXIF are kept. The file appears whole or not at all. Raises ImageFileError for another suffix,
+    on white; `losses` names what a format cannot hold. ICC profile, EXIF, resolution and XMP are kept, comments and PNG's texts
+    and colours where the format has them; IPTC is not. The file appears whole or not at all, and one that is replaced keeps
+    its mode. Raises ImageFileError for another suffix,
     a file that is there without `overwrite`, a folder that is missing or not writable, and pixels that are not finite.
     """
     path = Path(path)
@@ -138,12 +173,17 @@ def write_image(path: str | os.PathLike[str], image: ImageFile, overwrite: bool 
     if not path.parent.is_dir():
         raise ImageFileError(f"{path.parent} is not a folder; make it first")
     try:
-        encoded = _encode(path.suffix.lower(), image)
+        encoded = encode(path.suffix.lower(), _stored_samples(image, _written_bits(path.suffix.lower(), image)), image)
     except (ValueError, OSError) as error:
         raise ImageFileError(f"{path} cannot be written ({error})") from error
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.write_bytes(encoded)
+        if path.exists():
+            partial.touch(0o600)  # not even for a moment readable by more people than the old file
+            partial.write_bytes(encoded)
+            partial.chmod(path.stat().st_mode & 0o7777)
+        else:
+            partial.write_bytes(encoded)
         os.replace(partial, path)
     except OSError as error:
         raise ImageFileError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
@@ -152,13 +192,33 @@ def write_image(path: str | os.PathLike[str], image: ImageFile, overwrite: bool 
             partial.unlink()
 
 
+def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:
+    """What of `image` a file of this suffix cannot hold, a clause each, such as "its 16 bits become 8"."""
+    suffix = Path(path).suffix.lower()
+    is_jpeg, is_png = suffix in (".jpg", ".jpeg"), suffix == ".png"
+    kind = "JPEG" if is_jpeg else "WebP" if suffix == ".webp" else "TIFF"
+    found = []
+    if image.bit_depth > _written_bits(suffix, image):
+        found.append(f"its {image.bit_depth} bits become 8, because {kind} has no more")
+    if image.alpha is not None and is_jpeg:
+        found.append("its transparency becomes white, because JPEG has none")
+    if any(name != b"sRGB" for name, _ in image.metadata.png_colour) and not is_png:
+        found.append(f"its description of colours (PNG's gAMA, cHRM or cICP) is left out, because {kind} has none")
+    if image.metadata.text and not is_png:
+        found.append("its PNG texts are left out")
+    return found
+
+
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Files as they are, and every image (by suffix) under each folder, sorted, hidden ones left out; no file twice.
 
     Raises ImageFileError for a path that is not there and for a folder without images.
     """
     found: dict[Path, None] = {}
-    for path in map(Path, paths):
+    named = list(paths)
+    if any(not str(path) for path in named):
+        raise ImageFileError("the name of an input is empty; is a shell variable unset?")
+    for path in map(Path, named):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -172,28 +232,8 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(found)
 
 
-def _encode(suffix: str, image: ImageFile) -> bytes:
-    keeps_16_bit = suffix in (".png", ".tif", ".tiff")
-    array = _stored_samples(image, image.bit_depth if keeps_16_bit else 8)  # (H, W, C)
-    if suffix in (".tif", ".tiff"):
-        return _encode_tiff(array, image)
-    if array.dtype == np.uint16:
-        return _encode_png16(array, image)
-    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    metadata = {"icc_profile": image.icc_profile, "exif": image.exif}
-    options = {name: value for name, value in metadata.items() if value}
-    buffer = io.BytesIO()
-    if suffix == ".png":
-        picture.save(buffer, "PNG", **options)
-    elif suffix == ".webp":
-        picture.save(buffer, "WEBP", lossless=True, exact=True, **options)
-    else:
-        if image.alpha is not None:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        picture.convert("L" if image.mode in ("L", "LA") else "RGB").save(
-            buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, **options
-        )
-    return buffer.getvalue()
+def _written_bits(suffix: str, image: ImageFile) -> int:
+    return image.bit_depth if suffix in DEEP_SUFFIXES else 8
 
 
 def _stored_samples(image: ImageFile, bit_depth: int) -> np.ndarray:
@@ -202,67 +242,3 @@ def _stored_samples(image: ImageFile, bit_depth: int) -> np.ndarray:
     parts = [colour] if image.alpha is None else [colour, image.alpha.to(colour)]
     planes = [plane for part in parts for plane in part]
     return np.ascontiguousarray(np.stack([quantise(plane, bit_depth) for plane in planes], axis=-1))  # (H, W, C)
-
-
-def _encode_png16(array: np.ndarray, image: ImageFile) -> bytes:
-    """16-bit PNG, which Pillow cannot write (PNG specification, third edition, sec. 5, 9 and 11)."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    height, width, channels = array.shape
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    rows = np.frombuffer(array.astype(">u2").tobytes(), np.uint8).reshape(height, -1)
-    filtered = np.zeros((height, 1 + rows.shape[1]), np.uint8)
-    filtered[:, 0] = 2  # filter type Up: the difference from the row above, modulo 256
-    filtered[:, 1:] = rows
-    filtered[1:, 1:] -= rows[:-1]
-    parts = [PNG_SIGNATURE, chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
-    if image.icc_profile:
-        parts.append(chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(image.icc_profile)))
-    if image.exif:
-        parts.append(chunk(b"eXIf", image.exif.removeprefix(b"Exif\0\0")))
-    parts += [chunk(b"IDAT", zlib.compress(filtered.tobytes())), chunk(b"IEND", b"")]
-    return b"".join(parts)
-
-
-def _encode_tiff(array: np.ndarray, image: ImageFile) -> bytes:
-    """TIFF with tifffile, because Pillow cannot write 16-bit colour, nor compress where there is an EXIF block."""
-    exif = Image.Exif()
-    if image.exif:
-        exif.load(image.exif)
-    kept = {name: exif[ExifTags.Base[name]] for name in TIFF_TAGS_KEPT if ExifTags.Base[name] in exif}
-    tags: list[tuple] = [(ExifTags.Base[name].value, "s", 0, str(kept[name]), True) for name in kept if "Resol" not in name]
-    blocks = {int(ifd): fields for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo) if (fields := exif.get_ifd(ifd))}
-    # tifffile writes no pointer to an EXIF block: the number before it holds the place until the block is there.
-    tags += [(ifd - 1, "I", 1, 0, True) for ifd in blocks]
-    has_resolution = "XResolution" in kept and "YResolution" in kept
-    buffer = io.BytesIO()
-    tifffile.imwrite(
-        buffer,
-        array[:, :, 0] if array.shape[2] == 1 else array,
-        byteorder="<",
-        photometric="rgb" if array.shape[2] >= 3 else "minisblack",
-        planarconfig="contig" if array.shape[2] > 1 else None,
-        extrasamples=["unassalpha"] if image.alpha is not None else None,
-        compression="zlib",
-        iccprofile=image.icc_profile,
-        extratags=tags,
-        resolution=(float(kept["XResolution"]), float(kept["YResolution"])) if has_resolution else None,
-        resolutionunit=kept.get("ResolutionUnit", 2) if has_resolution else None,
-        metadata=None,
-        software=False,
-    )
-    with tifffile.TiffFile(io.BytesIO(buffer.getvalue())) as tiff:
-        entries = {ifd: tiff.pages.first.tags[ifd - 1].offset for ifd in blocks}
-    for ifd, fields in blocks.items():
-        start = buffer.seek(0, os.SEEK_END)
-        start += buffer.write(b"\0" * (start % 2))  # an IFD begins on a word boundary
-        directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=ifd)
-        for tag, value in fields.items():
-            if not isinstance(value, dict):
-                directory[tag] = value
-        buffer.write(directory.tobytes(start))
-        buffer.seek(entries[ifd])
-        buffer.write(struct.pack("<HHII", ifd, 4, 1, start))  # an entry: tag, type LONG, count, value
-    return buffer.getvalue()

@@ -17,7 +17,15 @@ from ebt_vision.corruption import (
     to_image_range,
     to_model_range,
 )
-from ebt_vision.denoiser import TRAINING_LEVEL, Callback, DenoiseOptions, Denoiser, DenoiseResult, DenoiseStep
+from ebt_vision.denoiser import (
+    TRAINING_LEVEL,
+    Callback,
+    DenoiseOptions,
+    Denoiser,
+    DenoiseResult,
+    DenoiseStep,
+    join_results,
+)
 from ebt_vision.models.patch_ebt import PatchEBT, num_patches, patch_energy_mean
 from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.pretrained_model import PretrainedModel
@@ -35,21 +43,27 @@ LANGEVIN_STREAM, JITTER_STREAM = 0, 1
 class ModelDenoiser(Denoiser):
     """What the networks have in common; the model is put into eval mode."""
 
-    def __init__(self, model: PretrainedModel, *, name: str, input_scale: float = 1.0):
+    model: PretrainedModel
+
+    def __init__(self, model: PretrainedModel, *, name: str, input_scale: float | None = 1.0):
+        super().__init__()
         self.name = name
         self.input_scale = input_scale
         self.signal_scale = signal_and_noise_scale(TRAINING_LEVEL)[0] if noise_process_of(model) == "vp" else 1.0
         self.num_parameters = model.num_parameters
         self.tile_size = model.config.img_size
         self.patch_size = model.config.patch_size
-        self._network = model.eval()
+        self.model = model.eval()
 
     def to_network(self, noisy: Tensor) -> Tensor:
-        return noisy.to(next(self._network.parameters()))
+        weight = next(self.model.parameters())
+        if weight.is_inference():
+            raise ValueError("the weights were made or moved under torch.inference_mode, which bars gradients; do that outside")
+        return noisy.to(weight)
 
     def activation_bytes(self, height: int, width: int) -> int:
         # A block keeps about 34 floats per token and channel for a backward pass, and its attention maps twice.
-        config = self._network.config
+        config = self.model.config
         tokens = math.ceil(height / config.patch_size) * math.ceil(width / config.patch_size)
         per_block = 34 * tokens * config.embed_dim + 2 * config.num_heads * tokens**2
         return 4 * config.depth * per_block
@@ -61,14 +75,15 @@ class EBTDenoiser(ModelDenoiser):
     With num_candidates above 1 the first one starts from the image itself, each other from the image and some noise.
     """
 
-    def __init__(self, model: PatchEBT, *, name: str = "ebt", input_scale: float = 1.0):
+    model: PatchEBT
+
+    def __init__(self, model: PatchEBT, *, name: str = "ebt", input_scale: float | None = 1.0):
         super().__init__(model, name=name, input_scale=input_scale)
-        self.model = model
         self.suggested_steps = model.config.suggested_steps
         self.suggested_tolerance = model.config.suggested_tolerance
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
-        x = to_model_range(noisy) * self.input_scale
+        x = to_model_range(noisy) * self.scale_for(options)
         watch = _Watch(options, x.shape, self.patch_size, callback)
         gain = self.model.config.training_gain
         result = best_of(
@@ -99,7 +114,7 @@ class EBTDenoiser(ModelDenoiser):
         )
 
     def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor:
-        x = to_model_range(self.to_network(noisy)) * self.input_scale
+        x = to_model_range(self.to_network(noisy)) * self.scale_for(DenoiseOptions())
         with torch.no_grad():
             return self.model.energy_map(to_model_range(self.to_network(images)), *self.model.context_of(x))
 
@@ -168,13 +183,14 @@ def _chosen_energies(results: tuple[ThinkingResult, ...], chosen: Tensor, num_st
 class RegressorDenoiser(ModelDenoiser):
     """The feed-forward baseline, applied options.num_steps times to its own output."""
 
-    def __init__(self, model: PatchRegressor, *, name: str = "regressor", input_scale: float = 1.0):
+    model: PatchRegressor
+
+    def __init__(self, model: PatchRegressor, *, name: str = "regressor", input_scale: float | None = 1.0):
         super().__init__(model, name=name, input_scale=input_scale)
-        self.model = model
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         watch = _Samples(options, callback)
-        x = to_model_range(noisy) * self.input_scale
+        x = to_model_range(noisy) * self.scale_for(options)
         passes, stopped = 0, watch(0, x)
         while passes < options.num_steps and not stopped:
             x = self.model(x)
@@ -196,29 +212,33 @@ class DiTDenoiser(ModelDenoiser):
     lowered to the number of timesteps there are. Images with estimates of their own are sampled one by one, without callbacks.
     """
 
+    model: "DiT"
+
     def __init__(
         self,
         model: "DiT",
         *,
         mode: Literal["ddim", "x0", "recursion"] = "ddim",
         name: str = "dit",
-        input_scale: float = 1.0,
+        input_scale: float | None = 1.0,
     ):
         if mode not in ("ddim", "x0", "recursion"):
             raise ValueError(f"mode={mode!r} is unknown; use 'ddim', 'x0' or 'recursion'")
         super().__init__(model, name=name, input_scale=input_scale)
-        self.model, self.mode = model, mode
+        self.mode = mode
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         x = to_model_range(noisy)
         if options.noise_level is not None:
-            return self._sample(x * self.input_scale, level_to_timestep(options.noise_level), options, callback)
+            return self._sample(x * self.scale_for(options), level_to_timestep(options.noise_level), options, callback)
         sigmas = estimate_sigma(noisy) if options.sigma is None else [options.sigma] * len(noisy)
         timesteps = [sigma_to_timestep(sigma) for sigma in sigmas]
         if len(set(timesteps)) == 1:
             return self._sample_photographs(x, timesteps[0], options, callback)
         # Each image has its own timestep, and its own chain.
-        return _join([self._sample_photographs(x[i : i + 1], t, options, lambda step: None) for i, t in enumerate(timesteps)])
+        return join_results(
+            [self._sample_photographs(x[i : i + 1], t, options, lambda step: None) for i, t in enumerate(timesteps)]
+        )
 
     def _sample_photographs(self, x: Tensor, timestep: int, options: DenoiseOptions, callback: Callback) -> DenoiseResult:
         x = x * math.sqrt(float(alphas_cumprod()[timestep]))
@@ -245,19 +265,6 @@ class DiTDenoiser(ModelDenoiser):
         return replace(options, sigma=min(estimate_sigma(noisy)[0], 255.0))
 
 
-def _join(results: list[DenoiseResult]) -> DenoiseResult:
-    """One result for images that were worked on one by one."""
-    trajectories = [result.trajectory for result in results if result.trajectory is not None]
-    count = max(map(len, trajectories), default=0)
-    trajectories = [images + images[-1:] * (count - len(images)) for images in trajectories]
-    return DenoiseResult(
-        image=torch.cat([result.image for result in results]),
-        num_steps=torch.cat([result.num_steps for result in results]),
-        num_forward=torch.cat([result.num_forward for result in results]),
-        trajectory=tuple(torch.cat(images) for images in zip(*trajectories, strict=True)) or None,
-    )
-
-
 class _Samples:
     """Hears of every sample on [-1, 1]: passes it on, keeps it; True stops."""
 
@@ -279,7 +286,7 @@ class _Samples:
         return tuple(self.images + self.images[-1:] * (self.options.num_steps + 1 - len(self.images)))
 
 
-def denoiser_for(model: PretrainedModel, *, name: str | None = None, input_scale: float = 1.0) -> Denoiser:
+def denoiser_for(model: PretrainedModel, *, name: str | None = None, input_scale: float | None = 1.0) -> Denoiser:
     """The denoiser of a model of any type (DiT: by DDIM); ValueError for one that has none, such as a text model."""
     name = name or model.model_type
     if isinstance(model, PatchEBT):

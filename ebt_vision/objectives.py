@@ -22,6 +22,7 @@ from ebt_vision.energy_order import energy_as_error, energy_order_loss
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.realistic_noise import RealisticNoiseConfig
 from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -41,7 +42,7 @@ class ImageBatch:
     start: Tensor | None = None
     """Candidates to think on from, where a replay buffer gave some; None starts at the observation."""
     observation: Tensor | None = None
-    """What was observed, (B, C, H, W), where a replay buffer gave some; None makes it of clean and noise."""
+    """What was observed, (B, C, H, W), where the task or a replay buffer gave it; None makes it of clean and noise."""
 
 
 _DISTANCES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss, "l1": F.l1_loss}
@@ -55,10 +56,17 @@ class ObjectiveConfig:
     """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. The DiT trains on all timesteps up to it."""
     sigmas: tuple[float, float] = (0.0, 75.0)
     """Models of noise_process "awgn", in place of `level`: each sample's standard deviation is uniform in it (0..255 units)."""
+    realistic_noise: RealisticNoiseConfig | None = None
+    """Models of noise_process "awgn", in place of `sigmas`: the mixture of realistic_noise.py. null: Gaussian noise alone."""
     loss: Literal["smooth_l1", "mse", "l1"] = "smooth_l1"
     """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's. The DiT has its own."""
     loss_steps: Literal["every", "last"] = "every"
     """Average the loss over every thinking step, or take the last one's alone."""
+    reconstruction_weight: float = 0.0
+    """Weight of the distance between the clean image and N(x), the energy's reconstruction of the observation x; 0 is off.
+    It makes N(x) a proposal to start from, and the energy an honest distance: near zero for a clean image."""
+    proposal_share: float = 0.0
+    """Share of the samples, in [0, 1], that start thinking from N(x) instead of x; needs reconstruction_weight."""
     energy_order_weight: float = 0.0
     """Weight of a loss on the order of energies along thinking and against the clean image (energy_order.py); 0 is off. Image
     EBTs only; costs a forward and backward of two candidates more."""
@@ -74,6 +82,14 @@ class ObjectiveConfig:
             raise ValueError(f"objective.sigmas=[{low:g}, {high:g}] is not a range in 0..255")
         if self.loss not in _DISTANCES:
             raise ValueError(f"objective.loss={self.loss!r} is unknown; use one of {', '.join(_DISTANCES)}")
+        if self.reconstruction_weight < 0:
+            raise ValueError(
+                f"objective.reconstruction_weight={self.reconstruction_weight:g} is negative; use 0 to turn it off"
+            )
+        if not 0 <= self.proposal_share <= 1:
+            raise ValueError(f"objective.proposal_share={self.proposal_share:g} is not in [0, 1]")
+        if self.proposal_share and not self.reconstruction_weight:
+            raise ValueError(f"objective.proposal_share={self.proposal_share:g} needs reconstruction_weight, say 1")
         if self.energy_order_weight < 0:
             raise ValueError(f"objective.energy_order_weight={self.energy_order_weight:g} is negative; use 0 to turn it off")
         if self.energy_order_scale <= 0:
@@ -128,7 +144,9 @@ class ImageObjective(Objective):
         """Denoise (B, C, H, W) in [-1, 1] at 1..num_steps steps, for validation; `level` is None for AWGN."""
 
     def observe(self, batch: ImageBatch) -> Tensor:
-        """The noisy images of a batch, (B, C, H, W): at the training level, or each with a sigma drawn for it."""
+        """The noisy images of a batch, (B, C, H, W): given, or at the training level, or each with a sigma drawn for it."""
+        if batch.observation is not None:
+            return batch.observation
         if noise_process_of(self.model) == "vp":
             signal, noise = corruption.signal_and_noise_scale(self.config.level)
             return signal * batch.clean + noise * batch.noise
@@ -156,8 +174,9 @@ def thinking_output(
     if loss_steps == "last":
         predictions = predictions[-1:]
     last = len(result.predictions) - 1
+    loss = torch.stack([loss_of(p) for p in predictions]).mean()
     return {
-        "loss": torch.stack([loss_of(p) for p in predictions]).mean(),
+        "loss": loss.where(result.finite, torch.nan),  # the training loop refuses the update, in every process alike
         "candidate": result.final.detach(),
         "step_size": step_size.detach(),
         "energy_before_last_update": result.energies[last].detach(),
@@ -166,11 +185,11 @@ def thinking_output(
 
 
 def thinking_logs(output: dict[str, Tensor], energy_after: Callable[[], float]) -> dict[str, float | Callable[[], float]]:
-    """Step size, and the energy before and after the *last* update; the latter is computed only when logged."""
+    """Step size, and the energy before and after the *last* update; read from the device only when logged."""
     return {
-        "step_size": output["step_size"].item(),
-        "candidate_gradient_norm": output["candidate_gradient_norm"].mean().item(),
-        "energy_before_last_update": output["energy_before_last_update"].mean().item(),
+        "step_size": lambda: output["step_size"].item(),
+        "candidate_gradient_norm": lambda: output["candidate_gradient_norm"].mean().item(),
+        "energy_before_last_update": lambda: output["energy_before_last_update"].mean().item(),
         "energy_after_last_update": energy_after,
     }
 
@@ -186,8 +205,12 @@ class EBTObjective(ImageObjective):
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         model: PatchEBT = self.model  # type: ignore[assignment]
-        observation = self.observe(batch) if batch.observation is None else batch.observation
+        observation = self.observe(batch)
         start = observation if batch.start is None else batch.start
+        reconstruction = None
+        if self.config.reconstruction_weight:
+            reconstruction = model.reconstruct(observation, *model.context_of(observation))
+            start = self.with_proposals(batch, observation, start, reconstruction.detach())
         result = think(
             self.energy_fn,
             start,
@@ -197,14 +220,28 @@ class EBTObjective(ImageObjective):
             create_graph=True,
             generator=batch.generators,
             evaluate_final=False,
+            check_finite=False,
         )
         output = thinking_output(
             result, model.step_size, self.config.loss_steps, lambda p: self.distance(p, batch.clean).mean()
         )
+        if reconstruction is not None:
+            distance = self.distance(reconstruction, batch.clean).mean()
+            output["loss"] = output["loss"] + self.config.reconstruction_weight * distance
+            output["reconstruction_loss"] = distance.detach()
         if self.config.energy_order_weight:
             order = self.energy_order_loss(result, batch.clean, observation, start)
             output |= {"loss": output["loss"] + self.config.energy_order_weight * order, "energy_order_loss": order.detach()}
         return output | {"observation": observation}
+
+    def with_proposals(self, batch: ImageBatch, observation: Tensor, start: Tensor, proposal: Tensor) -> Tensor:
+        """The starts (B, C, H, W), with proposal_share of those that are still the observation replaced by the proposal."""
+        if not self.config.proposal_share:
+            return start
+        draws = torch.stack([torch.rand((), generator=g, device=g.device) for g in batch.generators]).to(start.device)
+        fresh = (start == observation).flatten(1).all(1)  # no trajectory of a replay buffer
+        chosen = fresh & (draws < self.config.proposal_share)
+        return torch.where(chosen[:, None, None, None], proposal.to(start), start)
 
     def energy_order_loss(self, result: ThinkingResult, clean: Tensor, observation: Tensor, start: Tensor) -> Tensor:
         """The loss () on the order of energies of the start, the last candidate and the clean image."""
@@ -233,7 +270,10 @@ class EBTObjective(ImageObjective):
     def logs(self, batch: ImageBatch, output: dict[str, Tensor]) -> dict[str, float | Callable[[], float]]:
         """See Objective."""
         candidate, observation = output["candidate"], output["observation"]
-        return thinking_logs(output, lambda: self.energy_of(candidate, observation).mean().item())
+        logs = thinking_logs(output, lambda: self.energy_of(candidate, observation).mean().item())
+        if "reconstruction_loss" in output:
+            logs["reconstruction_loss"] = output["reconstruction_loss"].item()
+        return logs
 
     @torch.no_grad()
     def energy_of(self, candidate: Tensor, observation: Tensor) -> Tensor:

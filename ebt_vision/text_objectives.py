@@ -108,6 +108,7 @@ class TextEBTObjective(TextObjective):
             create_graph=True,
             generator=batch.generators,
             evaluate_final=False,
+            check_finite=False,
         )
         return thinking_output(result, model.step_size, self.config.loss_steps, lambda p: batch_loss(p, batch.targets))
 

@@ -166,6 +166,8 @@ class ThinkingResult:
     """Updates that each sample's final candidate has had, int64 (B,)."""
     num_forward: Tensor
     """Energy evaluations spent on each sample, the last one without a gradient included, int64 (B,)."""
+    finite: Tensor
+    """Whether every energy with its gradient was finite, bool (), on the candidates' device; True unless check_finite=False."""
 
 
 Callback = Callable[[ThinkingStep], object]
@@ -185,6 +187,7 @@ def think(
     callback: Callback | None = None,
     keep_predictions: bool = True,
     evaluate_final: bool = True,
+    check_finite: bool = True,
 ) -> ThinkingResult:
     """Descend the energy from `y0` (B, ...); the caller's tensors are never changed, and it works under torch.no_grad().
 
@@ -195,7 +198,9 @@ def think(
 
     `generator` feeds every random draw. `callback` is called with the start and after each update; if it returns True, thinking
     ends there. With a tolerance an update that raised the energy of a sample is taken back, after the callback has seen it.
-    Without `evaluate_final` the last energy is not computed, which saves a forward pass.
+    Without `evaluate_final` the last energy is not computed, which saves a forward pass. Without `check_finite`
+    the host does not wait for the device at every step: nothing is raised for a gradient that is not finite, and
+    `ThinkingResult.finite` says whether there was one.
 
     Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
     NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph, and for a `y0`
@@ -211,7 +216,7 @@ def think(
     alpha = _draw_step_sizes(config, y0, step_size, generator)
     with torch.enable_grad(), _double_backward_attention(create_graph):
         start = y0 if differentiate_start and y0.requires_grad else y0.detach()
-        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, generator)
+        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, generator, check_finite)
         return descent.run(steps, callback, keep_predictions, evaluate_final)
 
 
@@ -226,6 +231,8 @@ class _Descent:
     config: ThinkingConfig
     create_graph: bool
     generator: Generators | None
+    check_finite: bool
+    finite: Tensor | None = None  # (), of the steps that were not checked
     active: Tensor | None = None  # indices of the moving samples; None stands for all of them
     energies: list[Tensor] = field(default_factory=list)
 
@@ -285,7 +292,9 @@ class _Descent:
         energy, gradient = self._energy_and_gradient(candidate, step, in_graph)
         norm = gradient.detach().flatten(energy.ndim).norm(dim=-1)
         finite = (torch.isfinite(norm) & torch.isfinite(energy.detach())).reshape(len(norm), -1).all(1)
-        if not finite.all():
+        if not self.check_finite:
+            self.finite = finite.all() if self.finite is None else self.finite & finite.all()
+        elif not finite.all():
             bad = self._index()[~finite]
             raise NonFiniteGradientError(step, bad.tolist())
         return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient, norm
@@ -362,6 +371,7 @@ class _Descent:
             gradient_norms=torch.stack(norms) if norms else energies[:0].detach(),
             num_steps=used,
             num_forward=forwards,
+            finite=torch.ones((), dtype=torch.bool, device=self.y.device) if self.finite is None else self.finite,
         )
 
     def _index(self) -> Tensor:

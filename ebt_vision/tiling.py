@@ -1,26 +1,33 @@
 """Large images in overlapping tiles, blended without seams and in bounded memory."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ebt_vision.checks import check_whole
 from ebt_vision.denoiser import (
     MIN_SIDE,
+    Callback,
     DenoiseOptions,
     Denoiser,
     DenoiseResult,
     DenoiseStep,
     check_images,
     crop,
+    join_results,
     pad_to_multiple,
+    working,
 )
 
 MEMORY_BUDGET = 512 * 2**20
 """Bytes of activations that a batch of tiles may take, by the denoiser's own estimate."""
 MAX_BATCH_SIZE = 64
+TILES_OF_AN_IMAGE = 2**32
+"""The random numbers of tile t of the image with id i are those of i * TILES_OF_AN_IMAGE + t."""
 
 Progress = Callable[[int, int], object]
 """(tiles done, tiles in total), called at the start and after each batch; raise in it to give up."""
@@ -62,50 +69,115 @@ def denoise_tiled(
     overlap: int | None = None,
     batch_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    image_id: int = 0,
     callback: Progress | None = None,
     on_step: StepCallback | None = None,
 ) -> DenoiseResult:
     """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in square tiles of `tile_size` px with `overlap` px in common.
 
-    The tile defaults to the denoiser's, the overlap to a quarter of it, the batch to what `memory_budget` bytes hold. Where
-    tiles overlap they are blended with weights that sum to 1 (see tile_weights), and the last tile of a row or column is moved
-    inside the image. The result does not depend on batch_size: each tile's random numbers depend on the seed and its place.
+    The tile defaults to that of the options, or else the denoiser's own; 0 is the whole image. The overlap defaults to a
+    quarter of it, the batch to what `memory_budget` bytes hold, the options to the suggested ones. Where tiles overlap they
+    are blended with weights that sum to 1 (see tile_weights), and the last tile of a row or column is moved inside the image.
+    The result does not depend on batch_size: each tile's random numbers depend on the seed, `image_id` and its place.
 
     The result is as of Denoiser.denoise with B = 1: energies are means over the tiles, and so over all their patches; num_steps
     is the largest of the tiles; num_forward is their sum; `chosen` is None, because each tile chooses for itself: see
     `candidate_wins`. `on_step` may stop the work; the energies are then of the tiles that were done, or of the first batch.
     Raises ValueError for a tile below 8 px, an overlap that leaves no stride, and what Denoiser.denoise raises.
     """
-    noisy = noisy[None] if noisy.ndim == 3 else noisy
+    noisy = noisy[None] if isinstance(noisy, Tensor) and noisy.ndim == 3 else noisy
     check_images(noisy)
     if len(noisy) != 1:
-        raise ValueError(f"noisy is a batch of {len(noisy)}; tile one image at a time")
-    tile_size = denoiser.tile_size if tile_size is None else tile_size
-    if tile_size < MIN_SIDE:
-        raise ValueError(f"tile_size={tile_size} is too small; use {MIN_SIDE} px or more")
-    overlap = tile_size // 4 if overlap is None else overlap
-    if not 0 <= overlap < tile_size:
-        raise ValueError(f"overlap={overlap} does not fit tile_size={tile_size}; use 0..{tile_size - 1}")
+        raise ValueError(f"noisy is a batch of {len(noisy)}; tile one image at a time, or call Denoiser.denoise for all")
+    options = denoiser.options_or_suggested(options)
+    tile_size, overlap = _checked_tile(denoiser, noisy, options, tile_size, overlap)
     height, width = (min(tile_size, side) for side in noisy.shape[-2:])
     if batch_size is None:
         batch_size = memory_budget // max(denoiser.activation_bytes(height, width), 1)
         batch_size = min(max(batch_size, 1), MAX_BATCH_SIZE)
     elif batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more")
-    options = denoiser.resolve_options(noisy, options or DenoiseOptions())
-    tiling = _Tiling(noisy, (height, width), overlap)
-    return _run(denoiser, tiling, options, batch_size, callback, on_step)
+    with torch.no_grad():
+        image = working(noisy)
+        options = denoiser.resolve_options(image, options)
+        tiling = _Tiling(image, (height, width), overlap, image_id)
+        return _of_dtype(_run(denoiser, tiling, options, batch_size, callback, on_step), noisy.dtype)
+
+
+def _checked_tile(
+    denoiser: Denoiser, noisy: Tensor, options: DenoiseOptions, tile_size: int | None, overlap: int | None
+) -> tuple[int, int]:
+    """The tile's side and the overlap in pixels; ValueError for what cannot be."""
+    tile_size = options.tile_size if tile_size is None else tile_size
+    tile_size = denoiser.tile_size if tile_size is None else tile_size
+    check_whole("tile_size", tile_size)
+    if tile_size == 0:
+        tile_size = max(noisy.shape[-2:])
+    if tile_size < MIN_SIDE:
+        raise ValueError(f"tile_size={tile_size} is too small; use {MIN_SIDE} px or more")
+    overlap = tile_size // 4 if overlap is None else overlap
+    check_whole("overlap", overlap)
+    if not 0 <= overlap < tile_size:
+        raise ValueError(f"overlap={overlap} does not fit tile_size={tile_size}; use 0..{tile_size - 1}")
+    return tile_size, overlap
+
+
+def _of_dtype(result: DenoiseResult, dtype: torch.dtype) -> DenoiseResult:
+    """The result with its images in the dtype of the input."""
+    candidates, trajectory = result.candidate_images, result.trajectory
+    return replace(
+        result,
+        image=result.image.to(dtype),
+        candidate_images=None if candidates is None else candidates.to(dtype),
+        trajectory=trajectory and tuple(image.to(dtype) for image in trajectory),
+    )
+
+
+def denoise_each_tiled(
+    denoiser: Denoiser, noisy: Tensor, options: DenoiseOptions, *, image_ids: Sequence[int], callback: Callback | None = None
+) -> DenoiseResult:
+    """Each image of (B, 3, H, W) by denoise_tiled, as one result of batch size B: what Denoiser.denoise does with large images.
+
+    Where the callback returns True, the images that are still to come stay noisy.
+    """
+    stopped = False
+
+    def on_step(step: TiledStep, index: int) -> bool:
+        nonlocal stopped
+        if not stopped and callback is not None:
+            told = DenoiseStep(
+                index=step.index,
+                num_steps=step.num_steps,
+                image=step.image().to(noisy),
+                energies=None if step.energy is None else torch.tensor([step.energy], device=noisy.device),
+                candidate=step.candidate,
+                num_candidates=step.num_candidates,
+                image_index=index,
+            )
+            stopped = callback(told) is True
+        return stopped
+
+    results = []
+    for index, (image, image_id) in enumerate(zip(noisy, image_ids, strict=True)):
+        listen = None if callback is None else functools.partial(on_step, index=index)
+        results.append(denoise_tiled(denoiser, image, options, image_id=image_id, on_step=listen))
+    return join_results(results)
 
 
 class _Tiling:
     """An image cut into tiles: their places, their pixels, and sums that blend them."""
 
-    def __init__(self, noisy: Tensor, tile: tuple[int, int], overlap: int):
-        self.noisy, self.tile = noisy, tile
+    def __init__(self, noisy: Tensor, tile: tuple[int, int], overlap: int, image_id: int = 0):
+        self.noisy, self.tile, self.image_id = noisy, tile, image_id
         self.tops, self.lefts = (tile_starts(side, size, overlap) for side, size in zip(noisy.shape[-2:], tile, strict=True))
         self.row_weights = tile_weights(self.tops, tile[0], noisy.shape[-2], overlap).to(noisy)
         self.column_weights = tile_weights(self.lefts, tile[1], noisy.shape[-1], overlap).to(noisy)
         self.places = [(i, j) for i in range(len(self.tops)) for j in range(len(self.lefts))]
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """What tells the random numbers of tiles start..stop - 1 apart; a single tile has the image's own."""
+        first = self.image_id * TILES_OF_AN_IMAGE if len(self.places) > 1 else self.image_id
+        return list(range(first + start, first + stop))
 
     def cut(self, images: Tensor, start: int, stop: int) -> Tensor:
         """Tiles start..stop - 1 of `images` (1, C, H, W), (n, C, h, w)."""
@@ -146,7 +218,7 @@ def _run(
     while done < num_tiles:
         tiles = tiling.cut(noisy, done, done + batch_size)
         watch = _Watch(tiling, image, tiles, done, on_step)
-        result = denoiser.denoise(tiles, options, image_ids=range(done, done + len(tiles)), callback=watch)
+        result = denoiser.denoise_whole(tiles, options, image_ids=tiling.ids(done, done + len(tiles)), callback=watch)
         if watch.stopped and watch.index == 0 and watch.candidate == 0:  # as it is seen, not as the network gets it
             result = replace(result, image=tiles.clamp(0, 1))
         # Add the images in place, and let go of them.

@@ -5,7 +5,8 @@
         --embed-dim 1536 --depth 24 --num-heads 16 --mlp-ratio 1 --batch-size 64
 
 Parts: `image` and `text` are training steps (thinking, loss, backward, clipping, AdamW); the plain ones are in plain_steps.py.
-`inference` is denoising by 1, 2, 4 and 8 steps and a DiT by DDIM. `tokens` is our image step at 64..4096 tokens.
+`inference` is denoising by 1, 2, 4 and 8 steps and a DiT by DDIM. `photographs` is one photograph by the
+default denoiser against DnCNN's network. `tokens` is our image step at 64..4096 tokens.
 `generation` is text with the cache and without. `loader` is what the training set gives against what our step takes. Every part
 but generation says what share of the machine's own matrix rate it reaches, by counted FLOPs. `--peak-memory` adds what each row
 needs beyond its weights, `--profile` where its time goes. Only the ratios of one run mean something; see
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from speed_images import growth_with_tokens, image_training, inference, loader
+from speed_photographs import photographs
 from speed_report import report
 from speed_rounds import PeakFound
 from speed_text import generation, text_training
@@ -28,10 +30,11 @@ from speed_text import generation, text_training
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.time_profile import show_compiled_kernels
 from ebt_vision.checkpoint import pick_device
+from ebt_vision.checks import named_path
 from ebt_vision.provenance import provenance
 from ebt_vision.whole_files import write_text
 
-PARTS = ("image", "inference", "tokens", "loader", "text", "generation")
+PARTS = ("image", "inference", "photographs", "tokens", "loader", "text", "generation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +65,7 @@ def run(settings: argparse.Namespace) -> None:
     measure: dict[str, Callable[[argparse.Namespace], dict]] = {
         "image": image_training,
         "inference": inference,
+        "photographs": photographs,
         "tokens": growth_with_tokens,
         "loader": loader,
         "text": text_training,
@@ -89,7 +93,7 @@ def _parser() -> OneLineParser:
     add("--peak-memory", action="store_true", help="find each row's peak memory, in a process of its own")
     add("--profile", action="store_true", help="add the shares of matrix products, attention, fused kernels and optimizer")
     add("--peak-of", metavar="ROW", help="print the peak memory of one row of one part in bytes, and nothing else")
-    add("--output", type=Path, default=Path("results/speed"))
+    add("--output", type=named_path, default=Path("results/speed"))
     images = parser.add_argument_group("image models")
     for name, kind, value in [
         ("--img-size", count, 64),
@@ -106,6 +110,8 @@ def _parser() -> OneLineParser:
     ]:
         images.add_argument(name, type=kind, default=value)
     images.add_argument("--tokens", type=count, nargs="+", default=[64, 256, 1024, 4096])
+    images.add_argument("--photograph-size", type=count, default=512, help="side of the photograph, pixels")
+    images.add_argument("--photograph-models", nargs="+", metavar="NAME", help="default: the one of `ebt-vision denoise`")
     text = parser.add_argument_group("text models")
     for name, value in [
         ("--context-length", 256),

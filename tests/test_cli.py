@@ -320,5 +320,5 @@ def test_a_diverged_training_is_one_line(
 
     monkeypatch.setattr(run, "train", diverge)
     (tmp_path / "a.yaml").touch()
-    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 1
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 2
     assert capsys.readouterr().err == "ebt-vision: loss is nan at step 7; lower the learning rate\n"

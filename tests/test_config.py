@@ -83,8 +83,16 @@ def test_a_model_can_begin_with_the_weights_of_another(tmp_path: Path):
         with pytest.raises(ConfigError, match=answer):
             build_model(load_config(path, [*small, init, change]))
     regressor = next(path for path in CONFIGS if path.stem == "tiny_imagenet_regressor_cpu")
-    with pytest.raises(ConfigError, match="is a patch_ebt, not a patch_regressor"):
-        build_model(load_config(regressor, [init]))
+    feed_forward = build_model(load_config(regressor, [*small[:3], init]))  # the reconstruction, as a regressor
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(feed_forward(x), start.reconstruct(x))
+    feed_forward.save_pretrained(tmp_path / "regressor")
+    again = build_model(load_config(path, [*small, f"train.init_from={tmp_path / 'regressor'}", "model.init_step_size=0.5"]))
+    torch.testing.assert_close(again.reconstruct(x), feed_forward(x))
+    assert again.step_size.item() == pytest.approx(0.5)  # the regressor has none
+    dit = next(path for path in CONFIGS if path.stem == "tiny_imagenet_dit_cpu")
+    with pytest.raises(ConfigError, match="is a patch_ebt, not a dit"):
+        build_model(load_config(dit, [init]))
     with pytest.raises(ValueError, match="neither a shipped checkpoint"):
         build_model(load_config(path, ["train.init_from=runs/nothing"]))
 

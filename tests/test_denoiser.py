@@ -1,23 +1,35 @@
 """The Denoiser interface with real models at a tiny size, and the classical methods on an image with structure."""
 
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from ebt_vision.checkpoint import CheckpointError
 from ebt_vision.classical import BM3DDenoiser, MissingExtraError, NonLocalMeansDenoiser, estimate_sigma
 from ebt_vision.corruption import add_gaussian_noise, alphas_cumprod, sigma_to_timestep, to_image_range, to_model_range
-from ebt_vision.denoiser import DenoiseOptions, IdentityDenoiser, crop, load_denoiser, pad_to_multiple
+from ebt_vision.denoiser import (
+    DenoiseOptions,
+    IdentityDenoiser,
+    crop,
+    for_photographs,
+    for_vp_images,
+    load_denoiser,
+    pad_to_multiple,
+)
 from ebt_vision.metrics import psnr
 from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser, denoiser_for
 from ebt_vision.models.dit import DiT, DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.thinking import ThinkingConfig, think
+from ebt_vision.tiling import denoise_tiled
 
 SIZE = dict(img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=2)
 
@@ -123,6 +135,11 @@ def test_trajectory_ends_with_the_image(kind):
         (torch.full((1, 3, 16, 16), torch.nan), "NaN"),
         (torch.full((1, 3, 16, 16), torch.inf), "infinite"),
         (torch.zeros(0, 3, 16, 16), "empty batch"),
+        (torch.full((1, 3, 16, 16), 30.0), r"values up to 30; give images in \[0, 1\], for 0..255 image / 255"),
+        (torch.full((1, 3, 16, 16), -0.8), r"mean of -0.8; .* for -1..1 \(image \+ 1\) / 2"),
+        (np.zeros((16, 16, 3), np.uint8), r"a numpy ndarray, not a torch.Tensor; .* / 255"),
+        (Image.new("RGB", (16, 16)), "a PIL Image, not a torch.Tensor"),
+        ([[0.0] * 16] * 16, "a builtins list, not a torch.Tensor"),
     ],
 )
 def test_images_that_cannot_be_used(noisy, message):
@@ -143,6 +160,7 @@ def test_images_that_cannot_be_used(noisy, message):
         ("noise_level", 1.5),
         ("sigma", -1.0),
         ("seed", -1),
+        ("tile_size", 7),
     ],
 )
 def test_options_that_cannot_be_used(name, value):
@@ -150,9 +168,140 @@ def test_options_that_cannot_be_used(name, value):
         DenoiseOptions(**{name: value})
 
 
-def test_number_of_ids():
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_steps", 2.0, "num_steps=2.0 is a float; give a whole number"),
+        ("num_steps", True, "num_steps=True is a bool"),
+        ("num_candidates", "2", "num_candidates='2' is a str"),
+        ("seed", None, "seed=None is a NoneType"),
+        ("tile_size", 64.0, "tile_size=64.0 is a float"),
+        ("tolerance", "0.1", "tolerance='0.1' is a str; give a number"),
+        ("langevin_std", None, "langevin_std=None is a NoneType; give a number"),
+    ],
+)
+def test_options_of_another_type(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        DenoiseOptions(**{name: value})
+    with pytest.raises(ValueError, match="options is a int; give DenoiseOptions"):
+        IdentityDenoiser().denoise(noisy_images(), 2)
+
+
+def test_image_ids():
     with pytest.raises(ValueError, match="2 ids for a batch of 1"):
         IdentityDenoiser().denoise(noisy_images(), image_ids=[0, 1])
+    with pytest.raises(ValueError, match=r"not whole numbers; give one per image, say range\(1\)"):
+        IdentityDenoiser().denoise(noisy_images(), image_ids=[0.5])
+    with pytest.raises(ValueError, match="image_ids=-1 is out of range"):
+        IdentityDenoiser().denoise(noisy_images(), image_ids=[-1])
+    noisy, options = noisy_images(2), DenoiseOptions(langevin_std=0.1)
+    listed, tensor = (ebt().denoise(noisy, options, image_ids=ids).image for ids in ([3, 4], torch.tensor([3, 4])))
+    assert torch.equal(listed, tensor)
+
+
+# --- A denoiser as a module, and what it keeps of its input
+
+
+def test_a_denoiser_is_a_module():
+    denoiser, noisy = ebt(), noisy_images(2)
+    assert torch.equal(denoiser(noisy), denoiser.denoise(noisy).image)
+    assert sum(p.numel() for p in denoiser.parameters()) == denoiser.num_parameters
+    assert {name.split(".")[0] for name in denoiser.state_dict()} == {"model"}
+    assert not denoiser.train().model.training
+    assert "EBTDenoiser" in repr(denoiser) and "name='ebt'" in repr(denoiser) and "PatchEBT" in repr(denoiser)
+    double = denoiser.to(torch.float64)
+    assert double is denoiser and next(denoiser.parameters()).dtype == torch.float64
+    torch.testing.assert_close(denoiser(noisy), ebt()(noisy), rtol=1e-4, atol=1e-5)
+    assert torch.equal(IdentityDenoiser()(noisy), noisy.clamp(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_images_come_back_in_the_dtype_of_the_input(kind, dtype):
+    denoiser, options = kind
+    noisy = noisy_images(2, 16, 12)
+    options = replace(options, keep_trajectory=True, keep_candidates=True)
+    seen = []
+    result = denoiser.denoise(noisy.to(dtype), options, callback=lambda step: seen.append(step.image.dtype))
+    images = [result.image, *result.trajectory] + ([] if result.candidate_images is None else [result.candidate_images])
+    assert {image.dtype for image in images} == {dtype} and set(seen) <= {dtype}
+    plain = denoiser.denoise(noisy.to(dtype).float(), options)
+    torch.testing.assert_close(result.image.float(), plain.image, rtol=0, atol=0.01)
+    tiled = denoise_tiled(denoiser, noisy[:1].to(dtype), replace(options, tile_size=8))
+    assert {tiled.image.dtype, *(image.dtype for image in tiled.trajectory)} == {dtype}
+
+
+def test_inference_mode_around_loading_and_denoising(tmp_path):
+    ebt().model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded, noisy = load_denoiser(str(tmp_path)), noisy_images(1, 20, 20)
+        inside = loaded.denoise(noisy).image
+        made = ebt()
+    torch.testing.assert_close(inside, load_denoiser(str(tmp_path)).denoise(noisy_images(1, 20, 20)).image)
+    assert loaded.denoise(noisy_images()).image.shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"weights were made or moved under torch.inference_mode") as error:
+        made.denoise(noisy_images())
+    assert "\n" not in str(error.value)
+
+
+# --- Large images
+
+
+def test_large_images_are_denoised_in_tiles():
+    """As the command line and the page do: a network does worse far from the size that it was trained at."""
+    denoiser, noisy = ebt(), noisy_images(2, 40, 21)
+    options = DenoiseOptions(num_steps=3, langevin_std=0.05, num_candidates=2, keep_trajectory=True, keep_candidates=True)
+    result = denoiser.denoise(noisy, options)
+    for i in range(2):
+        tiled = denoise_tiled(ebt(), noisy[i], options)
+        for name in ("image", "num_steps", "num_forward"):
+            torch.testing.assert_close(getattr(result, name)[i : i + 1], getattr(tiled, name), rtol=1e-4, atol=1e-5)
+        for name in ("energies", "candidate_energies", "candidate_wins", "candidate_images"):
+            torch.testing.assert_close(getattr(result, name)[:, i : i + 1], getattr(tiled, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.trajectory[1][i : i + 1], tiled.trajectory[1], rtol=1e-4, atol=1e-5)
+    # Whole, in other tiles, and small enough for one tile.
+    whole = denoiser.denoise(noisy, replace(options, tile_size=0))
+    assert torch.equal(whole.image, denoiser.denoise_whole(noisy, options).image)
+    assert not torch.allclose(whole.image, result.image, atol=1e-3)
+    smaller = denoiser.denoise(noisy[:1], replace(options, tile_size=8))
+    torch.testing.assert_close(smaller.image, denoise_tiled(ebt(), noisy[0], options, tile_size=8).image, rtol=1e-4, atol=1e-5)
+    single = denoiser.denoise(noisy[..., :16, :16], options)
+    assert torch.equal(single.image, denoiser.denoise_whole(noisy[..., :16, :16], options).image)
+
+
+def test_the_ids_of_large_images_decide_their_noise():
+    options, noisy = DenoiseOptions(langevin_std=0.1), noisy_images(1, 24, 24)
+    together = ebt().denoise(noisy[[0, 0, 0]], options, image_ids=[0, 5, 5]).image
+    assert torch.equal(together[1], together[2]) and not torch.allclose(together[0], together[1])
+    torch.testing.assert_close(ebt().denoise(noisy, options, image_ids=[5]).image, together[1:2])
+
+
+def test_a_callback_hears_of_each_large_image_and_stops_the_rest():
+    noisy, seen = noisy_images(2, 24, 24), []
+    result = ebt().denoise(noisy, DenoiseOptions(num_steps=2), callback=seen.append)
+    assert [(step.image_index, step.index) for step in seen] == [(i, index) for i in (0, 1) for index in (0, 1, 2)]
+    assert all(step.image.shape == (1, 3, 24, 24) and step.energies.shape == (1,) for step in seen)
+    torch.testing.assert_close(seen[-1].image, result.image[1:])
+    stopped = ebt().denoise(noisy, DenoiseOptions(num_steps=2), callback=lambda step: step.index == 1)
+    torch.testing.assert_close(stopped.image[:1], seen[1].image)
+    torch.testing.assert_close(stopped.image[1:], noisy[1:].clamp(0, 1))
+
+
+def test_without_options_a_denoiser_does_what_it_suggests():
+    denoiser, noisy = ebt(suggested_steps=6, suggested_tolerance=0.4, training_gain=0.5), noisy_images(2, 20, 24)
+    told = DenoiseOptions(num_steps=6, tolerance=0.4, tolerance_of="training")
+    assert denoiser.suggested_options == told
+    assert torch.equal(denoiser.denoise(noisy).image, denoiser.denoise(noisy, told).image)
+    assert torch.equal(denoise_tiled(denoiser, noisy[0]).image, denoise_tiled(denoiser, noisy[0], told).image)
+
+
+def test_a_loaded_denoiser_takes_images_for_photographs_unless_told_of_the_vp_process(tmp_path):
+    for noise_process in ("vp", "awgn"):
+        ebt(noise_process=noise_process).model.save_pretrained(tmp_path / noise_process)
+        loaded, noisy = load_denoiser(str(tmp_path / noise_process)), noisy_images(1, 20, 20)
+        for level, prepare in ((None, for_photographs), (0.2, lambda denoiser: for_vp_images(denoiser, 0.2))):
+            options = DenoiseOptions(num_steps=2, noise_level=level)
+            expected = prepare(ebt(noise_process=noise_process)).denoise(noisy, options).image
+            assert torch.equal(loaded.denoise(noisy, options).image, expected)
 
 
 @settings(max_examples=30, deadline=None)

@@ -12,6 +12,10 @@ from ebt_vision.checkpoint import PRETRAINED_DIR, default_pretrained, list_pretr
 from ebt_vision.data.text import TextDataConfig, load_text_set
 from ebt_vision.denoiser import DenoiseOptions, load_denoiser
 from ebt_vision.image_files import read_image
+from ebt_vision.models import pretrained_model
+from ebt_vision.models.patch_ebt import PatchEBT
+from ebt_vision.models.pretrained_model import CheckpointError, PretrainedModel
+from ebt_vision.tiling import denoise_tiled
 
 NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]
 PHOTO_NAME = "photographs_ebt"
@@ -75,8 +79,10 @@ def test_the_text_models_know_shakespeare_from_noise(name: str, tmp_path: Path):
 
 def test_the_ebt_denoises_and_thinking_longer_helps_at_noise_it_never_saw(clean: Tensor):
     denoiser = load_denoiser("tiny_imagenet_ebt")
-    options = DenoiseOptions(num_steps=8, keep_trajectory=True)
-    seen, unseen = (denoiser.denoise(noisy(clean, level), options) for level in (0.1, 0.2))
+    seen, unseen = (
+        denoiser.denoise(noisy(clean, level), DenoiseOptions(num_steps=8, keep_trajectory=True, noise_level=level))
+        for level in (0.1, 0.2)
+    )
     assert seen.trajectory is not None and unseen.trajectory is not None
     at_seen, at_unseen = ([psnr(image, clean) for image in r.trajectory] for r in (seen, unseen))
     assert at_seen[1] > at_seen[0] + 6.0  # one step at the level it was trained at
@@ -99,3 +105,77 @@ def test_the_baselines_denoise(name: str, steps: int, clean: Tensor):
     start = noisy(clean, 0.1)
     result = load_denoiser(name).denoise(start, DenoiseOptions(num_steps=steps, noise_level=0.1))
     assert psnr(result.image, clean) > psnr(start.clamp(0, 1), clean) + 4.0
+
+
+def test_what_load_denoiser_gives_is_what_the_command_line_gives(clean: Tensor):
+    """On images larger than those of the training: see the figures of README.md."""
+    image = torch.cat([torch.cat(list(clean[:3]), dim=2), torch.cat(list(clean[3:6]), dim=2)], dim=1)[None, :, :96, :160]
+    start = corruption.add_gaussian_noise(image, 25.0, torch.Generator().manual_seed(0))
+    denoiser = load_denoiser(PHOTO_NAME)
+    result = denoiser.denoise(start)
+    assert torch.equal(result.image, denoise_tiled(denoiser, start, denoiser.suggested_options).image)
+    whole = denoiser.denoise(start, DenoiseOptions(num_steps=denoiser.suggested_steps, tile_size=0))
+    assert psnr(result.image, image) > psnr(whole.image, image) + 0.5
+
+
+# --- From a name to a model, and from a model to a folder
+
+
+def test_a_shipped_name_needs_no_network(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrained_model, "hf_hub_download", None)  # calling it fails
+    model = PatchEBT.from_pretrained("tiny_imagenet_ebt")
+    assert not model.training and model.config == load_pretrained("tiny_imagenet_ebt").config
+    assert type(PretrainedModel.from_pretrained("tiny_imagenet_regressor")).__name__ == "PatchRegressor"
+    with pytest.raises(CheckpointError, match="holds a 'patch_regressor' model, not 'patch_ebt'"):
+        PatchEBT.from_pretrained("tiny_imagenet_regressor")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "remedy"),
+    [
+        ("torch_dtype", r"takes no torch_dtype; call .to\(device, dtype\) on the model"),
+        ("map_location", r"call .to\(device, dtype\)"),
+        ("strict", "loading is always strict"),
+        ("revison", "did you mean revision"),
+        ("config", "it takes force_download, token"),
+    ],
+)
+def test_keywords_that_loading_does_not_take(keyword: str, remedy: str):
+    with pytest.raises(ValueError, match=remedy):
+        PatchEBT.from_pretrained("tiny_imagenet_ebt", **{keyword: 1})
+
+
+def test_names_that_are_nothing():
+    for load in (PatchEBT.from_pretrained, load_pretrained, load_denoiser):
+        with pytest.raises(CheckpointError, match="name is empty"):
+            load("")
+    with pytest.raises(
+        CheckpointError, match="'nobody/nothing' is neither a shipped checkpoint .* cannot be downloaded"
+    ) as error:
+        PatchEBT.from_pretrained("nobody/nothing")  # the tests are offline
+    assert "\n" not in str(error.value)
+
+
+def test_a_card_with_its_licence_goes_where_the_weights_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    card = (PRETRAINED_DIR / "tiny_imagenet_ebt" / "README.md").read_text()
+    assert "research use only" in card
+    PatchEBT.from_pretrained("tiny_imagenet_ebt").save_pretrained(tmp_path / "first")
+    load_pretrained(str(tmp_path / "first")).save_pretrained(tmp_path / "second")
+    load_denoiser(str(tmp_path / "second")).model.save_pretrained(tmp_path / "third")
+    assert [(tmp_path / name / "README.md").read_text() for name in ("first", "second", "third")] == [card] * 3
+
+    # From the hub, and a card that is there already is left alone.
+    asked = []
+    monkeypatch.setattr(
+        pretrained_model, "hf_hub_download", lambda name, file, **_: asked.append(file) or str(tmp_path / "first" / file)
+    )
+    (tmp_path / "fourth").mkdir()
+    (tmp_path / "fourth" / "README.md").write_text("mine")
+    for folder in ("fourth", "fifth"):
+        load_pretrained("hub:owner/name").save_pretrained(tmp_path / folder)
+    assert (tmp_path / "fourth" / "README.md").read_text() == "mine"
+    assert (tmp_path / "fifth" / "README.md").read_text() == card and "README.md" in asked
+
+    # A model that was made here has the card to be filled in.
+    PatchEBT(load_pretrained("tiny_imagenet_ebt").config).save_pretrained(tmp_path / "new")
+    assert "Not filled in yet" in (tmp_path / "new" / "README.md").read_text()

@@ -1,6 +1,7 @@
 """Several processes, really started (torch.distributed.run, gloo): gradients, replay, resuming, what is refused."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,28 @@ UNROLLED = dict(thinking=dict(num_steps=2, detach_between_steps=False, step_size
 
 
 def launch(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in two processes."""
+    """Run a script in two processes to its end."""
+    process = start(tmp_path, script, *arguments)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start(tmp_path: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a script in two processes, which share a process group with torchrun as a terminal's do."""
     path = tmp_path / "worker.py"
     path.write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(path), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+    )
 
 
 def gradients(raw: dict, output: Path) -> list[torch.Tensor]:
@@ -131,6 +147,86 @@ def test_replay_keeps_every_process_s_rows_and_wants_as_many_processes_again(pho
     with pytest.raises(ConfigError, match="trained by 2 processes.*resume with as many, not 1") as refusal:
         Trainer(build_config(raw), tmp_path / "run", device="cpu")
     assert "\n" not in str(refusal.value)
+
+
+STOP_ONE = """
+import os, signal, sys
+from ebt_vision.cli import main
+from ebt_vision.training.loop import Trainer
+
+original = Trainer.update
+
+def update(self, *arguments):
+    if self.step == 3 and self.rank == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return original(self, *arguments)
+
+Trainer.update = update
+status = main(["train", sys.argv[1], "--output", sys.argv[2], "--device", "cpu", *sys.argv[3:]])
+open(os.path.join(sys.argv[2], "status-" + os.environ["RANK"]), "w").write(str(status))
+"""
+
+
+@pytest.mark.slow
+def test_both_processes_stop_at_the_same_update_when_one_is_asked_to(photos: Path, tmp_path: Path):  # noqa: F811
+    raw = experiment(photos, replay=REPLAY, objective=UNROLLED, validation=dict(path=None))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    done = launch(tmp_path, TRAIN, str(config), str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = launch(tmp_path, STOP_ONE, str(config), str(tmp_path / "parts"))
+    assert [(tmp_path / "parts" / f"status-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], done.stderr[-2000:]
+    assert done.stderr.count("interrupted at update 4;") == 1  # the main process alone says it
+    done = launch(tmp_path, TRAIN, str(config), str(tmp_path / "parts"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed at update 4" in done.stderr
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_ctrl_c_to_all_processes_ends_them_with_a_checkpoint(photos: Path, tmp_path: Path):  # noqa: F811
+    """The terminal sends SIGINT to torchrun and to its processes, and torchrun sends them another."""
+    raw = experiment(photos, replay=REPLAY, validation=dict(path=None), train=dict(num_updates=100000, log_every=1))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    process = start(tmp_path, TRAIN, str(config), str(tmp_path / "run"))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("update 5/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) != 0
+    assert "interrupted at update" in rest, rest[-2000:]
+    folder = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    assert {path.name for path in folder.glob("replay-*")} == {"replay-0.safetensors", "replay-1.safetensors"}
+    assert f"interrupted at update {int(folder.name[5:])};" in rest
+
+
+@pytest.mark.slow
+def test_a_divergence_seen_by_one_process_ends_both(photos: Path, tmp_path: Path):  # noqa: F811
+    raw = experiment(photos, replay=REPLAY, validation=dict(path=None))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    poison = "self.rank == 1 and self.task.__setattr__('make_batch', bad(self.task.make_batch))"
+    script = STOP_ONE.replace("signal.raise_signal(signal.SIGTERM)", poison).replace(
+        "original = Trainer.update",
+        """
+from dataclasses import replace
+
+def bad(make_batch):
+    def call(*arguments):
+        batch = make_batch(*arguments)
+        return replace(batch, noise=batch.noise * float("inf"))
+    return call
+
+original = Trainer.update""",
+    )
+    done = launch(tmp_path, script, str(config), str(tmp_path / "run"))
+    assert [(tmp_path / "run" / f"status-{rank}").read_text() for rank in (0, 1)] == ["2", "2"], done.stderr[-2000:]
+    assert "training diverged at update 4" in done.stderr
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])

@@ -1,19 +1,23 @@
 """The text models in the one training engine: they learn, replay, resume bit for bit, and refuse what does not fit."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ebt_vision.checkpoint import load_pretrained
+from ebt_vision.cli import main
 from ebt_vision.config import ConfigError, build_config
 from ebt_vision.text_objectives import TextBatch, TextEBTObjective, TextObjectiveConfig, batch_loss
 from ebt_vision.training.build import build_model, build_objective
 from ebt_vision.training.loop import Trainer
 from ebt_vision.training.state import checkpoint_folders
+from ebt_vision.training.stopping import TrainingInterrupted
 
 MODELS = ["causal_text_ebt", "causal_transformer"]
 SIZE = dict(vocab_size=257, context_length=16, embed_dim=16, depth=1, num_heads=2)
@@ -82,15 +86,15 @@ def test_a_resumed_run_ends_with_bit_equal_weights(book: Path, tmp_path: Path, m
     config = build_config(raw)
     (tmp_path / "parts").mkdir()
     trainer = Trainer(config, tmp_path / "parts", device="cpu")
-    original = trainer.update
+    original = trainer.objective.forward
 
-    def stop_after_five(*arguments: object) -> dict:
-        if trainer.step == 5:
-            raise KeyboardInterrupt
-        return original(*arguments)  # type: ignore[arg-type]
+    def interrupt_the_fifth(batch: TextBatch) -> dict:
+        if trainer.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(batch)
 
-    trainer.update = stop_after_five  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    trainer.objective.forward = interrupt_the_fifth  # type: ignore[method-assign]
+    with pytest.raises(TrainingInterrupted):
         trainer.run()
     assert Trainer(config, tmp_path / "parts", device="cpu").step == 5
     train(raw, tmp_path / "parts")
@@ -100,6 +104,19 @@ def test_a_resumed_run_ends_with_bit_equal_weights(book: Path, tmp_path: Path, m
         assert ours["replay-0.safetensors/rows.candidate"].shape[1:] == (16, 257)
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_real_divergence_is_one_line_and_leaves_a_checkpoint_from_before_it(
+    book: Path, tmp_path: Path, model_type: str, capsys: pytest.CaptureFixture[str]
+):
+    extra = dict(objective=SYSTEM_2, replay=REPLAY) if model_type == "causal_text_ebt" else {}
+    optim = dict(lr=1e25, clip_norm=1e30, warmup_updates=0)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(experiment(book, model_type, optim=optim, **extra)))
+    assert main(["train", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ebt-vision:")]
+    assert "training diverged at update" in line
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
 
 def objective_and_batch(**options) -> tuple[TextEBTObjective, TextBatch]:

@@ -17,13 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ebt_vision.checkpoint import load_pretrained
+from ebt_vision.cli import main
 from ebt_vision.config import ConfigError, build_config
 from ebt_vision.models.pretrained_model import read_config
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.objectives import ImageBatch, ObjectiveConfig, RegressorObjective
 from ebt_vision.rng import sample_generators
+from ebt_vision.training import stopping
 from ebt_vision.training.loop import Trainer, TrainingDivergedError
 from ebt_vision.training.state import checkpoint_folders
+from ebt_vision.training.stopping import StopRequest, TrainingInterrupted
 
 MODELS = {
     "patch_ebt": dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0),
@@ -139,20 +142,92 @@ def test_a_resumed_run_ends_with_bit_equal_weights(photos: Path, tmp_path: Path,
     config = build_config(raw)
     (tmp_path / "parts").mkdir()
     trainer = Trainer(config, tmp_path / "parts", device="cpu")
-    trainer.config = replace(config, train=replace(config.train, num_updates=12, log_every=1))
-    original = trainer.update
-
-    def stop_after_six(*arguments: object) -> dict:
-        if trainer.step == 6:
-            raise KeyboardInterrupt
-        return original(*arguments)  # type: ignore[arg-type]
-
-    trainer.update = stop_after_six  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    signal_at(trainer, trainer.objective, "forward", 5, signal.SIGINT)
+    with pytest.raises(TrainingInterrupted):
         trainer.run()
-    assert Trainer(config, tmp_path / "parts", device="cpu").step == 6  # an interrupt saves what is done
+    assert Trainer(config, tmp_path / "parts", device="cpu").step == 6  # the update under way is finished and saved
     train(raw, tmp_path / "parts")
     assert_bit_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def signal_at(trainer: Trainer, owner: object, method: str, step: int, number: signal.Signals) -> None:
+    """Send this process a signal after `owner.method` has been called in the update that begins at `step`."""
+    original = getattr(owner, method)
+
+    def call(*arguments: object, **options: object) -> object:
+        result = original(*arguments, **options)
+        if trainer.step == step:
+            signal.raise_signal(number)
+        return result
+
+    setattr(owner, method, call)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["replay.sample", "objective.forward", "optimizer.step", "ema.update"])
+def test_a_signal_anywhere_in_an_update_resumes_bit_equal(photos: Path, tmp_path: Path, place: str, number: signal.Signals):
+    raw = experiment(photos, objective=FULL_THINKING, replay=REPLAY, validation=dict(path=None))
+    train(raw, tmp_path / "whole")
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    trainer = Trainer(build_config(raw), tmp_path / "parts", device="cpu")
+    owner, method = place.split(".")
+    signal_at(trainer, getattr(trainer, owner), method, 6, number)  # sampling takes replayed rows by then
+    with pytest.raises(TrainingInterrupted) as interrupt:
+        trainer.run()
+    assert interrupt.value.signal == number
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    train(raw, tmp_path / "parts")
+    assert_bit_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stopping, "_SAME_REQUEST", 0.0)
+    trainer = Trainer(build_config(experiment(photos, replay=REPLAY)), tmp_path, device="cpu")
+    signal_at(trainer, trainer.replay, "sample", 6, signal.SIGINT)
+    signal_at(trainer, trainer.objective, "forward", 6, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        trainer.run()
+    assert not isinstance(interrupt.value, TrainingInterrupted)
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "checkpoints")] == ["step-00000004"]
+
+
+def test_one_request_may_arrive_as_two_signals():
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert request.signal == signal.SIGTERM
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the shell does for a command in the background
+    try:
+        with StopRequest() as request:
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and request.signal is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_in_one_line_that_it_was_stopped(photos: Path, tmp_path: Path, number: signal.Signals):
+    raw = experiment(photos, train=dict(num_updates=100000, log_every=1), validation=dict(path=None))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "ebt_vision.cli", "train", "config.yaml", "--output", "run", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("update 3/"):
+            break
+    process.send_signal(number)
+    rest = process.stderr.read().splitlines()
+    assert process.wait() == 128 + number
+    assert [line for line in rest if "interrupted at update" in line] == rest[-1:]
+    assert not [line for line in rest if "Traceback" in line]
+    newest = checkpoint_folders(tmp_path / "run" / "checkpoints")[-1]
+    assert f"update {int(newest.name[5:])};" in rest[-1]
 
 
 @pytest.mark.parametrize("max_age", [1, None])
@@ -227,6 +302,49 @@ def test_a_non_finite_gradient_stops_before_the_update_and_keeps_the_last_good_s
     state = weights(tmp_path)
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
     assert checkpoint_folders(tmp_path / "checkpoints")[-1].name == "step-00000005"
+
+
+def test_nothing_of_a_refused_update_is_kept(photos: Path, tmp_path: Path):
+    """One update's loss is not finite; the run resumes and ends where a run without the mishap ends."""
+    raw = experiment(photos, objective=FULL_THINKING, replay=REPLAY, train=dict(num_accumulation=2), validation=dict(path=None))
+    train(raw, tmp_path / "whole")
+    trainer = Trainer(build_config(raw), tmp_path / "parts", device="cpu")
+    make_batch = trainer.task.make_batch
+
+    def poison(*arguments: object) -> ImageBatch:
+        batch = make_batch(*arguments)  # type: ignore[arg-type]
+        return replace(batch, noise=batch.noise * float("inf")) if trainer.step == 6 else batch
+
+    trainer.task.make_batch = poison  # type: ignore[method-assign, assignment]
+    with pytest.raises(TrainingDivergedError, match="update 7: loss nan"):
+        trainer.run()
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "parts").values())
+    train(raw, tmp_path / "parts")
+    assert_bit_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_real_divergence_is_one_line_and_leaves_a_checkpoint_from_before_it(photos: Path, tmp_path: Path, capsys):
+    raw = experiment(photos, replay=REPLAY, optim=dict(lr=1e6, clip_norm=1e9, warmup_updates=0))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ebt-vision:")]
+    assert "training diverged at update" in line and "lower optim.lr" in line
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_a_validation_that_thinks_out_of_all_range_does_not_end_the_training(photos: Path, tmp_path: Path, capsys):
+    trainer = Trainer(build_config(experiment(photos, train=dict(num_updates=7))), tmp_path, device="cpu")
+    step = trainer.ema.update
+
+    def explode(*arguments: object, **options: object) -> None:
+        step(*arguments, **options)  # type: ignore[arg-type]
+        if trainer.step == 6:
+            trainer.ema.module.log_step_size.data.fill_(1e30)  # type: ignore[union-attr, operator]
+
+    trainer.ema.update = explode  # type: ignore[method-assign]
+    trainer.run()
+    assert "validation at update 6 failed: the energy or its gradient is not finite" in capsys.readouterr().err
+    assert trainer.step == 7
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(photos: Path, tmp_path: Path):

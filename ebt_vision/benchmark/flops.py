@@ -55,7 +55,7 @@ def _measure(denoiser: Denoiser, height: int, width: int) -> Cost:
     counts = []
     for num_steps in (1, 2):
         options = DenoiseOptions(num_steps=num_steps, noise_level=0.1)
-        counts.append(count_flops(lambda options=options: denoiser.denoise(image, options)))  # type: ignore[misc]
+        counts.append(count_flops(lambda options=options: denoiser.denoise_whole(image, options)))  # type: ignore[misc]
     step = counts[1] - counts[0]
     return Cost(step=step, final=counts[0] - step)
 

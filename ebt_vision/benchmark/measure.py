@@ -15,7 +15,7 @@ from ebt_vision.benchmark.images import BenchmarkImages
 from ebt_vision.benchmark.parts import Part, Parts, join
 from ebt_vision.benchmark.protocols import Condition, observed, same_shapes
 from ebt_vision.benchmark.rows import Row, prepare
-from ebt_vision.denoiser import Denoiser, DenoiseResult
+from ebt_vision.denoiser import Denoiser, DenoiseResult, join_results
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.tiling import denoise_tiled, num_tiles
 
@@ -129,9 +129,9 @@ class Bench:
         height, width = noisy.shape[-2:]
         tile = denoiser.tile_size if self.tile == 0 else self.tile
         if tile is None or max(height, width) <= tile:
-            return denoiser.denoise(noisy, options, image_ids=indices), 1
+            return denoiser.denoise_whole(noisy, options, image_ids=indices), 1
         results = [denoise_tiled(denoiser, image[None], options, tile_size=tile, overlap=self.overlap) for image in noisy]
-        return _concatenate(results), num_tiles(height, width, tile, self.overlap)
+        return join_results(results), num_tiles(height, width, tile, self.overlap)
 
     def _measure_part(self, denoiser: Denoiser, row: Row, condition: Condition, indices: Sequence[int]) -> Part:
         images = self.images.images(indices)
@@ -184,27 +184,6 @@ class Bench:
             "flops": np.asarray(flops, dtype=np.float64),
             "steps_used": result.num_steps.double().numpy(),
         }
-
-
-def _concatenate(results: list[DenoiseResult]) -> DenoiseResult:
-    """One result of many for single images."""
-
-    def join_tensors(name: str, dim: int) -> Tensor | None:
-        values = [getattr(result, name) for result in results]
-        return None if values[0] is None else torch.cat(values, dim=dim)
-
-    image, num_steps, num_forward = (join_tensors(name, 0) for name in ("image", "num_steps", "num_forward"))
-    assert image is not None and num_steps is not None and num_forward is not None
-    steps = [result.trajectory or () for result in results]
-    return DenoiseResult(
-        image=image,
-        num_steps=num_steps,
-        num_forward=num_forward,
-        energies=join_tensors("energies", 1),
-        candidate_energies=join_tensors("candidate_energies", 1),
-        candidate_images=join_tensors("candidate_images", 1),
-        trajectory=tuple(torch.cat(images) for images in zip(*steps, strict=True)) or None,
-    )
 
 
 def _slug(text: str) -> str:

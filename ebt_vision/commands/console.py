@@ -2,7 +2,7 @@
 
 import sys
 
-STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def say(message: str) -> None:

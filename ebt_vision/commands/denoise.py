@@ -181,13 +181,13 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
 
 def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:
     """Denoise one file and write the result; returns the line to print."""
-    from ebt_vision.image_files import read_image, write_image
+    from ebt_vision.image_files import losses, read_image, write_image
     from ebt_vision.metrics import psnr
     from ebt_vision.tiling import denoise_tiled
 
     start = time.perf_counter()
     image = read_image(job.source)
-    clean = image.pixels[None]  # (1, 3, H, W)
+    clean = image.visible_pixels()[None]  # (1, 3, H, W)
     noisy = clean
     if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
         noisy = args.add_noise.add(clean, args.seed)
@@ -195,6 +195,9 @@ def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: a
     result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, overlap=args.overlap, callback=progress)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     write_image(job.target, image.with_pixels(result.image[0].cpu()), overwrite=args.overwrite)
+    lost = losses(job.target, image)
+    for note in [*image.notes, *lost]:
+        say(f"{job.source}: {note}" + ("; --png keeps it" if note in lost and job.target.suffix.lower() != ".png" else ""))
     parts = [_energies(result), _steps(result), duration(time.perf_counter() - start)]
     if args.add_noise:
         before, after = (float(psnr(images.clamp(0, 1), clean, data_range=1.0)) for images in (noisy, result.image.cpu()))

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ebt_vision.commands.console import STOPPED, one_line, say
+from ebt_vision.commands.console import BAD_INPUT, one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file of configs/ or your own")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that take the file's place")
     parser.add_argument("--output", metavar="DIR", type=Path, help="the run's folder; a run that was cut off there goes on")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="resume a run with other settings, of the learning rate or the data, say"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -25,10 +28,14 @@ def _run(args: argparse.Namespace) -> int:
             raise ValueError(f"override {override!r} is not of the form key=value")
     from ebt_vision.training.loop import TrainingDivergedError
     from ebt_vision.training.run import train
+    from ebt_vision.training.stopping import TrainingInterrupted
 
     try:
-        print(f"trained: {train(args.config, args.overrides, output=args.output, device=args.device)}")
+        folder = train(args.config, args.overrides, output=args.output, device=args.device, allow_changes=args.allow_changes)
     except TrainingDivergedError as error:
         say(one_line(error))
-        return STOPPED
+        return BAD_INPUT
+    except TrainingInterrupted as error:  # the trainer has said so
+        return 128 + error.signal
+    print(f"trained: {folder}")
     return 0

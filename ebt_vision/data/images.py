@@ -42,6 +42,9 @@ class DataConfig:
     short_side: int | None = None
     """What an image's shorter side is resized to before it is cropped; longer images only, shorter ones are resized no further
     than img_size needs. None: img_size, up or down."""
+    cut_sizes: tuple[int, ...] = ()
+    """Training alone: cut each crop into squares of one of these sides, drawn for each epoch, so that a network sees images of
+    several sizes at the same number of pixels an update. Each must divide img_size. Empty: crops stay whole."""
     crop: Literal["center", "random"] = "center"
     """Where the square is cut out; "random" draws it anew in every epoch."""
     flip: bool = False
@@ -61,6 +64,9 @@ class DataConfig:
             raise ValueError(f"img_size={self.img_size} must be at least 1")
         if self.short_side is not None and self.short_side < self.img_size:
             raise ValueError(f"short_side={self.short_side} is below img_size={self.img_size}; use {self.img_size} or more")
+        for size in self.cut_sizes:
+            if size < 1 or self.img_size % size:
+                raise ValueError(f"cut_sizes={list(self.cut_sizes)}: {size} does not divide img_size={self.img_size}")
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop={self.crop!r} is not 'center' or 'random'")
         if self.cache and not self.check:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.models.energy_model import EnergyModel, check_energies
-from ebt_vision.models.patch_trunk import PatchTrunk, TrunkConfig, check_image_size, patchify
+from ebt_vision.models.patch_trunk import TrunkConfig, build_trunk, check_image_size, patchify, unpatchify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,8 @@ class PatchEBTConfig(TrunkConfig):
             raise ValueError(f"suggested_tolerance={self.suggested_tolerance} needs training_gain: see eval/training_gain.py")
         if self.energy_head not in ("linear", "quadratic"):
             raise ValueError(f"energy_head={self.energy_head!r} is unknown; use 'linear' or 'quadratic'")
+        if self.energy_head == "linear" and self.stem_widths:
+            raise ValueError("energy_head='linear' has no use for a convolutional decoder; use 'quadratic', or stem_widths: []")
         if self.energy_head == "linear" and self.embed_dim < self.patch_dim:
             raise ValueError(
                 f"embed_dim={self.embed_dim} is below patch_size**2 * in_chans={self.patch_dim}: the gradient of a linear head "
@@ -59,13 +61,13 @@ class PatchEBT(EnergyModel):
     def __init__(self, config: PatchEBTConfig):
         super().__init__(config.init_step_size)
         self.config = config
-        self.trunk = PatchTrunk(config, num_inputs=2 if config.observation_context else 1)
-        quadratic = config.energy_head == "quadratic"
-        self.head = nn.Linear(config.embed_dim, config.patch_dim if quadratic else 1, bias=quadratic)
-        # The linear head starts at zero, as in the paper's code; the quadratic one too: E is then |y|^2 / 2.
-        nn.init.zeros_(self.head.weight)
-        if self.head.bias is not None:
-            nn.init.zeros_(self.head.bias)
+        self.trunk = build_trunk(config, num_inputs=2 if config.observation_context else 1)
+        # A linear head starts at zero, as in the paper's code; so does the quadratic one of a plain trunk: E is then |y|^2 / 2.
+        if config.energy_head == "quadratic":
+            self.head = self.trunk.make_head()
+        else:
+            self.head = nn.Linear(config.embed_dim, 1, bias=False)
+            nn.init.zeros_(self.head.weight)
 
     def forward(self, candidate: Tensor, *context: Tensor) -> Tensor:
         """Energy of each image, (B,) float32: the sum over its patches (see EnergyModel). Raises ValueError as energy_map."""
@@ -76,17 +78,34 @@ class PatchEBT(EnergyModel):
 
         `context` is the noisy observation (B, in_chans, H, W) with observation_context, nothing without; ValueError otherwise.
         """
-        if len(context) != int(self.config.observation_context):
-            raise ValueError(
-                f"observation_context={self.config.observation_context} takes {int(self.config.observation_context)} context "
-                f"images, got {len(context)}"
-            )
         grid = check_image_size(candidate, self.config.patch_size)
-        output = self.head(self.trunk(candidate, *context))  # (B, N, patch_dim or 1)
-        output = output.to(torch.promote_types(output.dtype, torch.float32))  # sums of squares are not for bfloat16
-        if self.config.energy_head == "quadratic":
-            output = 0.5 * (patchify(candidate, self.config.patch_size) - output).square()
-        return output.sum(-1).unflatten(1, grid)
+        if self.config.energy_head == "linear":
+            self._check_context(context)
+            return _wide(self.head(self.trunk(candidate, *context))).sum(-1).unflatten(1, grid)
+        reconstruction = self._reconstruct_patches(candidate, *context)  # (B, N, patch_dim)
+        energies = 0.5 * (patchify(candidate, self.config.patch_size) - reconstruction).square().sum(-1)
+        return energies.unflatten(1, grid)
+
+    def reconstruct(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        """N(candidate), (B, in_chans, H, W), float32 or wider: what a quadratic energy is the distance to, in one forward pass.
+
+        ValueError with the linear head, which has no reconstruction, and for another context than the model's.
+        """
+        if self.config.energy_head == "linear":
+            raise ValueError("energy_head='linear' has no reconstruction; use a model with the quadratic head")
+        patches = self._reconstruct_patches(candidate, *context)
+        return unpatchify(patches, self.config.patch_size, *candidate.shape[-2:])
+
+    def _reconstruct_patches(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        self._check_context(context)
+        return _wide(self.trunk.reconstruct_patches(self.head, candidate, *context))
+
+    def _check_context(self, context: tuple[Tensor, ...]) -> None:
+        wanted = int(self.config.observation_context)
+        if len(context) != wanted:
+            raise ValueError(
+                f"observation_context={self.config.observation_context} takes {wanted} context images, got {len(context)}"
+            )
 
     def forward_features(self, candidate: Tensor, *context: Tensor) -> Tensor:
         """Final normed tokens (B, N, embed_dim)."""
@@ -110,6 +129,11 @@ class PatchEBT(EnergyModel):
     def context_of(self, noisy: Tensor) -> tuple[Tensor, ...]:
         """What think() is given as context for noisy images (B, in_chans, H, W) in [-1, 1]."""
         return (noisy,) if self.config.observation_context else ()
+
+
+def _wide(output: Tensor) -> Tensor:
+    """In float32 or wider: sums of squares are not for bfloat16."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def patch_energy_mean(energies: Tensor, image_shape: torch.Size, patch_size: int) -> Tensor:

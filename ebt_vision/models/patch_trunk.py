@@ -22,6 +22,13 @@ class TrunkConfig:
     depth: int = 6
     num_heads: int = 4
     mlp_ratio: float = 4.0
+    stem_widths: tuple[int, ...] = ()
+    """Channels of a convolutional stem and decoder, one width a level, fine to coarse (see conv_trunk.py). A level halves the
+    resolution, from 1 / stem_unshuffle to 1 / patch_size. Empty: a linear patch embedding and no decoder, the plain trunk."""
+    stem_blocks: int = 1
+    """Residual blocks at each level of a convolutional stem, and as many of its decoder."""
+    stem_unshuffle: int = 1
+    """A convolutional stem starts at 1 / stem_unshuffle of the resolution (pixel_unshuffle, as in FFDNet); 1 is full size."""
     noise_process: Literal["vp", "awgn"] = "vp"
     """What the training images went through: the VP process at one level, which shrinks the signal, as in the paper; or plain
     Gaussian noise of many strengths, as photographs have it. It is stored here because it says how input must be scaled."""
@@ -39,6 +46,22 @@ class TrunkConfig:
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(
                 f"embed_dim={self.embed_dim} must be a multiple of 4 * num_heads={4 * self.num_heads} (2-D rotary positions)"
+            )
+        object.__setattr__(self, "stem_widths", tuple(self.stem_widths))  # config.json gives a list
+        if self.stem_widths:
+            self._check_stem()
+
+    def _check_stem(self) -> None:
+        for name in ("stem_blocks", "stem_unshuffle"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if min(self.stem_widths) < 1:
+            raise ValueError(f"stem_widths={list(self.stem_widths)} must all be 1 or more")
+        reached = self.stem_unshuffle * 2 ** len(self.stem_widths)
+        if reached != self.patch_size:
+            raise ValueError(
+                f"stem_widths={list(self.stem_widths)} with stem_unshuffle={self.stem_unshuffle} ends at patches of "
+                f"{reached} px, not at patch_size={self.patch_size}; give one width for each halving"
             )
 
     @property
@@ -85,25 +108,44 @@ class PatchTrunk(nn.Module):
     def __init__(self, config: TrunkConfig, *, num_inputs: int = 1):
         super().__init__()
         self.config = config
-        self.embed = nn.Linear(config.patch_dim * num_inputs, config.embed_dim)
+        self._make_embedding(config, num_inputs)
         self.blocks = nn.ModuleList(Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim)
         self.apply(_init_linear)
         self.checkpoint_blocks = False
         """Compute the blocks' activations again in backward passes instead of keeping them (see checkpointing.py)."""
 
+    def _make_embedding(self, config: TrunkConfig, num_inputs: int) -> None:
+        self.embed = nn.Linear(config.patch_dim * num_inputs, config.embed_dim)
+
+    def make_head(self) -> nn.Module:
+        """The head that reconstruct_patches takes, initialised; it belongs to the model, not to the trunk."""
+        head = nn.Linear(self.config.embed_dim, self.config.patch_dim)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head
+
     def forward(self, *images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) in [-1, 1] -> normed tokens (B, N, embed_dim)."""
         return self.norm(self.forward_intermediates(*images, indices=[self.config.depth - 1])[0])
 
+    def reconstruct_patches(self, head: nn.Module, *images: Tensor) -> Tensor:
+        """The network's reconstruction of the first of the images, as patches (B, N, patch_dim), by a head of make_head."""
+        return head(self(*images))
+
     def forward_intermediates(self, *images: Tensor, indices: list[int] | None = None) -> list[Tensor]:
         """Tokens (B, N, embed_dim) after the blocks in `indices` (default all), before the final norm."""
-        height, width = check_image_size(images[0], self.config.patch_size)
+        grid = check_image_size(images[0], self.config.patch_size)
         # Embed. The patches of a candidate and of its context lie on the channels.
-        x = self.embed(patchify(torch.cat(images, dim=1), self.config.patch_size))  # (B, N, embed_dim)
-        head_dim = self.config.embed_dim // self.config.num_heads
-        rope = axial_rope(height, width, head_dim, device=x.device)
-        # Blocks.
+        x = self._embed(torch.cat(images, dim=1))  # (B, N, embed_dim)
+        return self._run_blocks(x, grid, indices)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Stacked images (B, num_inputs * in_chans, H, W) -> tokens (B, N, embed_dim)."""
+        return self.embed(patchify(images, self.config.patch_size))
+
+    def _run_blocks(self, x: Tensor, grid: tuple[int, int], indices: list[int] | None) -> list[Tensor]:
+        rope = axial_rope(*grid, self.config.embed_dim // self.config.num_heads, device=x.device)
         wanted = range(len(self.blocks)) if indices is None else indices
         outputs = []
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
@@ -111,6 +153,15 @@ class PatchTrunk(nn.Module):
             if i in wanted:
                 outputs.append(x)
         return outputs
+
+
+def build_trunk(config: TrunkConfig, *, num_inputs: int = 1) -> PatchTrunk:
+    """The plain trunk, or with config.stem_widths the one with a convolutional stem."""
+    if config.stem_widths:
+        from ebt_vision.models.conv_trunk import ConvTrunk  # a subclass of what this file has
+
+        return ConvTrunk(config, num_inputs=num_inputs)
+    return PatchTrunk(config, num_inputs=num_inputs)
 
 
 def check_image_size(images: Tensor, patch_size: int) -> tuple[int, int]:

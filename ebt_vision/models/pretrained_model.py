@@ -1,16 +1,22 @@
 """What every model of the project is on disk: a folder with config.json and model.safetensors, nothing pickled."""
 
+import contextlib
+import difflib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
+import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+PRETRAINED_DIR = Path(__file__).parents[1] / "pretrained"
+"""The shipped checkpoints, a folder each."""
 
 
 class CheckpointError(ValueError):
@@ -34,6 +40,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
     model_type: ClassVar[str]
     config_class: ClassVar[type]
     config: Any
+    card: str | None = None
+    """The model card that came with the weights, with their licence; save_pretrained writes it beside them."""
     usage_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of the config that say how to start or use the model; the network's output on its weights is the same."""
 
@@ -53,39 +61,57 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
         (save_directory / WEIGHTS_NAME).chmod(0o644)  # safetensors writes a file that only its owner can read
+        if self.card is not None and not (save_directory / CARD_NAME).exists():
+            (save_directory / CARD_NAME).write_text(self.card, encoding="utf-8")
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **unused: Any,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **unknown: Any,
     ) -> Self:
-        def fetch(name: str) -> Path:
-            if Path(model_id).is_dir():
-                return Path(model_id) / name
-            return Path(
-                hf_hub_download(
-                    model_id,
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
+        """A model in eval mode, on the CPU in float32, from a shipped name, a folder or a repository of the Hugging Face hub.
 
-        return cls.from_files(fetch(CONFIG_NAME), fetch(WEIGHTS_NAME))
+        The class must be that of the checkpoint; `PretrainedModel.from_pretrained` finds it. The keywords are for downloads,
+        as in huggingface_hub. Raises CheckpointError for a name that is not known and for files that are missing, damaged or
+        of another class, ValueError for any other keyword: use `.to(device, dtype)` on what it returns.
+        """
+        if unknown:
+            raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; {_keyword_remedy(next(iter(unknown)))}")
+        name = str(pretrained_model_name_or_path)
+        if not name:
+            raise CheckpointError("the model's name is empty; give a shipped name, a folder or OWNER/NAME")
+        download = {"force_download": force_download, "token": token, "cache_dir": cache_dir}
+        download |= {"local_files_only": local_files_only, "revision": revision}
+        files = local_folder(name) or _downloaded(name.removeprefix("hub:"), download)
+        return cls._class_for(files / CONFIG_NAME).from_files(files / CONFIG_NAME, files / WEIGHTS_NAME)
+
+    @classmethod
+    def _class_for(cls, config_path: Path) -> type[Self]:
+        if cls is not PretrainedModel:
+            return cls
+        from ebt_vision.checkpoint import model_class  # which imports this file
+
+        return cast(type[Self], model_class(read_config(config_path)["model_type"]))
 
     @classmethod
     def from_files(cls, config_path: Path, weights_path: Path) -> Self:
-        """Build from the two files, strictly: raises CheckpointError for a file that is missing, damaged or does not fit."""
+        """Build from the two files, strictly, and keep the model card beside them.
+
+        The model can be used outside of torch.inference_mode even if it is loaded inside. Raises CheckpointError for a file
+        that is missing, damaged or does not fit.
+        """
+        with torch.inference_mode(False):
+            return cls._from_files(config_path, weights_path)
+
+    @classmethod
+    def _from_files(cls, config_path: Path, weights_path: Path) -> Self:
         stored = read_config(config_path)
         if stored["model_type"] != cls.model_type:
             raise CheckpointError(f"{config_path} holds a {stored['model_type']!r} model, not {cls.model_type!r}")
@@ -99,7 +125,42 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
             raise CheckpointError(f"{weights_path} cannot be read ({error}); copy the checkpoint again") from error
         except RuntimeError as error:
             raise CheckpointError(f"{weights_path} does not fit its config.json: {error}") from error
+        card = config_path.with_name(CARD_NAME)
+        model.card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
         return model.eval()
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a shipped name or of a path to a checkpoint, or a folder without one; None for what is neither."""
+    if (PRETRAINED_DIR / name / CONFIG_NAME).is_file():
+        return PRETRAINED_DIR / name
+    return Path(name) if Path(name).is_dir() else None
+
+
+def _downloaded(repository: str, options: dict[str, Any]) -> Path:
+    """The folder of a hub repository's files in the cache; CheckpointError where they cannot be had."""
+    try:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            folder = Path(hf_hub_download(repository, name, **options)).parent
+    except (OSError, ValueError) as error:  # those of huggingface_hub are either
+        shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED_DIR.glob(f"*/{CONFIG_NAME}"))) or "none"
+        raise CheckpointError(
+            f"{repository!r} is neither a shipped checkpoint ({shipped}) nor a folder, and cannot be downloaded: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    with contextlib.suppress(EntryNotFoundError, OSError):  # not every repository has a card
+        hf_hub_download(repository, CARD_NAME, **options)
+    return folder
+
+
+def _keyword_remedy(name: str) -> str:
+    if name in ("torch_dtype", "dtype", "map_location", "device", "device_map"):
+        return "call .to(device, dtype) on the model"
+    if name == "strict":
+        return "loading is always strict"
+    known = ("force_download", "token", "cache_dir", "local_files_only", "revision")
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""PatchRegressor: the same trunk as PatchEBT with a linear patch head, trained to give the clean image in one pass.
+"""PatchRegressor: the same trunk and head as a PatchEBT with a quadratic energy, trained to give the clean image in one pass.
 
 It answers whether the energy is what helps, or only the network.
 """
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ebt_vision.models.patch_trunk import PatchTrunk, TrunkConfig, unpatchify
+from ebt_vision.models.patch_trunk import TrunkConfig, build_trunk, unpatchify
 from ebt_vision.models.pretrained_model import PretrainedModel
 
 
@@ -25,13 +25,11 @@ class PatchRegressor(PretrainedModel):
     def __init__(self, config: PatchRegressorConfig):
         super().__init__()
         self.config = config
-        self.trunk = PatchTrunk(config)
-        self.head = nn.Linear(config.embed_dim, config.patch_dim)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.trunk = build_trunk(config)
+        self.head = self.trunk.make_head()
 
     def forward(self, noisy: Tensor) -> Tensor:
-        patches = self.head(self.trunk(noisy)).float()  # (B, N, patch_dim)
+        patches = self.trunk.reconstruct_patches(self.head, noisy).float()  # (B, N, patch_dim)
         return unpatchify(patches, self.config.patch_size, *noisy.shape[-2:])
 
     def forward_intermediates(self, noisy: Tensor, *, indices: list[int] | None = None) -> list[Tensor]:

@@ -26,20 +26,31 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+STEP_SIZE = "log_step_size"
+RELATED_MODELS = frozenset({"patch_ebt", "patch_regressor"})
+"""Types with one trunk and one head: each can begin with the other's weights."""
+
+
 def build_model(config: ExperimentConfig) -> PretrainedModel:
     """A model with initial weights, or those of train.init_from, in train mode; see PatchEBT.adapt_weights.
 
-    Raises ConfigError where the two models are of another type or size, CheckpointError where init_from cannot be loaded.
+    A PatchEBT with a quadratic head and a regressor of its size take each other's weights: what the regressor predicts becomes
+    the reconstruction of the energy. Raises ConfigError where the two models are of another type or size, CheckpointError where
+    init_from cannot be loaded.
     """
     model = model_class(config.model_type)(config.model).train()
     if config.train.init_from is None:
         return model
     start = load_pretrained(config.train.init_from)
-    if start.model_type != config.model_type:
+    related = {start.model_type, config.model_type} <= RELATED_MODELS
+    if start.model_type != config.model_type and not related:
         raise ConfigError(f"train.init_from={config.train.init_from} is a {start.model_type}, not a {config.model_type}")
     weights, mine = start.state_dict(), model.state_dict()
     if isinstance(model, PatchEBT):
         weights = model.adapt_weights(weights)
+    if start.model_type != config.model_type:  # the learned step size is the EBT's alone
+        weights = {name: value for name, value in weights.items() if name != STEP_SIZE}
+        weights |= {name: value for name, value in mine.items() if name == STEP_SIZE}
     for name in sorted(weights.keys() | mine.keys()):
         shapes = [tuple(state[name].shape) if name in state else "missing" for state in (weights, mine)]
         if shapes[0] != shapes[1]:
@@ -57,6 +68,11 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
         raise ConfigError(f"replay.capacity={config.replay.capacity} is for energy-based models; use 0 for {config.model_type}")
     if isinstance(config.objective, ObjectiveConfig) and config.objective.energy_order_weight and not cls.thinks:
         raise ConfigError(f"objective.energy_order_weight is for energy-based models; use 0 for {config.model_type}")
+    if config.replay.capacity and isinstance(config.data, DataConfig) and config.data.cut_sizes:
+        raise ConfigError("replay.capacity and data.cut_sizes do not go together: replayed rows have one size; use 0 or []")
+    reconstructs = isinstance(config.objective, ObjectiveConfig) and config.objective.reconstruction_weight > 0
+    if reconstructs and not (isinstance(model, PatchEBT) and model.config.energy_head == "quadratic"):
+        raise ConfigError("objective.reconstruction_weight is for patch_ebt with a quadratic energy_head; use 0")
     if config.train.checkpoint_blocks:
         if not isinstance(model, PatchEBT | PatchRegressor):
             raise ConfigError(

@@ -1,6 +1,6 @@
 """Images in the training loop: noise from (seed, epoch, sample), PSNR at 1..N steps on held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -8,11 +8,28 @@ from torch import Tensor, nn
 
 from ebt_vision import corruption
 from ebt_vision.data.images import DataConfig, ImageSet, load_image_set
-from ebt_vision.objectives import ImageBatch
-from ebt_vision.rng import randn_like
+from ebt_vision.objectives import ImageBatch, ObjectiveConfig
+from ebt_vision.realistic_noise import add_realistic_noise
+from ebt_vision.rng import make_generator, randn_like
 from ebt_vision.training.settings import ValidationConfig
 from ebt_vision.training.task import Task
 from ebt_vision.training.validation import ImageValidation, validate_images
+
+CUT_STREAM = 0x637574
+"""Keeps the draws of cut crops apart from every other use of the seed."""
+
+
+def cut_images(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) cut into squares, (B * H / size * W / size, C, size, size), row by row; `size` divides H and W."""
+    squares = images.unfold(2, size, size).unfold(3, size, size)  # (B, C, rows, columns, size, size)
+    return squares.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def _places(indices: Sequence[int], epochs: Sequence[int], count: int) -> Iterator[tuple[int, int, int]]:
+    """(epoch, index, square) of every square, in the order of cut_images."""
+    for epoch, index in zip(epochs, indices, strict=True):
+        for square in range(count):
+            yield epoch, index, square
 
 
 class ImageTask(Task):
@@ -24,7 +41,28 @@ class ImageTask(Task):
     def make_batch(self, samples: ImageSet, indices: Sequence[int], epochs: Sequence[int], device: torch.device) -> ImageBatch:
         clean = corruption.to_model_range(samples.images(indices, epochs).to(device).float() / 255.0)
         generators = self.generators(indices, epochs)
-        return ImageBatch(clean=clean, noise=randn_like(clean.cpu(), generators).to(device), generators=generators)
+        if cut := self._cut_size(epochs[0]):
+            clean = cut_images(clean, cut)
+            count = len(clean) // len(indices)
+            generators = [make_generator(self.config.seed, CUT_STREAM, *at) for at in _places(indices, epochs, count)]
+        noise = randn_like(clean.cpu(), generators).to(device)
+        return ImageBatch(clean=clean, noise=noise, generators=generators, observation=self._observation(clean, generators))
+
+    def _observation(self, clean: Tensor, generators: list[torch.Generator]) -> Tensor | None:
+        """Images with realistic noise, (B, 3, H, W) in [-1, 1]; None where the objective adds its own."""
+        objective = self.config.objective
+        if not isinstance(objective, ObjectiveConfig) or objective.realistic_noise is None:
+            return None
+        noisy = add_realistic_noise(corruption.to_image_range(clean), objective.realistic_noise, generators)
+        return corruption.to_model_range(noisy).to(clean.device)
+
+    def _cut_size(self, epoch: int) -> int | None:
+        """The side that crops are cut into in an epoch; None leaves them whole."""
+        sizes = self._data.cut_sizes
+        if not sizes:
+            return None
+        draw = torch.randint(len(sizes), (), generator=make_generator(self.config.seed, CUT_STREAM, int(epoch)))
+        return sizes[int(draw)]
 
     def load_held_out(self) -> Tensor | None:
         """The validation images, float (B, C, H, W) in [-1, 1]."""
@@ -32,9 +70,8 @@ class ImageTask(Task):
         assert isinstance(settings, ValidationConfig)
         if settings.path is None:
             return None
-        data = replace(
-            self._data, path=settings.path, split=settings.split, limit=settings.num_images, crop="center", flip=False
-        )
+        whole = replace(self._data, crop="center", flip=False, cut_sizes=())
+        data = replace(whole, path=settings.path, split=settings.split, limit=settings.num_images)
         images = load_image_set(data, seed=self.config.seed)
         return corruption.to_model_range(images.images(list(range(len(images)))).float() / 255.0)
 

@@ -6,13 +6,12 @@ accumulated parts share a batch, and a resumed run goes on exactly where it stop
 
 import contextlib
 import math
+import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -21,19 +20,25 @@ from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.objectives import Objective
 from ebt_vision.rng import make_generator
+from ebt_vision.thinking import NonFiniteGradientError
 from ebt_vision.training.batch_loader import BatchLoader
 from ebt_vision.training.build import build_model, build_objective, build_task
+from ebt_vision.training.engine import build_accelerator
 from ebt_vision.training.optim import build_optimizer, set_learning_rate
-from ebt_vision.training.replay_buffer import ReplayBuffer
+from ebt_vision.training.replay_buffer import ReplayBuffer, to_device
 from ebt_vision.training.reporting import Reporter
+from ebt_vision.training.run_folder import check_folder, check_settings, lock_run
 from ebt_vision.training.state import (
     checkpoint_folders,
     load_optimizer_tensors,
+    newest_step,
     optimizer_tensors,
     read_checkpoint,
+    read_state,
     write_checkpoint,
 )
-from ebt_vision.training.task import Samples
+from ebt_vision.training.stopping import StopRequest, TrainingInterrupted
+from ebt_vision.training.task import Samples, ValidationResult
 
 # Streams of make_generator, so that no two uses of the seed draw the same numbers; a task has others.
 _REPLAY = 3
@@ -45,36 +50,50 @@ class TrainingDivergedError(RuntimeError):
 
 
 class Trainer:
-    """One run of an experiment in `output`; goes on from the newest checkpoint there, if any."""
+    """One run of an experiment in `output`; resumes from the newest checkpoint there, if any.
 
-    def __init__(self, config: ExperimentConfig, output: Path, *, device: str | None = None):
+    `device` is one of pick_device; None takes the best there is. A run with other settings is refused (run_folder.py);
+    `allow_changes` resumes it with the new ones where that is possible. Raises ConfigError for what does not go together.
+    """
+
+    def __init__(
+        self, config: ExperimentConfig, output: Path, *, device: str | None = None, allow_changes: bool = False
+    ) -> None:
         self.config, self.output, self.task = config, output, build_task(config)
-        handlers = [
-            DistributedDataParallelKwargs(find_unused_parameters=True)
-        ]  # a linear head's last norm bias has no gradient
-        self.accelerator = Accelerator(
-            mixed_precision=config.train.mixed_precision,
-            gradient_accumulation_steps=config.train.num_accumulation,
-            cpu=device == "cpu",
-            kwargs_handlers=handlers,
-        )
-        self._check_engine()
+        self.accelerator = build_accelerator(config, device)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._check_batch()
-        torch.manual_seed(config.seed)  # initial weights; in the trainer's own process, not in the library
-        self.model: PretrainedModel = build_model(config)
-        self.ema = ModelEmaV3(self.model, decay=config.train.ema_decay, use_warmup=True)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.objective: Objective = self.accelerator.prepare(build_objective(self.model, config))
-        self.ema.module.to(self.accelerator.device)
-        self.replay = ReplayBuffer(config.replay)
-        self.step = 0
+        self._allow_changes = allow_changes
+        self._stop, self._stop_is_agreed = StopRequest(), False
         self._loader: BatchLoader | None = None
-        self._resume()
+        with lock_run(output, self.accelerator):
+            self._check_run()  # before the seconds that a model takes
+            torch.manual_seed(config.seed)  # initial weights; in the trainer's own process, not in the library
+            self.model: PretrainedModel = build_model(config)
+            self.ema = ModelEmaV3(self.model, decay=config.train.ema_decay, use_warmup=True)
+            self.optimizer = build_optimizer(self.model, config.optim)
+            self.objective: Objective = self.accelerator.prepare(build_objective(self.model, config))
+            self.ema.module.to(self.accelerator.device)
+            self.replay = ReplayBuffer(config.replay)
+            self.step = 0
+            self._num_samples: int | None = None  # of the training set, once it is loaded
+            self._resume()
 
     def run(self) -> Path:
-        """Train to the end; returns the folder of the exported model (averaged weights)."""
+        """Train to the end; returns the folder of the exported model (averaged weights).
+
+        SIGINT and SIGTERM end it between two updates: it writes a checkpoint and raises TrainingInterrupted. Raises
+        TrainingDivergedError before an update that is not finite, ConfigError where another training is at work in the folder.
+        """
+        with lock_run(self.output, self.accelerator):
+            if (step := newest_step(self.output / "checkpoints")) != self.step:
+                raise ConfigError(
+                    f"another training has brought {self.output} to update {step}; start again to resume from there"
+                )
+            return self._run()
+
+    def _run(self) -> Path:
         samples: Samples = self.task.load_samples()
+        self._check_samples(samples)
         held_out = self.task.load_held_out() if self.accelerator.is_main_process else None
         reporter = Reporter(self.output, self.config, self.step, is_main=self.accelerator.is_main_process)
         reporter.say(f"{self.model.num_parameters:,} parameters; {samples.report()}")
@@ -86,17 +105,19 @@ class Trainer:
             world_size=self.world_size,
             start_step=self.step,
         )
+        if self.step == self.config.train.num_updates:
+            reporter.say(f"already trained to update {self.step}; a larger train.num_updates goes on from there")
         loader = self._loader = self._new_loader(samples)
+        message = "stopping after this update; press Ctrl-C once more to stop without a checkpoint"
         try:
-            for indices in stream:
-                if self.step >= self.config.train.num_updates:
-                    break
-                loader.prepare(stream, self.step, self.config.train.num_updates)
-                self._advance(samples, indices, held_out, reporter)
-        except KeyboardInterrupt:
-            self.save()
-            reporter.say(f"interrupted at update {self.step}; the same command goes on from here")
-            raise
+            with StopRequest(message if self.accelerator.is_main_process else "") as self._stop:
+                while self.step < self.config.train.num_updates:
+                    loader.prepare(stream, self.step, self.config.train.num_updates)
+                    self._advance(samples, next(stream), held_out, reporter)
+                    if self._is_stopping and self.step < self.config.train.num_updates:
+                        self._save_if_new()
+                        reporter.say(f"interrupted at update {self.step}; the same command resumes from here")
+                        raise TrainingInterrupted(self._stop.signal or signal.SIGTERM)
         finally:
             loader.close()
             reporter.close()
@@ -109,12 +130,25 @@ class Trainer:
         if self.step % settings.log_every == 0 or last:
             reporter.log(self.step, {name: value() if callable(value) else value for name, value in logs.items()})
         if held_out is not None and (self.step % self.config.validation.every == 0 or last):
-            reporter.validation(self.step, self.task.validate(self.ema.module, held_out, self.accelerator.device))
+            self._validate(held_out, reporter)
         if self.step % settings.checkpoint_every == 0 or last:
             self.save()
 
+    def _validate(self, held_out: Any, reporter: Reporter) -> None:
+        """Validate the averaged weights; where they think out of all range, say so and train on."""
+        try:
+            result: ValidationResult = self.task.validate(self.ema.module, held_out, self.accelerator.device)
+        except NonFiniteGradientError as error:
+            reporter.say(f"validation at update {self.step} failed: {error}")
+        else:
+            reporter.validation(self.step, result)
+
     def update(self, samples: Samples, indices: BatchIndices) -> dict[str, Any]:
-        """Make update number `step`; returns what to log. Raises TrainingDivergedError before a non-finite update."""
+        """Make update number `step`; returns what to log.
+
+        Raises TrainingDivergedError before an update that is not finite: nothing of it is kept, and the state before it is
+        saved.
+        """
         lr = set_learning_rate(self.optimizer, self.config.optim, self.step, self.config.train.num_updates)
         self.optimizer.zero_grad()
         parts = torch.arange(len(indices.indices)).chunk(self.config.train.num_accumulation)
@@ -128,18 +162,41 @@ class Trainer:
             losses.append(output["loss"].detach())
             if self._replays:
                 self.replay.add(self._rows_to_keep(batch, output, part), ages + 1)
-        loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optim.clip_norm)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            self.save()
-            raise TrainingDivergedError(
-                f"update {self.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; the state before it is saved in "
-                f"{self.output}; lower optim.lr or the step size"
-            )
+        loss_value, norm_value = self._agree(torch.stack(losses).mean(), norm)
+        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+            self._refuse(loss_value, norm_value)
         self.optimizer.step()
+        self.replay.commit()
         self.step += 1
         self.ema.update(self.model, step=self.step)
-        return {"loss": loss.item(), "lr": lr, "gradient_norm": norm.item()} | self._objective.logs(batch, output)
+        return {"loss": loss_value, "lr": lr, "gradient_norm": norm_value} | self._objective.logs(batch, output)
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+        """(loss, gradient norm) as means over the processes; all of them learn whether one was asked to stop.
+
+        The only place of an update where the host waits for the device.
+        """
+        asked = to_device(torch.tensor([0.0 if self._stop.signal is None else 1.0]), loss.device)
+        values = self.accelerator.reduce(torch.cat([loss.view(1), norm.view(1), asked.to(loss)]), reduction="mean")
+        mean_loss, mean_norm, share = values.tolist()
+        self._stop_is_agreed = share > 0
+        return mean_loss, mean_norm
+
+    @property
+    def _is_stopping(self) -> bool:
+        """Whether training ends before the next update: the same answer in every process."""
+        return self._stop_is_agreed if self.world_size > 1 else self._stop.signal is not None
+
+    def _refuse(self, loss: float, norm: float) -> NoReturn:
+        """Forget the update under way, save the state before it and raise TrainingDivergedError."""
+        self.optimizer.zero_grad()
+        self.replay.roll_back()
+        self._save_if_new()
+        raise TrainingDivergedError(
+            f"training diverged at update {self.step + 1}: loss {loss:g}, gradient norm {norm:g}; the state before it is saved "
+            f"in {self.output}; lower optim.lr and use another --output, or resume with --allow-changes"
+        )
 
     def _new_loader(self, samples: Samples) -> BatchLoader:
         settings = self.config.train
@@ -168,7 +225,8 @@ class Trainer:
         if self.config.replay.partial_moves:
             generator = make_generator(self.config.seed, _PARTIAL_MOVES, self.step, self.rank, int(part[0]))
             candidate = rows["candidate"]
-            partial, share = torch.rand([2, len(candidate), *[1] * (candidate.ndim - 1)], generator=generator).to(candidate)
+            draws = torch.rand([2, len(candidate), *[1] * (candidate.ndim - 1)], generator=generator)
+            partial, share = to_device(draws, candidate.device).to(candidate)
             share = share.where(partial < self.config.replay.partial_moves, 1.0)
             rows["candidate"] = torch.lerp(batch.start.to(candidate), candidate, share)
         return rows
@@ -183,7 +241,7 @@ class Trainer:
         noise = std * torch.randn(candidates.shape, generator=generator)
         young = ages <= (settings.renoise_max_age or settings.max_age)
         chosen = (torch.rand(each, generator=generator) < 0.5) & young.view(each)
-        return candidates + (chosen * noise).to(candidates)
+        return candidates + to_device(chosen * noise, candidates.device).to(candidates)
 
     @property
     def _replays(self) -> bool:
@@ -195,6 +253,11 @@ class Trainer:
         objective: Objective = self.accelerator.unwrap_model(self.objective)
         return objective
 
+    def _save_if_new(self) -> None:
+        """Save unless the newest checkpoint is of this update: writing it again would take away the only one for a moment."""
+        if newest_step(self.output / "checkpoints") != self.step:
+            self.save()
+
     def save(self) -> None:
         """Write a checkpoint and export the averaged weights as output/model."""
         own = {"replay": self.replay.state_dict()} if self.config.replay.capacity else {}
@@ -203,7 +266,13 @@ class Trainer:
             "ema": self.ema.module.state_dict(),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
-        state = {"step": self.step, "world_size": self.world_size, "config": config_to_dict(self.config), "time": time.time()}
+        state = {
+            "step": self.step,
+            "world_size": self.world_size,
+            "num_samples": self._num_samples,
+            "config": config_to_dict(self.config),
+            "time": time.time(),
+        }
         write_checkpoint(
             self.output / "checkpoints",
             self.step,
@@ -217,47 +286,44 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.ema.module.save_pretrained(self.output / "model")
 
+    def _check_run(self) -> None:
+        """Refuse a folder that holds another run, before anything of it is read but the settings."""
+        folders = checkpoint_folders(self.output / "checkpoints")
+        if not folders:
+            check_folder(self.output)
+            return
+        state = read_state(folders[-1])
+        check_settings(self.output, state["config"], self.config, allow_changes=self._allow_changes)
+        if self.config.replay.capacity and state["world_size"] != self.world_size:
+            raise ConfigError(
+                f"{self.output} was trained by {state['world_size']} processes and its replay buffer is shared over them; "
+                f"resume with as many, not {self.world_size}"
+            )
+        if state["step"] > self.config.train.num_updates:
+            raise ConfigError(
+                f"{self.output} is at update {state['step']}, past train.num_updates={self.config.train.num_updates}; "
+                "use a larger number to go on, or another --output"
+            )
+
+    def _check_samples(self, samples: Samples) -> None:
+        """Refuse to resume on a training set of another size: its order of samples is another one."""
+        if self._num_samples not in (None, len(samples)) and not self._allow_changes:
+            raise ConfigError(
+                f"{self.output} was trained on {self._num_samples} samples, data.path holds {len(samples)} now; "
+                "use the same data, --allow-changes or another --output"
+            )
+        self._num_samples = len(samples)
+
     def _resume(self) -> None:
         folders = checkpoint_folders(self.output / "checkpoints")
         if not folders:
             return
         own = ["replay"] if self.config.replay.capacity else []
         tensors, state = read_checkpoint(folders[-1], ["model", "ema", "optimizer"], own, self.rank)
-        self._check_same(state)
         self.model.load_state_dict(tensors["model"])
         self.ema.module.load_state_dict(tensors["ema"])
         load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
         if own:
             self.replay.load_state_dict(tensors["replay"], self.accelerator.device)
         self.step = int(state["step"])
-
-    def _check_same(self, state: dict[str, Any]) -> None:
-        """Refuse to go on with another model or with a replay buffer of another number of processes."""
-        stored, ours = state["config"], config_to_dict(self.config)
-        for key in ("model_type", "model", "seed", "replay"):
-            if stored[key] != ours[key]:
-                raise ConfigError(
-                    f"{self.output} holds a run with {key}={stored[key]}, the config says {ours[key]}; choose another --output"
-                )
-        if self.config.replay.capacity and state["world_size"] != self.world_size:
-            raise ConfigError(
-                f"{self.output} was trained by {state['world_size']} processes and its replay buffer is shared over them; "
-                f"resume with as many, not {self.world_size}"
-            )
-
-    def _check_engine(self) -> None:
-        """Refuse engines that shard the weights."""
-        kind = self.accelerator.distributed_type.value
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-            raise ConfigError(
-                f"{kind} shards the weights and frees them after a backward pass, which thinking differentiates again; "
-                "use `accelerate launch --multi_gpu` (DDP), and train.checkpoint_blocks to save memory"
-            )
-
-    def _check_batch(self) -> None:
-        parts = self.world_size * self.config.train.num_accumulation
-        if self.config.train.batch_size % parts:
-            raise ConfigError(
-                f"train.batch_size={self.config.train.batch_size} is not divisible by {self.world_size} processes times "
-                f"num_accumulation={self.config.train.num_accumulation}; use a multiple of {parts}"
-            )
+        self._num_samples = state.get("num_samples")

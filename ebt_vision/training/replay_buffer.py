@@ -55,34 +55,56 @@ class ReplayBuffer:
 
     Rows that are sampled leave the buffer, and come back one step older until they reach max_age; only the room they
     leave takes new ones. So every age from 1 to max_age - 1 is equally common, however small the share of new rows.
+
+    The rows lie in tensors that are allocated once. `roll_back` undoes all that was sampled and added since the last
+    `commit`: until then no row that was in the buffer is overwritten.
     """
 
     def __init__(self, config: ReplayConfig):
         self.config = config
-        self.rows: dict[str, Tensor] = {}
         self.ages = torch.zeros(0, dtype=torch.int64)
+        self._slots = torch.zeros(0, dtype=torch.int64)  # where each row lies in the storage, in the order of the ages
+        self._storage: dict[str, Tensor] = {}
+        self._num_slots = 0
+        self._committed = (self.ages, self._slots)
 
     def __len__(self) -> int:
         return len(self.ages)
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """A copy of every row, in the order of the ages."""
+        return {name: values[to_device(self._slots, values.device)] for name, values in self._storage.items()}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """Take out (rows, ages) of at most share * batch_size random rows; empty while there is nothing."""
         wanted = min(int(self.config.share * batch_size), len(self))
         order = torch.randperm(len(self), generator=generator)
         taken, kept = order[:wanted], order[wanted:].sort().values
-        rows = {name: values[taken.to(values.device)] for name, values in self.rows.items()}
+        slots = self._slots[taken]
+        rows = {name: values[to_device(slots, values.device)] for name, values in self._storage.items()}
         ages = self.ages[taken]
-        self.rows = {name: values[kept.to(values.device)] for name, values in self.rows.items()}
-        self.ages = self.ages[kept]
+        self.ages, self._slots = self.ages[kept], self._slots[kept]
         return rows, ages
 
     def add(self, rows: dict[str, Tensor], ages: Tensor) -> None:
         """Keep rows (B, ...) whose age (B,) is below max_age, the oldest first, as far as there is room."""
         oldest_first = ages.argsort(descending=True, stable=True)
         chosen = oldest_first[ages[oldest_first] < self.config.max_age][: self.config.capacity - len(self)]
-        new = {name: values.detach()[chosen.to(values.device)] for name, values in rows.items()}
-        self.rows = {name: torch.cat([self.rows[name], v]) if self.rows else v for name, v in new.items()}
-        self.ages = torch.cat([self.ages, ages[chosen]])
+        slots = self._free_slots(rows, len(chosen))
+        for name, values in rows.items():
+            storage = self._storage[name]
+            kept = values.detach()[to_device(chosen, values.device)]
+            storage.index_copy_(0, to_device(slots, storage.device), kept.to(storage))
+        self.ages, self._slots = torch.cat([self.ages, ages[chosen]]), torch.cat([self._slots, slots])
+
+    def commit(self) -> None:
+        """Make final what was sampled and added."""
+        self._committed = (self.ages, self._slots)
+
+    def roll_back(self) -> None:
+        """Undo what was sampled and added since the last commit."""
+        self.ages, self._slots = self._committed
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors."""
@@ -91,4 +113,28 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
         """What state_dict gave."""
         self.ages = state["ages"]
-        self.rows = {n.removeprefix("rows."): t.to(device) for n, t in state.items() if n.startswith("rows.")}
+        self._storage = {n.removeprefix("rows."): t.to(device).clone() for n, t in state.items() if n.startswith("rows.")}
+        self._num_slots = len(self.ages)
+        self._slots = torch.arange(self._num_slots)
+        self.commit()
+
+    def _free_slots(self, rows: dict[str, Tensor], count: int) -> Tensor:
+        """Places of the storage that neither the rows nor the committed rows use, int64 (count,); it grows if there are few."""
+        if not self._storage:
+            self._storage = {name: values.detach().new_empty((0, *values.shape[1:])) for name, values in rows.items()}
+        is_free = torch.ones(self._num_slots, dtype=torch.bool)
+        is_free[self._slots] = False
+        is_free[self._committed[1]] = False
+        free = is_free.nonzero()[:, 0]
+        if (missing := count - len(free)) > 0:  # at first, and once for the rows of one update that wait for their commit
+            size = max(self.config.capacity, self._num_slots + missing)
+            for name, values in self._storage.items():
+                self._storage[name] = torch.cat([values, values.new_empty((size - len(values), *values.shape[1:]))])
+            free = torch.cat([free, torch.arange(self._num_slots, size)])
+            self._num_slots = size
+        return free[:count]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for a GPU's earlier work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

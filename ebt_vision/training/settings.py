@@ -10,7 +10,7 @@ class TrainConfig:
 
     init_from: str | None = None
     """Begin with the weights of another model of the same parts: a shipped name, a folder or hub:OWNER/NAME. A PatchEBT with
-    observation_context may begin with one without."""
+    observation_context may begin with one without; a PatchEBT and a regressor of the same size with each other's weights."""
     num_updates: int = 1000
     batch_size: int = 32
     """Samples of one update, over all processes and accumulated parts together."""

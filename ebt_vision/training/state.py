@@ -25,6 +25,12 @@ def checkpoint_folders(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob(f"{_PREFIX}*") if p.is_dir() and (p / "state.json").is_file())
 
 
+def newest_step(directory: Path) -> int:
+    """The update of the newest complete checkpoint; 0 where there is none."""
+    folders = checkpoint_folders(directory)
+    return int(folders[-1].name.removeprefix(_PREFIX)) if folders else 0
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as named tensors: "exp_avg.trunk.embed.weight" and so on."""
     state = optimizer.state
@@ -91,9 +97,22 @@ def read_checkpoint(folder: Path, names: list[str], own: list[str], rank: int = 
     try:
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
         tensors |= {name: load_file(folder / f"{name}-{rank}.safetensors") for name in own}
-        return tensors, json.loads((folder / "state.json").read_text())
-    except Exception as error:  # safetensors raises its own kinds, json and the file system theirs
-        raise CheckpointError(f"{folder} is damaged ({error}); delete it to resume from the checkpoint before") from error
+    except Exception as error:  # safetensors raises its own kinds, the file system others
+        raise _damaged(folder, error) from error
+    return tensors, read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint folder without its tensors; CheckpointError where it is damaged."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        return state
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder} is damaged ({error}); delete it to resume from the checkpoint before")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,121 @@
+"""What a decoder gives back and how it refuses: shared by the decoders of all formats."""
+
+import io
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ebt_vision.data.metadata import Metadata
+
+MAX_PIXELS = 89_478_485
+"""The largest image that is decoded, in pixels: 89 megapixels, Pillow's own limit (a quarter GB in 8-bit RGB)."""
+
+MIN_SIDE = 8
+"""The smallest side that is decoded, in pixels: below it there is no patch to work on."""
+
+MAX_SECONDS = 60.0
+"""The longest time that reading one image may take; 89 megapixels take about a tenth of it."""
+
+
+class DecodeError(ValueError):
+    """The bytes are no usable image. The message is the reason and the remedy, to be put after the file's name."""
+
+
+class TooLargeError(DecodeError):
+    """The image has more pixels than the caller takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedImage:
+    """One upright image as its file holds it."""
+
+    pixels: np.ndarray
+    """(H, W, 3) RGB or (H, W, 1) grey; uint8 in 0..255 or uint16 in 0..65535."""
+    alpha: np.ndarray | None
+    """(H, W), dtype and range of `pixels`, not premultiplied; None for an opaque file."""
+    icc_profile: bytes | None
+    """The profile `pixels` are in; None without one, and for CMYK, which is converted to sRGB."""
+    exif: bytes | None
+    """EXIF block that starts with b"Exif\\0\\0", its orientation reset to 1 because the pixels are upright already."""
+    metadata: Metadata = field(default_factory=Metadata)
+    """Resolution, XMP, comments and what else says something about the image."""
+    notes: tuple[str, ...] = ()
+    """What was left out in reading, a sentence each."""
+
+
+class TimedBytes(io.BytesIO):
+    """Bytes as a file that raises DecodeError once MAX_SECONDS have passed, so that no decoder can read it for ever."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._end = time.monotonic() + MAX_SECONDS
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._check()
+        return super().read(size)
+
+    def readinto(self, buffer) -> int:
+        self._check()
+        return super().readinto(buffer)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self._check()
+        return super().readline(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._check()
+        return super().seek(offset, whence)
+
+    def _check(self) -> None:
+        if time.monotonic() > self._end:
+            raise DecodeError(f"takes more than {MAX_SECONDS:.0f} s to read; save it anew as PNG")
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """DecodeError for an image that is too small, TooLargeError for more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise TooLargeError(f"is {width}x{height} pixels, more than the {max_pixels} that are decoded; make it smaller")
+    if min(width, height) < MIN_SIDE:
+        raise DecodeError(f"is {width}x{height} pixels, too small; each side needs at least {MIN_SIDE}")
+
+
+def check_frames(num_frames: int | str) -> None:
+    """DecodeError unless there is one frame; a word such as "several" says that they were not counted."""
+    if num_frames != 1:
+        raise DecodeError(f"has {num_frames} frames or pages; save the one you mean as PNG")
+
+
+def assemble(
+    array: np.ndarray,
+    orientation: int,
+    icc_profile: bytes | None,
+    exif: bytes | None,
+    metadata: Metadata,
+    notes: tuple[str, ...] = (),
+) -> DecodedImage:
+    """(H, W, C) of 1 to 4 channels as stored, the last being alpha where their number is even -> upright DecodedImage."""
+    upright = np.ascontiguousarray(_orient(array, orientation))
+    has_alpha = upright.shape[2] in (2, 4)
+    return DecodedImage(
+        pixels=upright[:, :, :-1] if has_alpha else upright,
+        alpha=upright[:, :, -1] if has_alpha else None,
+        icc_profile=icc_profile or None,
+        exif=exif,
+        metadata=metadata.turned() if orientation in (5, 6, 7, 8) else metadata,
+        notes=notes,
+    )
+
+
+def _orient(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply the EXIF orientation 1..8 to (H, W, C) (EXIF 2.32, sec. 4.6.4 A)."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of somebody else's, short and in one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,148 @@
+"""Samples and metadata -> the bytes of a PNG, JPEG, WebP or TIFF file."""
+
+import io
+import os
+import struct
+import zlib
+from typing import Protocol
+
+import numpy as np
+import tifffile
+from PIL import ExifTags, Image, PngImagePlugin
+
+from ebt_vision.data.metadata import PNG_SIGNATURE, TIFF_TAGS_KEPT, Metadata, tiff_directory
+
+JPEG_QUALITY = 95
+DEEP_SUFFIXES = (".png", ".tif", ".tiff")
+"""Formats that hold 16 bits."""
+MAX_SEGMENT = 65_502
+"""Bytes of XMP that one segment of a JPEG holds."""
+
+
+class Description(Protocol):
+    """What is written beside the samples."""
+
+    @property
+    def icc_profile(self) -> bytes | None: ...
+
+    @property
+    def exif(self) -> bytes | None: ...
+
+    @property
+    def metadata(self) -> Metadata: ...
+
+
+def encode(suffix: str, array: np.ndarray, image: Description) -> bytes:
+    """(H, W, C) uint8 or, for PNG and TIFF, uint16, C = 1..4, alpha last where C is even -> the bytes of a file."""
+    if suffix in (".tif", ".tiff"):
+        return _encode_tiff(array, image)
+    if suffix == ".png":
+        return _encode_png16(array, image) if array.dtype == np.uint16 else _encode_png8(array, image)
+    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    metadata = image.metadata
+    written: dict[str, object] = {"icc_profile": image.icc_profile, "exif": image.exif, "xmp": metadata.xmp}
+    buffer = io.BytesIO()
+    if suffix == ".webp":
+        options = {name: value for name, value in written.items() if value}
+        picture.save(buffer, "WEBP", lossless=True, exact=True, **options)
+        return buffer.getvalue()
+    if array.shape[2] in (2, 4):
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    written |= {"dpi": metadata.dpi and tuple(min(round(value), 65_535) for value in metadata.dpi)}
+    written |= {"comment": metadata.comment and metadata.comment[:MAX_SEGMENT]}
+    if metadata.xmp and len(metadata.xmp) > MAX_SEGMENT:
+        del written["xmp"]
+    options = {name: value for name, value in written.items() if value}
+    picture = picture.convert("L" if array.shape[2] <= 2 else "RGB")
+    picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, **options)
+    return buffer.getvalue()
+
+
+def _encode_png8(array: np.ndarray, image: Description) -> bytes:
+    chunks = PngImagePlugin.PngInfo()
+    for name, content in _png_chunks(image):
+        chunks.add(name, content)
+    options = {"icc_profile": image.icc_profile, "exif": image.exif, "dpi": image.metadata.dpi}
+    buffer = io.BytesIO()
+    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    picture.save(buffer, "PNG", pnginfo=chunks, **{name: value for name, value in options.items() if value})
+    return buffer.getvalue()
+
+
+def _png_chunks(image: Description) -> list[tuple[bytes, bytes]]:
+    """What both writers of PNG write beside profile, EXIF and resolution: colours, texts and XMP."""
+    metadata = image.metadata
+    texts = PngImagePlugin.PngInfo()
+    for key, value in metadata.text:
+        texts.add_itxt(key[:79], value, zip=len(value) > 1000)
+    if metadata.xmp:
+        texts.add_itxt("XML:com.adobe.xmp", metadata.xmp.decode("utf-8", "replace"))
+    colour = () if image.icc_profile else metadata.png_colour
+    return [*colour, *((chunk[0], chunk[1]) for chunk in texts.chunks)]
+
+
+def _encode_png16(array: np.ndarray, image: Description) -> bytes:
+    """16-bit PNG, which Pillow cannot write (PNG specification, third edition, sec. 5, 9 and 11)."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = array.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = np.frombuffer(array.astype(">u2").tobytes(), np.uint8).reshape(height, -1)
+    filtered = np.zeros((height, 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = 2  # filter type Up: the difference from the row above, modulo 256
+    filtered[:, 1:] = rows
+    filtered[1:, 1:] -= rows[:-1]
+    parts = [PNG_SIGNATURE, chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
+    if image.icc_profile:
+        parts.append(chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(image.icc_profile)))
+    parts += [chunk(name, content) for name, content in _png_chunks(image)]
+    if image.metadata.dpi:
+        parts.append(chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in image.metadata.dpi), 1)))
+    if image.exif:
+        parts.append(chunk(b"eXIf", image.exif.removeprefix(b"Exif\0\0")))
+    parts += [chunk(b"IDAT", zlib.compress(filtered.tobytes())), chunk(b"IEND", b"")]
+    return b"".join(parts)
+
+
+def _encode_tiff(array: np.ndarray, image: Description) -> bytes:
+    """TIFF with tifffile, because Pillow cannot write 16-bit colour, nor compress where there is an EXIF block."""
+    exif = Image.Exif()
+    if image.exif:
+        exif.load(image.exif)
+    kept = {name: exif[ExifTags.Base[name]] for name in TIFF_TAGS_KEPT if ExifTags.Base[name] in exif}
+    tags: list[tuple] = [(ExifTags.Base[name].value, "s", 0, str(kept[name]), True) for name in kept if "Resol" not in name]
+    blocks = {int(ifd): fields for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo) if (fields := exif.get_ifd(ifd))}
+    # tifffile writes no pointer to an EXIF block: the number before it holds the place until the block is there.
+    tags += [(ifd - 1, "I", 1, 0, True) for ifd in blocks]
+    if image.metadata.xmp:
+        tags.append((700, "B", len(image.metadata.xmp), image.metadata.xmp, True))
+    resolution, unit = image.metadata.dpi, 2
+    if "XResolution" in kept and "YResolution" in kept:
+        resolution, unit = (float(kept["XResolution"]), float(kept["YResolution"])), kept.get("ResolutionUnit", 2)
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        array[:, :, 0] if array.shape[2] == 1 else array,
+        byteorder="<",
+        photometric="rgb" if array.shape[2] >= 3 else "minisblack",
+        planarconfig="contig" if array.shape[2] > 1 else None,
+        extrasamples=["unassalpha"] if array.shape[2] in (2, 4) else None,
+        compression="zlib",
+        iccprofile=image.icc_profile,
+        extratags=tags,
+        resolution=resolution,
+        resolutionunit=unit if resolution else None,
+        metadata=None,
+        software=False,
+    )
+    with tifffile.TiffFile(io.BytesIO(buffer.getvalue())) as tiff:
+        entries = {ifd: tiff.pages.first.tags[ifd - 1].offset for ifd in blocks}
+    for ifd, fields in blocks.items():
+        start = buffer.seek(0, os.SEEK_END)
+        start += buffer.write(b"\0" * (start % 2))  # an IFD begins on a word boundary
+        buffer.write(tiff_directory(fields, ifd, start))
+        buffer.seek(entries[ifd])
+        buffer.write(struct.pack("<HHII", ifd, 4, 1, start))  # an entry: tag, type LONG, count, value
+    return buffer.getvalue()

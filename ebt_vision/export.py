@@ -1,0 +1,169 @@
+"""Networks for other programs: ONNX files and torch.export programs.
+
+Two parts of a network can be exported:
+
+    proposal   images -> N(images): what a regressor predicts, or the reconstruction of an EBT with the quadratic head. It takes
+               one forward pass. Batch, height and width are dynamic.
+    step       candidate -> (next candidate, energy): one thinking step of an EBT, y - step_size * dE/dy. The gradient is traced
+               into plain operations, at one size.
+
+Both take and give images in [0, 1], as photographs are: the scaling to the network's range is inside.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ebt_vision.classical import MissingExtraError
+from ebt_vision.corruption import signal_and_noise_scale, to_image_range, to_model_range
+from ebt_vision.denoiser import TRAINING_LEVEL
+from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
+from ebt_vision.models.patch_trunk import noise_process_of
+from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.models.regressor import PatchRegressor
+
+Part = Literal["proposal", "step"]
+SUFFIXES = (".onnx", ".pt2")
+"""ONNX, and torch.export's own format."""
+
+
+class Proposal(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> denoised ones, clamped; H and W multiples of the patch size."""
+
+    def __init__(self, model: PatchEBT | PatchRegressor):
+        super().__init__()
+        self.model, self.scale = model, _input_scale(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = to_model_range(images) * self.scale
+        output = self.model.reconstruct(x) if isinstance(self.model, PatchEBT) else self.model(x)
+        return to_image_range(output).clamp(0.0, 1.0)
+
+
+class Step(nn.Module):
+    """Candidates (B, 3, H, W) -> candidates after one thinking step, and their energies before it, mean over patches, (B,).
+
+    Candidates are in [0, 1], or outside where they still are noisy. They are not clamped, so that steps can follow one another.
+    The first candidate is the noisy image; a network of the VP process then gives images of full signal from the first step on.
+    """
+
+    def __init__(self, model: PatchEBT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        y = to_model_range(candidates)
+
+        def total(candidate: Tensor) -> tuple[Tensor, Tensor]:
+            energy = self.model(candidate)
+            return energy.sum(), energy
+
+        gradient, energy = torch.func.grad(total, has_aux=True)(y)
+        shown = patch_energy_mean(energy, y.shape, self.model.config.patch_size)
+        return to_image_range(y - self.model.step_size * gradient), shown
+
+
+def export_model(
+    model: PretrainedModel, path: Path, *, part: Part = "proposal", size: tuple[int, int] | None = None, batch_size: int = 1
+) -> None:
+    """Write `part` of a PatchEBT or PatchRegressor to `path`, ONNX or torch.export's format by its suffix (.onnx, .pt2).
+
+    `size` (height, width) and `batch_size` are those of a step, which has fixed shapes; a proposal takes any, in multiples of
+    the patch size. Raises ValueError for a part that the model does not have, a size that does not fit and an unknown suffix,
+    MissingExtraError for ONNX without the package onnxscript.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"output {path} must end with {' or '.join(SUFFIXES)}: ONNX, or a torch.export program")
+    if path.suffix == ".onnx":
+        check_onnx()
+    module = _part(model, part)
+    patch_size: int = model.config.patch_size
+    if part == "step":
+        if size is None:
+            raise ValueError("a step has a fixed size; give height and width, for example 256x256")
+        if min(size) < patch_size or any(side % patch_size for side in size):
+            raise ValueError(f"size={size[0]}x{size[1]} is not a multiple of patch_size={patch_size}")
+        program = _traced(module, torch.zeros(batch_size, 3, *size))
+    else:
+        # Two images of 3x5 patches: sizes that are unlike each other stay apart, and 1 would be taken for a constant.
+        example = torch.zeros(2, 3, 3 * patch_size, 5 * patch_size)
+        automatic = torch.export.Dim.AUTO
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: automatic, 2: automatic, 3: automatic},))
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+        return
+    names = (["images"], ["denoised"]) if part == "proposal" else (["candidates"], ["next_candidates", "energies"])
+    onnx_program = torch.onnx.export(program, (), dynamo=True, input_names=names[0], output_names=names[1], verbose=False)
+    assert onnx_program is not None
+    onnx_program.model.metadata_props.update(
+        {"source": f"ebt_vision {model.model_type}", "part": part, "patch_size": str(patch_size), "range": "[0, 1], RGB"}
+    )
+    onnx_program.save(path)
+
+
+def check_onnx() -> None:
+    """MissingExtraError, with the command that installs it, where ONNX files cannot be written."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise MissingExtraError('onnx is not installed; run: pip install "ebt_vision[onnx]"') from None
+
+
+def _part(model: PretrainedModel, part: Part) -> nn.Module:
+    if part not in get_args(Part):
+        raise ValueError(f"part={part!r} is unknown; use one of {', '.join(get_args(Part))}")
+    if not isinstance(model, PatchEBT | PatchRegressor):
+        raise ValueError(f"a {model.model_type!r} model cannot be exported; use a patch_ebt or a patch_regressor")
+    if isinstance(model, PatchEBT) and model.config.observation_context:
+        raise ValueError("a model with observation_context cannot be exported: it takes two images")
+    model = model.eval().requires_grad_(False)
+    if part == "proposal":
+        if isinstance(model, PatchEBT) and model.config.energy_head != "quadratic":
+            raise ValueError("an EBT with the linear head has no proposal; export its step with --part step")
+        return Proposal(model)
+    if not isinstance(model, PatchEBT):
+        raise ValueError("a regressor has no energy to take a step on; export its proposal")
+    return Step(model)
+
+
+def _input_scale(model: PretrainedModel) -> float:
+    return signal_and_noise_scale(TRAINING_LEVEL)[0] if noise_process_of(model) == "vp" else 1.0
+
+
+def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The module with the gradients inside it written out as plain operations, at the shape of the example."""
+    table: dict[Any, Callable[..., Any]] = {torch.ops.aten.convolution_backward.default: _convolution_backward}
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has a backward operator that other programs do not know
+        graph = make_fx(module, decomposition_table=table)(example)
+    return torch.export.export(graph, (example,))
+
+
+def _convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, None, None]:
+    """The gradient of a convolution's input, as a convolution: ONNX has no operator for convolution_backward."""
+    assert not output_mask[1] and not output_mask[2], "the weights are constants"
+    if transposed:
+        return F.conv2d(grad, weight, None, stride, padding, dilation, groups), None, None
+    extra = [
+        x.shape[2 + i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+        for i in range(2)
+    ]
+    return F.conv_transpose2d(grad, weight, None, stride, padding, extra, groups, dilation), None, None

@@ -1,0 +1,95 @@
+"""A patch transformer between convolutions: a stem goes down from pixels to tokens, a decoder goes back up through skips.
+
+The stem and the decoder see details that a linear patch embedding cannot represent; the transformer blocks between them work on
+the same patches as the plain trunk's. The shape is that of a U-Net (Ronneberger et al. 2015) with residual blocks and strided
+2x2 convolutions, as in DRUNet (Zhang et al. 2021), and transformer blocks at the coarsest level. Activations are smooth (GELU),
+because thinking differentiates the network twice.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebt_vision.models.patch_trunk import PatchTrunk, TrunkConfig, check_image_size, patchify
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3x3 convolutions, (B, width, H, W) -> (B, width, H, W)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.1)  # a block starts close to the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.gelu(self.conv1(x), approximate="tanh"))
+
+
+class ConvStem(nn.Module):
+    """Images (B, num_inputs * in_chans, H, W) -> tokens (B, N, embed_dim) and the skips of every level, finest first."""
+
+    def __init__(self, config: TrunkConfig, num_inputs: int):
+        super().__init__()
+        self.unshuffle = config.stem_unshuffle
+        widths = config.stem_widths
+        self.input = nn.Conv2d(config.in_chans * num_inputs * self.unshuffle**2, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(_conv_blocks(width, config.stem_blocks) for width in widths)
+        outputs = (*widths[1:], config.embed_dim)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, outputs, strict=True))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        # Channels last is the faster layout for convolutions on CPUs and on tensor cores.
+        x = F.pixel_unshuffle(images, self.unshuffle).contiguous(memory_format=torch.channels_last)
+        x = self.input(x)  # (B, widths[0], H / unshuffle, W / unshuffle)
+        skips = []
+        for level, down in zip(self.levels, self.down, strict=True):
+            x = level(x)
+            skips.append(x)
+            x = down(x)
+        return x.flatten(2).transpose(1, 2), skips  # NCHW -> NLC
+
+
+class ConvDecoder(nn.Module):
+    """Tokens (B, N, embed_dim) and skips -> what is added to the image, (B, in_chans, H, W)."""
+
+    def __init__(self, config: TrunkConfig):
+        super().__init__()
+        self.unshuffle = config.stem_unshuffle
+        widths = config.stem_widths
+        inputs = (*widths[1:], config.embed_dim)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in zip(inputs, widths, strict=True))
+        self.levels = nn.ModuleList(_conv_blocks(width, config.stem_blocks) for width in widths)
+        self.output = nn.Conv2d(widths[0], config.in_chans * self.unshuffle**2, 3, padding=1)
+        with torch.no_grad():
+            self.output.weight.mul_(0.1)  # the reconstruction starts close to the image itself
+
+    def forward(self, tokens: Tensor, skips: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        x = tokens.transpose(1, 2).unflatten(2, grid)  # NLC -> NCHW
+        for up, level, skip in zip(reversed(self.up), reversed(self.levels), reversed(skips), strict=True):
+            x = level(up(x) + skip)
+        return F.pixel_shuffle(self.output(x), self.unshuffle)
+
+
+class ConvTrunk(PatchTrunk):
+    """PatchTrunk with a convolutional stem and a ConvDecoder as head; it reconstructs the image plus the head's output."""
+
+    def _make_embedding(self, config: TrunkConfig, num_inputs: int) -> None:
+        self.stem = ConvStem(config, num_inputs)
+
+    def make_head(self) -> nn.Module:
+        return ConvDecoder(self.config)
+
+    def reconstruct_patches(self, head: nn.Module, *images: Tensor) -> Tensor:
+        grid = check_image_size(images[0], self.config.patch_size)
+        x, skips = self.stem(torch.cat(images, dim=1))
+        tokens = self.norm(self._run_blocks(x, grid, [self.config.depth - 1])[0])
+        return patchify(images[0] + head(tokens, skips, grid), self.config.patch_size)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.stem(images)[0]
+
+
+def _conv_blocks(width: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ConvBlock(width) for _ in range(count)))

@@ -1,0 +1,201 @@
+"""A seeded mixture of the noise that photographs have, for training and for evaluation.
+
+A share of the draws (`gaussian_share`) is plain white Gaussian noise, not clipped, as in the tables of restoration papers. The
+other draws follow what cameras and the web do. Each part has a probability of its own:
+
+    noise field   sensor noise, Gaussian noise with correlated colour channels, or speckle. Sensor noise depends on the signal
+                  and goes through a Bayer mosaic, demosaicing, white balance and a tone curve (Brooks et al. 2019).
+    correlation   The field is blurred or enlarged, so that neighbouring pixels are alike, as after denoising or resizing.
+    JPEG          before the noise, after it, or both.
+    8 bits        clipped and rounded.
+
+The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1). Weak noise
+is drawn often, because most photographs have weak noise. A share of the draws has no noise at all. The target is the clean
+image, so a network learns to remove JPEG artefacts as well as noise.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebt_vision.corruption import add_jpeg, to_8_bit
+
+_BAYER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
+"""Which pixel of a 2x2 cell of the mosaic (RGGB) each colour has, (3, 2, 2)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RealisticNoiseConfig:
+    """How often each part of the mixture is drawn, and how strong it is."""
+
+    max_sigma: float = 75.0
+    """The largest standard deviation of white Gaussian noise, 0..255 units."""
+    max_realistic_sigma: float = 50.0
+    """The largest of the realistic draws: of correlated noise that is stronger, little of an image is left."""
+    sigma_power: float = 1.5
+    """1 draws strengths uniformly; more draws weak noise more often."""
+    clean_share: float = 0.04
+    """Share of the draws without any noise, in [0, 1]."""
+    gaussian_share: float = 0.5
+    """Share of the draws that are white Gaussian noise and nothing else, in [0, 1]; the others are realistic."""
+    correlated_share: float = 0.5
+    """Share of the realistic draws whose noise is spatially correlated, in [0, 1]."""
+    jpeg_share: float = 0.4
+    """Share of the realistic draws that become JPEG files after the noise, in [0, 1]. A fifth of them are JPEG files before."""
+    jpeg_quality: tuple[int, int] = (30, 95)
+    """Lowest and highest quality."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_sigma", "max_realistic_sigma"):
+            if not 0 <= getattr(self, name) <= 255:
+                raise ValueError(f"{name}={getattr(self, name):g} is not in 0..255")
+        if self.sigma_power <= 0:
+            raise ValueError(f"sigma_power={self.sigma_power:g} must be positive; 1 draws strengths uniformly")
+        for name in ("clean_share", "gaussian_share", "correlated_share", "jpeg_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
+        low, high = self.jpeg_quality
+        if not 1 <= low <= high <= 100:
+            raise ValueError(f"jpeg_quality=[{low}, {high}] is not a range in 1..100")
+
+
+def add_realistic_noise(clean: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]) -> Tensor:
+    """Noisy images (B, 3, H, W), float32 on the CPU, of clean ones in [0, 1]; generator i makes every draw of image i.
+
+    The white Gaussian draws may leave [0, 1]; the realistic ones are whole 8-bit values. Raises ValueError unless there is a
+    generator for each image and the images have three channels.
+    """
+    if clean.ndim != 4 or clean.shape[1] != 3:
+        raise ValueError(f"clean has shape {tuple(clean.shape)}; give RGB images, (B, 3, H, W)")
+    if len(generators) != len(clean):
+        raise ValueError(f"got {len(generators)} generators for {len(clean)} images; give one per image")
+    return torch.stack([_one(image, config, g) for image, g in zip(clean.float().cpu(), generators, strict=True)])
+
+
+def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator) -> Tensor:
+    """(3, H, W) -> (3, H, W)."""
+    draw = torch.rand(8, generator=generator).tolist()
+    strength = draw[0] ** config.sigma_power / 255.0
+    if draw[1] < config.clean_share:
+        return clean.clone()
+    if draw[2] < config.gaussian_share:
+        return clean + config.max_sigma * strength * torch.randn(clean.shape, generator=generator)
+    sigma = config.max_realistic_sigma * strength
+    image = _jpeg(clean, config, generator) if draw[3] < 0.2 else clean
+    field = _FIELDS[int(draw[4] * len(_FIELDS))]
+    correlation = _random_correlation(generator) if draw[5] < config.correlated_share else None
+    image = image + field(image, sigma, correlation, generator)
+    if draw[6] < config.jpeg_share:
+        return _jpeg(image, config, generator)
+    return to_8_bit(image) / 255.0
+
+
+_Correlation = Callable[[Tensor], Tensor]
+_Field = Callable[[Tensor, float, _Correlation | None, torch.Generator], Tensor]
+
+
+def _sensor_noise(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
+    """Poisson-Gaussian noise of a sensor (Foi et al. 2008) after the camera's pipeline; std `sigma` on average."""
+    gains, shot = _uniform(generator, 1.2, 2.4, 3), _uniform(generator, 0.0, 1.0, 1)
+    gains[1] = 1.0  # white balance keeps green
+    raw = _mosaic(_to_linear(clean.clamp(0, 1)) / gains[:, None, None])  # (1, H, W)
+    # Variance = shot noise, which grows with the signal (Poisson), and read noise; the pipeline's gain is scaled away below.
+    std = (shot * raw + (1.0 - shot) * raw.mean() + 1e-4).sqrt()
+    noise = std * _white((1, *clean.shape[1:]), correlation, generator)
+    scale = sigma / 2.0  # a first guess; linear light is steeper in shadows
+    for _ in range(2):
+        field = _develop(raw + scale * noise, gains) - _develop(raw, gains)
+        scale *= sigma / max(float(field.std()), 1e-6)
+    return field
+
+
+def _coloured_noise(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
+    """Gaussian noise whose channels are mixed: from independent ones to grey; std `sigma` on average."""
+    mixing = torch.eye(3) + _uniform(generator, 0.0, 2.0, 1) * torch.rand(3, 3, generator=generator)
+    if float(_uniform(generator, 0.0, 1.0, 1)) < 0.2:
+        mixing = torch.ones(3, 3)
+    field = torch.einsum("ij,jhw->ihw", mixing, _white(tuple(clean.shape), correlation, generator))
+    return field * (sigma / field.std().clamp(min=1e-6))
+
+
+def _speckle(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
+    """Noise in proportion to the signal; std `sigma` on average."""
+    field = clean * _white(tuple(clean.shape), correlation, generator)
+    return field * (sigma / field.std().clamp(min=0.05))
+
+
+_FIELDS: tuple[_Field, ...] = (_sensor_noise, _sensor_noise, _coloured_noise, _coloured_noise, _speckle)
+"""Each is drawn as often as it stands here."""
+
+
+def _white(shape: tuple[int, ...], correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(shape, generator=generator)
+    return noise if correlation is None else correlation(noise)
+
+
+def _random_correlation(generator: torch.Generator) -> _Correlation:
+    """A blur of standard deviation 0.3 to 1.5 px, or an enlargement by up to 2."""
+    resampled, amount = torch.rand(2, generator=generator).tolist()
+    if resampled < 0.4:
+        return lambda noise: _unit_std(_enlarged(noise, 1.0 + amount))
+    std = 0.3 + 1.2 * amount
+    kernel = torch.exp(-0.5 * (torch.arange(-4, 5) / std) ** 2)
+    return lambda noise: _unit_std(_blurred(noise, kernel / kernel.sum()))
+
+
+def _enlarged(noise: Tensor, factor: float) -> Tensor:
+    """The top left of the noise enlarged by `factor`, (C, H, W) as it was."""
+    size = [math.ceil(side / factor) for side in noise.shape[-2:]]
+    part = noise[None, :, : size[0], : size[1]]
+    return F.interpolate(part, size=noise.shape[-2:], mode="bicubic", align_corners=False)[0]
+
+
+def _blurred(noise: Tensor, kernel: Tensor) -> Tensor:
+    x = F.pad(noise[:, None], [len(kernel) // 2] * 4, mode="reflect")  # (C, 1, H, W)
+    return F.conv2d(F.conv2d(x, kernel[None, None, :, None]), kernel[None, None, None, :])[:, 0]
+
+
+def _unit_std(noise: Tensor) -> Tensor:
+    return noise / noise.std().clamp(min=1e-6)
+
+
+def _jpeg(image: Tensor, config: RealisticNoiseConfig, generator: torch.Generator) -> Tensor:
+    low, high = config.jpeg_quality
+    return add_jpeg(image[None], int(torch.randint(low, high + 1, (), generator=generator)))[0]
+
+
+def _mosaic(image: Tensor) -> Tensor:
+    """(3, H, W) -> (1, H, W): the colour that each pixel of the Bayer mosaic sees."""
+    return (image * _bayer_masks(image.shape[-2], image.shape[-1])).sum(0, keepdim=True)
+
+
+def _develop(raw: Tensor, gains: Tensor) -> Tensor:
+    """Bilinear demosaicing, white balance, tone curve: (1, H, W) linear -> (3, H, W) in sRGB, about [0, 1]."""
+    masks = _bayer_masks(raw.shape[-2], raw.shape[-1])
+    kernel = torch.tensor([[0.25, 0.5, 0.25], [0.5, 1.0, 0.5], [0.25, 0.5, 0.25]])[None, None]
+    weighted = F.pad((raw * masks)[:, None], [1] * 4, mode="reflect")
+    weights = F.pad(masks[:, None], [1] * 4, mode="reflect")
+    full = (F.conv2d(weighted, kernel) / F.conv2d(weights, kernel))[:, 0]
+    return _to_srgb(full * gains[:, None, None])
+
+
+def _bayer_masks(height: int, width: int) -> Tensor:
+    return _BAYER.repeat(1, math.ceil(height / 2), math.ceil(width / 2))[:, :height, :width]
+
+
+def _to_linear(srgb: Tensor) -> Tensor:
+    """sRGB -> linear light (IEC 61966-2-1)."""
+    return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clamp(min=0) + 0.055) / 1.055) ** 2.4)
+
+
+def _to_srgb(linear: Tensor) -> Tensor:
+    """Linear light -> sRGB; values below 0 and above 1 go on along the curve's ends."""
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
+
+
+def _uniform(generator: torch.Generator, low: float, high: float, count: int) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)

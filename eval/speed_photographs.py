@@ -1,0 +1,41 @@
+"""The part of eval/speed.py on photographs: the denoisers people use, with their default settings, against DnCNN's network."""
+
+import argparse
+
+import torch
+from speed_rounds import timed
+from torch import Tensor, nn
+
+from ebt_vision.benchmark.timing import Version
+from ebt_vision.checkpoint import default_pretrained
+from ebt_vision.denoiser import load_denoiser
+
+
+def dncnn() -> nn.Module:
+    """DnCNN's network for blind colour denoising, with random weights: 20 layers of 64 channels (Zhang et al. 2017, sec. IV).
+
+    Noisy images (B, 3, H, W) -> denoised ones. Batch normalisation is left out: at inference it is part of the convolutions.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(inplace=True)]
+    for _ in range(18):
+        layers += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1)).eval()
+
+
+def photographs(settings: argparse.Namespace) -> dict:
+    """DnCNN's network first, then each of --photograph-models as `ebt-vision denoise` uses it, on one square photograph."""
+    side = settings.photograph_size
+    generator = torch.Generator().manual_seed(settings.seed)
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9, generator=generator), (side, side), mode="bicubic")
+    noisy = (smooth + 25 / 255 * torch.randn(smooth.shape, generator=generator)).to(settings.device)
+    network = dncnn().to(settings.device)
+
+    def peer() -> Tensor:
+        with torch.no_grad():
+            return noisy - network(noisy)
+
+    versions = [Version(name="DnCNN's network", call=peer, units=side * side)]
+    for name in settings.photograph_models or [default_pretrained()]:
+        denoiser = load_denoiser(name, device=settings.device)
+        versions.append(Version(name=name, call=lambda denoiser=denoiser: denoiser.denoise(noisy), units=side * side))
+    return timed(settings, versions, (side * side // 64, 576, 64), "pixels")

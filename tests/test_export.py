@@ -1,0 +1,121 @@
+"""Exported networks give what the network gives, in onnxruntime and as torch.export programs, at sizes not seen at export."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ebt_vision.classical import MissingExtraError
+from ebt_vision.cli import main
+from ebt_vision.corruption import to_image_range, to_model_range
+from ebt_vision.export import Proposal, Step, export_model
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
+from ebt_vision.thinking import think
+
+TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
+STEM = dict(stem_widths=(4, 8), noise_process="awgn")
+
+
+def tiny_ebt(**changes: object) -> PatchEBT:
+    torch.manual_seed(0)
+    model = PatchEBT(PatchEBTConfig(**(TINY | changes)))  # type: ignore[arg-type]
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def run_onnx(path: Path, images: torch.Tensor) -> list[np.ndarray]:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})
+
+
+@pytest.mark.parametrize("stem", [{}, STEM], ids=["plain", "conv"])
+def test_a_step_is_a_step_of_thinking(stem: dict):
+    """Before anything is exported: the module that is traced agrees with think()."""
+    model, images = tiny_ebt(**stem), torch.rand(2, 3, 8, 12)
+    candidates, energies = Step(model)(images)
+    result = think(model, to_model_range(images), step_size=model.step_size.detach(), num_steps=1)
+    torch.testing.assert_close(candidates, to_image_range(result.final), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(energies, result.energies[0] / 6)  # 2 x 3 patches
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("stem", [{}, STEM], ids=["plain", "conv"])
+def test_a_proposal_takes_any_batch_and_size(stem: dict, suffix: str, tmp_path: Path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    model = tiny_ebt(**stem)
+    path = tmp_path / f"model{suffix}"
+    export_model(model, path)
+    for shape in ((1, 3, 8, 8), (3, 3, 20, 12)):
+        images = torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+        expected = Proposal(model)(images)
+        found = run_onnx(path, images)[0] if suffix == ".onnx" else torch.export.load(path).module()(images).detach().numpy()
+        np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stem", [{}, STEM], ids=["plain", "conv"])
+def test_an_exported_step_gives_the_same_candidate_and_energy(stem: dict, tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    model = tiny_ebt(**stem)
+    export_model(model, tmp_path / "step.onnx", part="step", size=(8, 12))
+    images = torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    candidates, energies = run_onnx(tmp_path / "step.onnx", images)
+    expected = Step(model)(images)
+    np.testing.assert_allclose(candidates, expected[0].detach().numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(energies, expected[1].detach().numpy(), rtol=1e-4)
+
+
+def test_the_command_exports_a_regressor(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.manual_seed(0)
+    model = PatchRegressor(PatchRegressorConfig(**(TINY | STEM)))  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "model")
+    output = tmp_path / "model.pt2"
+    assert main(["export", str(tmp_path / "model"), "--output", str(output)]) == 0
+    assert str(output) in capsys.readouterr().out
+    images = torch.rand(1, 3, 12, 16)
+    expected = to_image_range(model(to_model_range(images))).clamp(0, 1)
+    torch.testing.assert_close(torch.export.load(output).module()(images), expected, rtol=1e-4, atol=1e-5)
+    assert main(["export", str(tmp_path / "model"), "--output", str(output)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--output", "model.txt"], "must end with .onnx or .pt2"),
+        (["--output", "no/model.pt2"], "is not a folder"),
+        (["--output", "model.pt2", "--part", "step"], "give height and width"),
+        (["--output", "model.pt2", "--part", "step", "--size", "9x16"], "9x16 is not a multiple of patch_size=8"),
+        (["--output", "model.pt2", "--size", "16x16"], "--size is for --part step"),
+    ],
+)
+def test_a_wrong_request_is_one_line(
+    arguments: list[str], answer: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(tiny_checkpoint), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert answer in error and error.count("\n") == 1
+
+
+def test_models_without_the_part_are_refused(tmp_path: Path):
+    regressor = PatchRegressor(PatchRegressorConfig(**TINY))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no energy to take a step on"):
+        export_model(regressor, tmp_path / "step.pt2", part="step", size=(8, 8))
+    linear = tiny_ebt(energy_head="linear", embed_dim=48)
+    with pytest.raises(ValueError, match="no proposal"):
+        export_model(linear, tmp_path / "proposal.pt2")
+    with pytest.raises(ValueError, match="takes two images"):
+        export_model(tiny_ebt(observation_context=True), tmp_path / "proposal.pt2")
+
+
+def test_without_onnx_one_line_names_the_extra(tmp_path: Path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "ebt_vision\[onnx\]"'):
+        export_model(tiny_ebt(), tmp_path / "model.onnx")

@@ -1,0 +1,137 @@
+"""The realistic mixture: seeded, of the strength asked for, correlated where it says so."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ebt_vision import realistic_noise
+from ebt_vision.realistic_noise import RealisticNoiseConfig, add_realistic_noise
+from ebt_vision.rng import make_generator, sample_generators
+
+
+def clean_images(count: int = 6, height: int = 37, width: int = 31) -> torch.Tensor:
+    rows = torch.linspace(0.2, 0.8, height)[:, None].expand(height, width)
+    return rows.expand(count, 3, height, width).clone()
+
+
+def test_the_same_generators_give_the_same_noise_in_any_batch():
+    clean, config = clean_images(), RealisticNoiseConfig()
+    untouched = clean.clone()
+    state = torch.random.get_rng_state()
+    together = add_realistic_noise(clean, config, sample_generators(3, range(6)))
+    alone = add_realistic_noise(clean[4:5], config, sample_generators(3, [4]))
+    torch.testing.assert_close(together[4:5], alone, rtol=0, atol=0)
+    assert not torch.equal(together[0], together[1])
+    assert torch.equal(clean, untouched)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_white_gaussian_draws_have_the_strength_of_the_formula_and_are_not_clipped():
+    config = RealisticNoiseConfig(gaussian_share=1.0, clean_share=0.0, max_sigma=200.0, sigma_power=2.0)
+    clean = clean_images(1, 128, 128)
+    noisy = add_realistic_noise(clean, config, [make_generator(5)])
+    u = torch.rand(8, generator=make_generator(5))[0].item()
+    assert (noisy - clean).std().item() * 255 == pytest.approx(200.0 * u**2, rel=0.02)
+    assert noisy.max() > 1.0
+
+
+def test_a_share_of_the_draws_is_clean():
+    clean = clean_images(64, 8, 8)
+    noisy = add_realistic_noise(clean, RealisticNoiseConfig(clean_share=1.0), sample_generators(0, range(64)))
+    assert torch.equal(noisy, clean)
+    noisy = add_realistic_noise(clean, RealisticNoiseConfig(clean_share=0.25), sample_generators(0, range(64)))
+    same = (noisy == clean).flatten(1).all(1).sum()
+    assert 6 <= same <= 26
+
+
+def test_realistic_draws_are_8_bit_values():
+    config = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0)
+    noisy = add_realistic_noise(clean_images(24), config, sample_generators(1, range(24)))
+    assert noisy.min() >= 0 and noisy.max() <= 1
+    torch.testing.assert_close(noisy * 255, (noisy * 255).round(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", sorted({f.__name__ for f in realistic_noise._FIELDS}))
+def test_every_field_has_the_strength_asked_for(field: str):
+    """On an image of mid-grey, where the pipeline clips nothing."""
+    clean = torch.full((3, 64, 64), 0.5)
+    for seed in range(5):
+        noise = getattr(realistic_noise, field)(clean, 10 / 255, None, make_generator(seed))
+        assert noise.std().item() * 255 == pytest.approx(10.0, rel=0.1)
+
+
+def test_demosaicing_correlates_the_noise_of_a_sensor():
+    noise = realistic_noise._sensor_noise(torch.full((3, 96, 96), 0.5), 10 / 255, None, make_generator(0))
+    assert neighbour_correlation(noise) > 0.2
+
+
+def test_the_noise_of_a_sensor_depends_on_the_signal():
+    """The tone curve is steep in shadows: read noise and shot noise alike are stronger there in sRGB."""
+    clean = torch.full((3, 64, 128), 0.05)
+    clean[:, :, 64:] = 0.8
+    noise = realistic_noise._sensor_noise(clean, 5 / 255, None, make_generator(3))
+    assert noise[:, :, :60].std() > 1.5 * noise[:, :, 68:].std()
+
+
+def test_the_correlation_is_there_and_keeps_the_strength():
+    for seed in range(8):
+        noise = torch.randn(3, 64, 64, generator=make_generator(seed))
+        correlated = realistic_noise._random_correlation(make_generator(seed, 1))(noise)
+        assert correlated.shape == noise.shape
+        assert correlated.std().item() == pytest.approx(1.0, abs=0.01)
+        assert neighbour_correlation(correlated) > neighbour_correlation(noise) - 0.02
+    strong = realistic_noise._random_correlation(generator_of_a_strong_blur())(
+        torch.randn(3, 64, 64, generator=make_generator(9))
+    )
+    assert neighbour_correlation(strong) > 0.8  # a blur of 1.5 px: exp(-1 / (4 * 1.5**2)) = 0.89
+
+
+def generator_of_a_strong_blur() -> torch.Generator:
+    """A generator whose next two draws choose a blur of nearly 1.5 px, found by trying."""
+    for seed in range(10_000):
+        draws = torch.rand(2, generator=make_generator(seed)).tolist()
+        if draws[0] >= 0.4 and draws[1] > 0.97:
+            return make_generator(seed)
+    raise AssertionError("no such seed")
+
+
+def neighbour_correlation(noise: torch.Tensor) -> float:
+    a, b = noise[..., :-1].flatten(), noise[..., 1:].flatten()
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+def test_the_mosaic_sees_each_colour_where_a_bayer_sensor_has_it():
+    image = torch.stack([torch.full((4, 4), 1.0), torch.full((4, 4), 2.0), torch.full((4, 4), 3.0)])
+    cell = torch.tensor([[1.0, 2.0], [2.0, 3.0]])
+    assert torch.equal(realistic_noise._mosaic(image)[0], cell.repeat(2, 2))
+
+
+def test_developing_a_flat_mosaic_gives_the_flat_colour_back():
+    srgb = torch.tensor([0.3, 0.5, 0.7])[:, None, None].expand(3, 9, 7)
+    gains = torch.tensor([2.0, 1.0, 1.5])
+    raw = realistic_noise._mosaic(realistic_noise._to_linear(srgb) / gains[:, None, None])
+    torch.testing.assert_close(realistic_noise._develop(raw, gains), srgb, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_sigma": -1.0},
+        {"max_realistic_sigma": 300.0},
+        {"sigma_power": 0.0},
+        {"gaussian_share": 1.5},
+        {"jpeg_quality": (0, 95)},
+        {"jpeg_quality": (90, 80)},
+    ],
+)
+def test_options_out_of_range_are_refused(changes: dict):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        dataclasses.replace(RealisticNoiseConfig(), **changes)
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="RGB"):
+        add_realistic_noise(torch.zeros(2, 1, 8, 8), RealisticNoiseConfig(), sample_generators(0, range(2)))
+    with pytest.raises(ValueError, match="one per image"):
+        add_realistic_noise(torch.zeros(2, 3, 8, 8), RealisticNoiseConfig(), sample_generators(0, range(3)))
