@@ -10,13 +10,13 @@ mean and spread. CSV holds every field of every row in full precision.
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.report import by_condition
 from ebt_vision.benchmark.results import MergeError, merge_rows, read_results, select
 from ebt_vision.benchmark.summary import combine
 from ebt_vision.benchmark.tables import comma_separated, latex, markdown, row_columns, spread_columns
+from ebt_vision.commands.numbers import file_path
 from ebt_vision.whole_files import write_text
 
 
@@ -80,12 +80,12 @@ def _of_models(results: Mapping, models: Sequence[str]) -> dict:
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="compare", description="Merge results of the denoising benchmark into one table.")
-    parser.add_argument("results", nargs="+", type=Path, help="results.json files, or folders that hold one")
+    parser.add_argument("results", nargs="+", type=file_path, help="results.json files, or folders that hold one")
     parser.add_argument("--format", choices=("markdown", "latex", "csv"), default="markdown")
     parser.add_argument("--conditions", nargs="+", help='tables to make, say "level 0.1" (default: all)')
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), help="seeds to use (default: all)")
     parser.add_argument("--models", nargs="+", help="models to show (default: all)")
-    parser.add_argument("--output", type=Path, help="file to write (default: the screen)")
+    parser.add_argument("--output", type=file_path, help="file to write (default: the screen)")
     return parser
 
 

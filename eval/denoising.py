@@ -34,6 +34,7 @@ from ebt_vision.benchmark.rows import Row, RowSettings, kind_of, rows_of, sweep_
 from ebt_vision.benchmark.summary import candidate_columns, combine, per_image_columns, summarise
 from ebt_vision.benchmark.verification import has_candidates, verify_candidates, verify_thinking
 from ebt_vision.checkpoint import checkpoint_hash, pick_device
+from ebt_vision.commands.numbers import file_path
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.provenance import provenance
 from ebt_vision.thinking import ToleranceOf
@@ -313,7 +314,7 @@ def _parser() -> OneLineParser:
     add("--models", nargs="+", required=True, help="shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity")
     add("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
     add("--protocol", choices=PROTOCOLS, default="paper")
-    add("--output", type=Path, default=Path("results"), help="folder for everything that is written")
+    add("--output", type=file_path, default=Path("results"), help="folder for everything that is written")
     add("--limit", type=number(int, 1), help="use so many images, spread evenly over the set")
     add("--img-size", type=_whole_or_pixels, help="centre squares of this side, or whole (default 64; awgn: whole)")
     add("--group", nargs="*", default=[], metavar="NAME=A,B", help="checkpoints to combine into mean and spread")

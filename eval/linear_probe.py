@@ -27,6 +27,7 @@ import torch
 
 from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.checkpoint import pick_device
+from ebt_vision.commands.numbers import file_path
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.lazy_images import LazyImages
 from ebt_vision.data.sources import HUB_PREFIX, DataError
@@ -307,8 +308,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_inputs(parser)
     _add_features(parser)
     _add_heads(parser)
-    parser.add_argument("--output", type=Path, default=Path("results/probe"), help="folder for results.json, report.md, plots")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/features"), help="folder for the features")
+    parser.add_argument(
+        "--output", type=file_path, default=Path("results/probe"), help="folder for results.json, report.md, plots"
+    )
+    parser.add_argument("--cache", type=file_path, default=Path(".cache/features"), help="folder for the features")
     parser.add_argument("--extract-only", action="store_true", help="make the training features, beside other processes")
     parser.add_argument("--seed", type=_whole(0), default=0, help="of noise, crops, the held-out split and random weights")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")

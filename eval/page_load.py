@@ -25,6 +25,7 @@ from PIL import Image
 
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.checkpoint import pick_device
+from ebt_vision.commands.numbers import file_path
 from ebt_vision.provenance import provenance
 from ebt_vision.whole_files import write_text
 
@@ -202,7 +203,7 @@ def _parser() -> OneLineParser:
     add("--checkpoint", metavar="FOLDER", help="a model instead of the shipped one")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--note", default="", help="a sentence on the circumstances, for the report")
-    add("--output", type=Path, default=Path("results/page_load"))
+    add("--output", type=file_path, default=Path("results/page_load"))
     return parser
 
 

@@ -5,11 +5,11 @@ python eval/picture.py --model NAME --images apps/examples/*.png --output docs/t
 
 import argparse
 import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from ebt_vision import corruption, metrics
+from ebt_vision.commands.numbers import file_path
 from ebt_vision.denoiser import DenoiseOptions, load_denoiser
 from ebt_vision.image_files import read_image
 from ebt_vision.rng import make_generator
@@ -20,10 +20,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Draw one row a photograph and noise level; columns are the noisy image, some steps, the clean image."""
     parser = argparse.ArgumentParser(description="Draw how an EBT thinks.")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--images", nargs="+", type=Path, required=True)
+    parser.add_argument("--images", nargs="+", type=file_path, required=True)
     parser.add_argument("--levels", nargs="+", type=float, default=[0.1, 0.2])
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=file_path, required=True)
     settings = parser.parse_args(arguments)
     denoiser = load_denoiser(settings.model)
     rows = [(path, level) for path in settings.images for level in settings.levels]

@@ -28,6 +28,7 @@ from speed_text import generation, text_training
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.time_profile import show_compiled_kernels
 from ebt_vision.checkpoint import pick_device
+from ebt_vision.commands.numbers import file_path
 from ebt_vision.provenance import provenance
 from ebt_vision.whole_files import write_text
 
@@ -89,7 +90,7 @@ def _parser() -> OneLineParser:
     add("--peak-memory", action="store_true", help="find each row's peak memory, in a process of its own")
     add("--profile", action="store_true", help="add the shares of matrix products, attention, fused kernels and optimizer")
     add("--peak-of", metavar="ROW", help="print the peak memory of one row of one part in bytes, and nothing else")
-    add("--output", type=Path, default=Path("results/speed"))
+    add("--output", type=file_path, default=Path("results/speed"))
     images = parser.add_argument_group("image models")
     for name, kind, value in [
         ("--img-size", count, 64),

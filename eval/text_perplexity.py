@@ -20,6 +20,7 @@ import ebt_vision.thinking
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.text import SHIFTS, TextScores, score_text
 from ebt_vision.checkpoint import checkpoint_hash, load_pretrained, pick_device
+from ebt_vision.commands.numbers import file_path
 from ebt_vision.data.text import TextDataConfig, TextSet, load_text_set
 from ebt_vision.generation import make_reader
 from ebt_vision.provenance import provenance
@@ -166,7 +167,7 @@ def _parser() -> OneLineParser:
     add("--batch-size", type=count, default=8)
     add("--seed", type=number(int, 0), default=0)
     add("--device", default="cpu")
-    add("--output", type=Path, default=Path("results/text"))
+    add("--output", type=file_path, default=Path("results/text"))
     return parser
 
 
