@@ -49,9 +49,10 @@ API_HELP = """Both endpoints take what the page takes, and wait in the same queu
 ```python
 from gradio_client import Client, handle_file
 client = Client("http://localhost:7860")  # this page's address
-path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, steps=4, api_name="/denoise")
+path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/denoise")
 methods = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/compare")
 ```
+`steps` is a whole number and defaults to what the model suggests.
 `noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `/denoise` gives a PNG file and a dictionary
 with the energies, PSNRs, steps and seconds; `/compare` a list with each method's name, PSNR, forward passes and seconds."""
 
@@ -272,7 +273,7 @@ def find_models(checkpoint: str | None) -> dict[str, str]:
 def launch_options() -> dict[str, Any]:
     """What Blocks.launch() is given wherever the page is served."""
     script = f"<script>{ACCESS.read_text(encoding='utf-8')}</script>"
-    return dict(theme=theme(), css=figures.CSS, head=script, footer_links=[], max_file_size=MAX_BYTES)
+    return dict(theme=theme(), css=figures.CSS, head=script, footer_links=[], max_file_size=MAX_BYTES, show_error=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "__init__.py": 0,
     "checks.py": 0,
+    "terminal.py": 0,
     "rng.py": 0,
     "models/blockwise_attention.py": 0,
     "thinking.py": 1,

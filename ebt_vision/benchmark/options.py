@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ebt_vision.checks import named_path
+from ebt_vision.terminal import escape_unprintable
 from ebt_vision.yaml_files import load_yaml
 
 
@@ -17,7 +19,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **keywords: Any):
         super().__init__(allow_abbrev=False, **keywords)
-        self.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file; those given here go before it")
+        self.add_argument(
+            "--config", type=named_path, metavar="FILE.yaml", help="options from a file; those given here go before it"
+        )
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and leave."""
@@ -25,6 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """The settings from the config file, if one is named, and the command line, which goes before it."""
+        escape_unprintable()
         given = list(sys.argv[1:] if arguments is None else arguments)
         early = OneLineParser(prog=self.prog, add_help=False)
         try:
