@@ -104,9 +104,9 @@ def build_config(raw: dict[str, Any]) -> ExperimentConfig:
         if field_.name not in raw and field_.default is field_.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{field_.name}: Field required")
     types = get_type_hints(ExperimentConfig) | hints
-    sections = {name: _validate(types[name], value, name) for name, value in raw.items()}
+    parts: dict[str, Any] = {name: _validate(types[name], value, name) for name, value in raw.items()}
     try:
-        return ExperimentConfig(**sections)
+        return ExperimentConfig(**parts)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

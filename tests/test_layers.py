@@ -24,6 +24,7 @@ LEVELS = {
     "checkpoint.py": 3,
     "provenance.py": 3,
     "whole_files.py": 3,
+    "yaml_files.py": 3,
     "objectives.py": 3,
     "text_objectives.py": 3,
     "generation.py": 3,

@@ -5,9 +5,12 @@ tifffile (tiff.py), PGM and PPM of more than 8 bits through pnm.py. Sizes are ch
 decoded, and so is what could take for ever: see MAX_SECONDS, MAX_PAGES and MAX_SCANNED.
 """
 
+import contextlib
+import importlib
 import io
 import logging
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +34,9 @@ from ebt_vision.data.metadata import PNG_SIGNATURE, TIFF_SIGNATURES, read_exif, 
 from ebt_vision.data.pnm import decode_deep_pnm, is_deep
 from ebt_vision.data.tiff import decode_tiff
 
-try:
-    import pillow_heif
-except ImportError:  # the extra "heic"
-    pillow_heif = None
-else:
+pillow_heif: Any = None
+with contextlib.suppress(ImportError):  # the extra "heic"
+    pillow_heif = importlib.import_module("pillow_heif")
     pillow_heif.register_heif_opener()
 
 __all__ = [
