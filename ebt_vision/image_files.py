@@ -176,7 +176,7 @@ def write_image(path: str | os.PathLike[str], image: ImageFile, overwrite: bool 
         encoded = encode(path.suffix.lower(), _stored_samples(image, _written_bits(path.suffix.lower(), image)), image)
     except (ValueError, OSError) as error:
         raise ImageFileError(f"{path} cannot be written ({error})") from error
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{os.getpid()}.part")  # short: the name itself may be as long as a name can be
     try:
         if path.exists():
             partial.touch(0o600)  # not even for a moment readable by more people than the old file

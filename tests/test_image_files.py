@@ -408,3 +408,12 @@ def test_8_bit_lzw_tiff_is_read(tmp_path):
     picture = Image.fromarray(quantise(random_image(3, 8).pixels).transpose(1, 2, 0))
     picture.save(tmp_path / "a.tif", compression="tiff_lzw")
     assert torch.equal(read_image(tmp_path / "a.tif").pixels, random_image(3, 8).pixels)
+
+
+def test_a_name_as_long_as_a_name_can_be_is_written(tmp_path: Path):
+    source = tmp_path / "a.png"
+    Image.fromarray(np.full((9, 9, 3), 100, np.uint8)).save(source)
+    target = tmp_path / "out" / ("b" * 251 + ".png")
+    target.parent.mkdir()
+    write_image(target, read_image(source))
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
