@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for apps.*, w
 import gradio as gr
 
 from apps import figures
+from apps.sent_image import SentImage
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.sources import MAX_BYTES
 from ebt_vision.checkpoint import CheckpointError, list_pretrained, model_type_of, pick_device
@@ -49,9 +50,10 @@ API_HELP = """Both endpoints take what the page takes, and wait in the same queu
 ```python
 from gradio_client import Client, handle_file
 client = Client("http://localhost:7860")  # this page's address
-path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, steps=4, api_name="/denoise")
+path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/denoise")
 methods = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/compare")
 ```
+`steps` is a whole number and defaults to what the model suggests.
 `noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `strength` is 0 to 1.5: below 1 keeps grain,
 above 1 is for noise that is left over. `/denoise` gives a PNG file and a dictionary
 with the energies, PSNRs, steps and seconds; `/compare` a list with each method's name, PSNR, forward passes and seconds."""
@@ -126,7 +128,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
 def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tuple[gr.Image, list]:
     """The image, and the controls in the order of read_controls."""
     examples = [str(path) for path in sorted(EXAMPLES.glob("*.png"))]
-    upload = gr.Image(
+    upload = SentImage(
         examples[0] if examples else None,
         label="Image",
         type="filepath",
@@ -134,9 +136,6 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         height=240,
         elem_id="upload",
     )
-    # The file as it was sent: read_image judges it and says what is wrong with it. (A subclass of gr.Image would
-    # have gradio write a .pyi beside this file.)
-    upload.preprocess = lambda payload: None if payload is None else payload.path
     gr.Examples([[path] for path in examples], [upload], label="Or one of these", elem_id="examples")
     originals = {Path(path).read_bytes() for path in examples}
     seen = gr.Markdown(elem_id="estimate", elem_classes="hint")
@@ -259,8 +258,7 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
 def _endpoints(service: Service, models: dict[str, str]) -> None:
     """/denoise and /compare for gradio_client, on controls that nobody sees."""
     with gr.Column(visible=False):
-        image = gr.Image(label="image", type="filepath")
-        image.preprocess = lambda payload: None if payload is None else payload.path
+        image = SentImage(label="image", type="filepath")
         noise = gr.Dropdown(["none", *NOISE_KINDS], value="none", label="noise")
         model = gr.Dropdown(list(models), value=next(iter(models), None), label="model")
         numbers = dict(
@@ -291,7 +289,7 @@ def find_models(checkpoint: str | None) -> dict[str, str]:
 def launch_options() -> dict[str, Any]:
     """What Blocks.launch() is given wherever the page is served."""
     script = f"<script>{ACCESS.read_text(encoding='utf-8')}</script>"
-    return dict(theme=theme(), css=figures.CSS, head=script, footer_links=[], max_file_size=MAX_BYTES)
+    return dict(theme=theme(), css=figures.CSS, head=script, footer_links=[], max_file_size=MAX_BYTES, show_error=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

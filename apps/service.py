@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 import numpy as np
@@ -24,9 +24,11 @@ from ebt_vision.checkpoint import list_pretrained, model_type_of
 from ebt_vision.denoiser import Denoiser
 from ebt_vision.image_files import write_image
 from ebt_vision.noise import NOISE_KINDS, Noise
-from ebt_vision.thinking import ThinkingError
+from ebt_vision.thinking import ThinkingError, ToleranceOf
 
 MAX_STEPS, MAX_CANDIDATES = 32, 8
+MAX_SEED = 2**53
+"""A browser's numbers are whole up to it."""
 NOISY_ALREADY, ADD = "My photo is noisy already", "Add noise first"
 OWN_TILES = "The model's own"
 KIND_OF_MODEL = {"patch_ebt": "EBT", "dit": "DiT", "patch_regressor": "Regressor"}
@@ -44,8 +46,10 @@ class Service:
     def denoise(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[tuple]:
         """A generator of values for the page's outputs: see `_live` and `_final`."""
         request, label = read_controls(path, values)
+        denoiser = self._denoiser(label)
+        request = request.without_unused(denoiser.options_used)
         with tempfile.TemporaryDirectory() as folder:
-            for news in self._guarded(think_aloud(request, self._denoiser(label), self._stop_of(visitor)), path):
+            for news in self._guarded(think_aloud(request, denoiser, self._stop_of(visitor)), path):
                 if isinstance(news, Update):
                     yield _live(news, Path(folder))
                 else:
@@ -207,9 +211,11 @@ def read_controls(path: str | None, values: Sequence[Any]) -> tuple[Request, str
     """The request of the page's controls, in their order on it, and the model's label."""
     how, kind, *amounts, seed, steps, label, scale, tolerance, of, langevin, candidates, tile, strength = values
     amount = dict(zip(NOISE_KINDS, amounts, strict=True))[kind]
-    size = None if tile == OWN_TILES else int(tile)
+    size = 0 if tile == OWN_TILES else tile
+    if of in get_args(ToleranceOf) and not tolerance:
+        of = "first"  # the choice beside a tolerance of 0 is nobody's wish
     noise = "none" if how == NOISY_ALREADY else kind
-    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size or 0, of, strength)
+    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size, of, strength)
 
 
 def api_request(
@@ -234,7 +240,7 @@ def api_request(
         request = Request(
             path=path,
             noise=None if noise == "none" else Noise(kind=noise, amount=float(amount)),
-            seed=int(seed or 0),
+            seed=_whole(seed or 0, "seed", 0, MAX_SEED),
             num_steps=_whole(steps, "steps", 1, MAX_STEPS),
             step_size_scale=float(scale),
             tolerance=float(tolerance) or None,
@@ -251,9 +257,12 @@ def api_request(
 
 
 def _whole(value: Any, name: str, low: int, high: int) -> int:
-    if not low <= int(value) <= high:
+    number = float(value)
+    if not number.is_integer():
+        raise ValueError(f"{name}={value} is not a whole number; use {low}..{high}")
+    if not low <= number <= high:
         raise ValueError(f"{name}={value} is out of range; use {low}..{high}")
-    return int(value)
+    return int(number)
 
 
 def friendly(error: BaseException, path: str) -> str:

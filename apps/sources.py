@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,12 @@ class Request:
     tile_size: int | None = None
     """None for the model's own."""
     strength: float = 1.0
+
+    def without_unused(self, options_used: Collection[str]) -> Request:
+        """The same without the controls that a denoiser with these `options_used` has no use for."""
+        plain = Request(path=self.path)
+        thinking = ("num_candidates", "tolerance", "tolerance_of", "langevin_std", "step_size_scale")
+        return replace(self, **{field: getattr(plain, field) for field in thinking if field not in options_used})
 
     def options(self) -> DenoiseOptions:
         """The same for a denoiser; ValueError for what is out of range."""

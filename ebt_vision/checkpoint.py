@@ -1,7 +1,6 @@
 """From a name or a folder to a model: the shipped checkpoints, local folders, hub repositories."""
 
 import hashlib
-import importlib
 from pathlib import Path
 
 import torch
@@ -14,15 +13,7 @@ from ebt_vision.models.pretrained_model import (
     PretrainedModel,
     read_config,
 )
-
-# Where each model_type of a config.json lives; imported when asked for, because diffusers takes seconds.
-MODEL_CLASSES = {
-    "patch_ebt": ("ebt_vision.models.patch_ebt", "PatchEBT"),
-    "patch_regressor": ("ebt_vision.models.regressor", "PatchRegressor"),
-    "dit": ("ebt_vision.models.dit", "DiT"),
-    "causal_text_ebt": ("ebt_vision.models.causal_text_ebt", "CausalTextEBT"),
-    "causal_transformer": ("ebt_vision.models.causal_transformer", "CausalTransformer"),
-}
+from ebt_vision.models.registry import model_class
 
 
 def list_pretrained() -> list[str]:
@@ -58,15 +49,6 @@ def pick_device(name: str | None = None) -> str:
     if name not in available:
         raise ValueError(f"device={name!r} is not on this machine; use one of: {', '.join(available)}")
     return name
-
-
-def model_class(model_type: str) -> type[PretrainedModel]:
-    """The class of a `model_type`; CheckpointError names the known ones for another."""
-    if model_type not in MODEL_CLASSES:
-        raise CheckpointError(f"model_type={model_type!r} is unknown; known: {', '.join(MODEL_CLASSES)}")
-    module, name = MODEL_CLASSES[model_type]
-    cls: type[PretrainedModel] = getattr(importlib.import_module(module), name)
-    return cls
 
 
 def resolve(name_or_path: str) -> Path:

@@ -13,8 +13,8 @@ def check(valid: bool, name: str, value: object, remedy: str) -> None:
 
 def named_path(text: str) -> Path:
     """A path for argparse: an empty one, which would be the current folder, is refused."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; is a shell variable unset?")
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; is a shell variable unset?")
     return Path(text)
 
 

@@ -34,6 +34,7 @@ def _to_numpy(images: Tensor) -> np.ndarray:
 class ClassicalDenoiser(Denoiser):
     """A method that knows the noise's standard deviation alone; options.sigma, or an estimate for each image."""
 
+    options_used = frozenset(("sigma",))
     min_side = 1
     """Smaller images are reflect-padded to this."""
 

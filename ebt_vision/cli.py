@@ -10,21 +10,31 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ebt_vision.commands import denoise, export, generate, info, train
-from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, one_line, say
+from ebt_vision.commands.console import (
+    BAD_INPUT,
+    INTERRUPTED,
+    READER_LEFT,
+    drop_stdout,
+    one_line,
+    say,
+)
+from ebt_vision.terminal import escape_unprintable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 bad input or diverged training, 130 interrupted, 143 terminated."""
+    escape_unprintable()
     try:
         args = _parse(argv)
         status: int = args.run(args)
+        sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, as in `ebt-vision info | head -1`
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:  # the reader of our output has left, as in `ebt-vision generate ... | head -1`
+        drop_stdout()
+        return READER_LEFT
     except (ValueError, OSError) as error:
         say(one_line(error))
         return BAD_INPUT

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,6 +24,7 @@ from ebt_vision.text_objectives import TextObjectiveConfig
 from ebt_vision.training.optim import OptimConfig
 from ebt_vision.training.replay_buffer import ReplayConfig
 from ebt_vision.training.settings import TextValidationConfig, TrainConfig, ValidationConfig
+from ebt_vision.yaml_files import load_yaml
 
 ModelConfig = PatchEBTConfig | DiTConfig | PatchRegressorConfig | CausalTextEBTConfig | CausalTransformerConfig
 MODEL_CONFIGS: dict[str, type] = {
@@ -61,16 +63,21 @@ class ExperimentConfig:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    """Of every draw: weights, order, noise. 0 or more."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not in 0..2^63 - 1")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
     """Read a YAML experiment and apply `section.key=value` overrides (values in YAML's syntax).
 
-    Raises ConfigError for a file that is missing or no YAML, an unknown key (with the nearest known one), a wrong type, or a
-    value that its dataclass refuses.
+    Raises ConfigError for a file that is missing or no YAML, a key that comes twice, an unknown key (with the nearest known
+    one), a wrong type, a number that is not finite, or a value that its dataclass refuses.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = load_yaml(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}; see the configs/ folder") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -89,12 +96,19 @@ def build_config(raw: dict[str, Any]) -> ExperimentConfig:
     sections = _TEXT_SECTIONS if model_type in TEXT_MODELS else _IMAGE_SECTIONS
     hints: dict[str, Any] = {"model": MODEL_CONFIGS.get(model_type, PatchEBTConfig)} | sections
     _check_keys(ExperimentConfig, raw, (), hints)
+    _check_finite(raw, "")
     if model_type not in MODEL_CONFIGS:
         raise ConfigError(f"model_type={raw.get('model_type')!r} is unknown; use one of {', '.join(MODEL_CONFIGS)}")
     raw = {"objective": {}, "validation": {}} | raw
-    for name in hints.keys() & raw.keys():
-        raw = raw | {name: _validate(hints[name], raw[name], name)}
-    return _validate(ExperimentConfig, raw, "")
+    for field_ in dataclasses.fields(ExperimentConfig):
+        if field_.name not in raw and field_.default is field_.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{field_.name}: Field required")
+    types = get_type_hints(ExperimentConfig) | hints
+    parts: dict[str, Any] = {name: _validate(types[name], value, name) for name, value in raw.items()}
+    try:
+        return ExperimentConfig(**parts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
@@ -126,7 +140,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is not a section")
     try:
-        target[last] = yaml.safe_load(text)
+        target[last] = load_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
 
@@ -146,6 +160,15 @@ def _check_keys(cls: type, raw: Any, path: tuple[str, ...], hints: dict[str, Any
             _check_keys(section, value, (*path, key), {})
 
 
+def _check_finite(value: Any, path: str) -> None:
+    """Refuse .nan and .inf: comparisons with nan are false, so it passes every check of a range."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value} is not a finite number")
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in parts:
+        _check_finite(part, f"{path}.{key}" if path else str(key))
+
+
 def _dataclass_of(hint: Any) -> type | None:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint
@@ -155,8 +178,8 @@ def _dataclass_of(hint: Any) -> type | None:
 
 def _validate(cls: Any, raw: Any, section: str) -> Any:
     """Check types strictly and run the dataclasses' own checks."""
-    try:
-        return TypeAdapter(cls).validate_python(raw)
+    try:  # strictly: "16" and true are no numbers. As JSON, for a list is then a tuple and a mapping a dataclass.
+        return TypeAdapter(cls).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([section] * bool(section) + [str(part) for part in first["loc"]])

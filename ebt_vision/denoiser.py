@@ -76,6 +76,8 @@ class DenoiseOptions:
         check(
             self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, f"use one of {get_args(ToleranceOf)}"
         )
+        if self.tolerance is None and self.tolerance_of != "first":
+            raise ValueError(f"tolerance_of={self.tolerance_of!r} has no effect without a tolerance; give one, or leave it out")
         check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
         check(self.step_size_scale > 0, "step_size_scale", self.step_size_scale, "use a positive number")
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
@@ -152,6 +154,8 @@ class Denoiser(nn.Module, ABC):
     """Side in pixels of the tiles that large images should be cut into: for a network, its training size."""
     patch_size: int = 1
     """Images are padded to multiples of it."""
+    options_used: frozenset[str] = frozenset()
+    """The fields of DenoiseOptions about how to denoise that make a difference to it; `seed` is not among them."""
     suggested_steps: int = 4
     """What num_steps is on the command line and the page where nobody asks for a number."""
     suggested_tolerance: float | None = None

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebt_vision import corruption
-from ebt_vision.checkpoint import load_pretrained, model_class, resolve
+from ebt_vision.checkpoint import load_pretrained, resolve
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patch_trunk import PatchTrunk, noise_process_of, patchify
 from ebt_vision.models.pretrained_model import CONFIG_NAME, read_config
+from ebt_vision.models.registry import model_class
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.rng import sample_generators
 from ebt_vision.thinking import ThinkingConfig, think

@@ -77,6 +77,9 @@ class EBTDenoiser(ModelDenoiser):
     """
 
     model: PatchEBT
+    options_used = frozenset(
+        ("num_steps", "num_candidates", "candidate_noise_std", "tolerance", "tolerance_of", "langevin_std", "step_size_scale")
+    )
 
     def __init__(self, model: PatchEBT, *, name: str = "ebt", input_scale: float | None = 1.0):
         super().__init__(model, name=name, input_scale=input_scale)
@@ -212,6 +215,7 @@ class RegressorDenoiser(ModelDenoiser):
     """The feed-forward baseline, applied options.num_steps times to its own output."""
 
     model: PatchRegressor
+    options_used = frozenset(("num_steps",))
 
     def __init__(self, model: PatchRegressor, *, name: str = "regressor", input_scale: float | None = 1.0):
         super().__init__(model, name=name, input_scale=input_scale)
@@ -241,6 +245,7 @@ class DiTDenoiser(ModelDenoiser):
     """
 
     model: "DiT"
+    options_used = frozenset(("num_steps", "noise_level", "sigma"))
 
     def __init__(
         self,

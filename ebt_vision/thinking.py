@@ -182,6 +182,7 @@ def think(
     step_size: Tensor | float | None = None,
     num_steps: int | None = None,
     create_graph: bool = False,
+    differentiate_start: bool = False,
     generator: Generators | None = None,
     callback: Callback | None = None,
     keep_predictions: bool = True,
@@ -192,24 +193,30 @@ def think(
 
     `context` tensors (B, ...) are handed to the energy after the candidate. `step_size`, a number or a tensor () or (B,),
     takes the config's place and may need a gradient; so does `num_steps`. `create_graph` makes the predictions differentiable
-    with respect to the energy's parameters and the step size. `generator` feeds every random draw. `callback` is called with
-    the start and after each update; if it returns True, thinking ends there. With a tolerance an update that raised the energy
-    of a sample is taken back, after the callback has seen it. Without `evaluate_final` the last energy is not computed, which
-    saves a forward pass. Without `check_finite` the host does not wait for the device at every step: nothing is raised for a
-    gradient that is not finite, and `ThinkingResult.finite` says whether there was one.
+    with respect to the energy's parameters and the step size; with `differentiate_start` with respect to `y0` too, as unrolled
+    and plug-and-play methods need. That takes a config with detach_between_steps=False and no backprop_steps.
+
+    `generator` feeds every random draw. `callback` is called with the start and after each update; if it returns True, thinking
+    ends there. With a tolerance an update that raised the energy of a sample is taken back, after the callback has seen it.
+    Without `evaluate_final` the last energy is not computed, which saves a forward pass. Without `check_finite`
+    the host does not wait for the device at every step: nothing is raised for a gradient that is not finite, and
+    `ThinkingResult.finite` says whether there was one.
 
     Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
-    NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph.
+    NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph, and for a `y0`
+    that needs a gradient which it would not get.
     """
     config = config or ThinkingConfig()
     if torch.is_inference_mode_enabled() or y0.is_inference():
         raise ThinkingError("thinking needs gradients, which inference_mode forbids; use torch.no_grad() instead")
     if config.tolerance is not None and create_graph:
         raise ValueError("tolerance stops samples one by one, which a training graph cannot follow; use tolerance=None")
+    _check_differentiable_start(config, y0, create_graph, differentiate_start)
     steps = _draw_num_steps(config, num_steps, generator)
     alpha = _draw_step_sizes(config, y0, step_size, generator)
     with torch.enable_grad(), _double_backward_attention(create_graph):
-        descent = _Descent(energy_fn, y0.detach(), context, alpha, config, create_graph, generator, check_finite)
+        start = y0 if differentiate_start and y0.requires_grad else y0.detach()
+        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, generator, check_finite)
         return descent.run(steps, callback, keep_predictions, evaluate_final)
 
 
@@ -240,7 +247,9 @@ class _Descent:
         for step in range(num_steps):
             # Energy and gradient of the samples that still move.
             in_graph = self.create_graph and step >= first_graph_step
-            start = self.y if in_graph and step > first_graph_step and not self.config.detach_between_steps else self.y.detach()
+            # At the first step the graph leads to y0, if think() has left it there, and no further back.
+            connected = in_graph and not self.config.detach_between_steps and (step > first_graph_step or step == 0)
+            start = self.y if connected and self.y.requires_grad else self.y.detach()
             candidate, energy, gradient, norm = self._gradient(start, step, in_graph)
             self._count(forwards)
             self._record(energy)
@@ -384,6 +393,21 @@ class _Descent:
 
     def _count(self, forwards: Tensor) -> None:
         forwards[self._index()] += 1
+
+
+def _check_differentiable_start(config: ThinkingConfig, y0: Tensor, create_graph: bool, differentiate_start: bool) -> None:
+    if not differentiate_start:
+        if create_graph and y0.requires_grad:
+            raise ValueError(
+                "y0 needs a gradient, which create_graph alone does not give it; use differentiate_start=True or y0.detach()"
+            )
+    elif not create_graph:
+        raise ValueError("differentiate_start=True needs the graph of the steps; use create_graph=True with it")
+    elif config.detach_between_steps or config.backprop_steps is not None:
+        raise ValueError(
+            f"differentiate_start=True with detach_between_steps={config.detach_between_steps} and "
+            f"backprop_steps={config.backprop_steps}: the graph is cut before it reaches y0; use False and None"
+        )
 
 
 def _draw_num_steps(config: ThinkingConfig, num_steps: int | None, generator: Generators | None) -> int:

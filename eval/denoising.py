@@ -2,6 +2,7 @@
 
     python eval/denoising.py --models tiny_imagenet_ebt tiny_imagenet_dit bm3d --data "validation-*.parquet" --output results/
     python eval/denoising.py --protocol awgn --models tiny_imagenet_ebt bm3d --data ../shared/data/cbsd68 --output results/
+    python eval/denoising.py --protocol real --pairs "*_noisy*:*_clean*" --models photographs_ebt --data FOLDER
     python eval/denoising.py --config benchmark.yaml
 
 It writes results.json, per_image.parquet, candidates.parquet, report.md and plots into the output folder. What is measured is
@@ -24,10 +25,11 @@ from rich.progress import track
 from ebt_vision import metrics
 from ebt_vision.benchmark import plots
 from ebt_vision.benchmark.flops import CostMeter
-from ebt_vision.benchmark.images import load_images
-from ebt_vision.benchmark.measure import Bench, Measured, Subject
+from ebt_vision.benchmark.images import BenchmarkImages, load_images
+from ebt_vision.benchmark.measure import Bench, Measured, Subject, observed
 from ebt_vision.benchmark.options import OneLineParser, number
-from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition, observed
+from ebt_vision.benchmark.pairs import load_pairs
+from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition
 from ebt_vision.benchmark.report import report
 from ebt_vision.benchmark.results import write_results
 from ebt_vision.benchmark.rows import Row, RowSettings, kind_of, rows_of, sweep_rows_of
@@ -41,7 +43,7 @@ from ebt_vision.thinking import ToleranceOf
 from ebt_vision.whole_files import write_text
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-Protocol = Literal["paper", "awgn", "ood"]
+Protocol = Literal["paper", "awgn", "ood", "real"]
 
 
 @dataclass(kw_only=True)
@@ -72,7 +74,7 @@ def run(settings: argparse.Namespace) -> None:
     groups = _groups(settings.group)
     names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
     groups = {name: [names[model] for model in models] for name, models in groups.items()}
-    device = pick_device(settings.device)
+    device = settings.device = pick_device(settings.device)
     conditions, sweep = conditions_of(settings)
     row_settings = _row_settings(settings)
     subjects = {model: _subject(model, name, device) for model, name in names.items()}  # a wrong name is found before the work
@@ -92,6 +94,7 @@ def conditions_of(settings: argparse.Namespace) -> tuple[list[Condition], list[C
         "paper": [("level", level) for level in settings.levels],
         "awgn": [("sigma", sigma) for sigma in settings.sigmas],
         "ood": [(kind, OOD_STRENGTHS.get(kind, 0.0)) for kind in settings.corruptions],
+        "real": [("pairs", 0.0)],
     }[settings.protocol]
     protocol = cast(Protocol, settings.protocol)
     main_conditions = [
@@ -125,7 +128,12 @@ def _subject(model: str, name: str, device: str) -> Subject:
 
 
 def _bench(settings: argparse.Namespace, device: str) -> Bench:
-    whole = settings.img_size == "whole" or (settings.img_size is None and settings.protocol == "awgn")
+    real = settings.protocol == "real"
+    if real != (settings.pairs is not None):
+        raise ValueError('--protocol real and --pairs "*_noisy*:*_clean*" go together; give both or neither')
+    if real and settings.img_size not in (None, "whole"):
+        raise ValueError(f"--img-size {settings.img_size} does not go with --protocol real, whose photographs stay whole")
+    whole = settings.img_size == "whole" or (settings.img_size is None and settings.protocol in ("awgn", "real"))
     img_size = None if whole else (settings.img_size or 64)
     try:
         lpips = metrics.PerceptualDistance(settings.lpips_backbone, net=settings.lpips_net, device=device)
@@ -138,7 +146,10 @@ def _bench(settings: argparse.Namespace, device: str) -> Bench:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {settings.output} cannot be made ({error.strerror}); choose another folder") from error
-    images = load_images(settings.data, img_size=img_size, limit=settings.limit)
+    if real:
+        images: BenchmarkImages = load_pairs(settings.data, settings.pairs, limit=settings.limit)
+    else:
+        images = load_images(settings.data, img_size=img_size, limit=settings.limit)
     _say(images.report())
     own = "whole" if settings.protocol == "paper" else 0  # as `ebt-vision denoise` treats photographs
     tile = own if settings.tile is None else settings.tile
@@ -192,7 +203,7 @@ def _measure_subject(
 
 
 def _strip(subject: Subject, row: Row, condition: Condition, bench: Bench, index: int) -> plots.Strip:
-    clean, noisy = observed(condition, bench.images.images([index]), [index])
+    clean, noisy = observed(bench.images, condition, [index])
     result, _ = bench.denoise(subject.denoiser, row, condition, noisy, [index])
     steps = row.reported if len(row.reported) <= 5 else tuple(sorted({1, 2, 4, row.num_steps // 2, row.num_steps}))
     pictures = [("noisy", noisy[0].clamp(0, 1))]
@@ -314,6 +325,7 @@ def _parser() -> OneLineParser:
     add("--models", nargs="+", required=True, help="shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity")
     add("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
     add("--protocol", choices=PROTOCOLS, default="paper")
+    add("--pairs", metavar="NOISY:CLEAN", help='real: patterns of the file names, such as "*_noisy*:*_clean*"')
     add("--output", type=named_path, default=Path("results"), help="folder for everything that is written")
     add("--limit", type=number(int, 1), help="use so many images, spread evenly over the set")
     add("--img-size", type=_whole_or_pixels, help="centre squares of this side, or whole (default 64; awgn: whole)")
@@ -324,7 +336,7 @@ def _parser() -> OneLineParser:
     add("--tile", type=_whole_or_pixels, help="tiles of this side, or whole (default: the model's own; paper: whole)")
     add("--overlap", type=number(int, 0), help="pixels that tiles have in common (default: a quarter of the tile)")
     add("--batch-size", type=number(int, 1), help="images at a time (default 100; 1 for whole images)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--lpips-backbone", metavar="FILE", help="torchvision's weights of the backbone, or download")
     add("--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex")
     add("--resamples", type=number(int, 100), default=1000, help="bootstrap samples")

@@ -30,7 +30,7 @@ from ebt_vision.checkpoint import pick_device
 from ebt_vision.checks import named_path
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.lazy_images import LazyImages
-from ebt_vision.data.sources import HUB_PREFIX, DataError
+from ebt_vision.data.sources import HUB_PREFIX, DataError, MissingSplitError
 from ebt_vision.features import Condition, FeatureExtractor, check_feature, choose_layers, load_extractor
 from ebt_vision.probing.extraction import FeatureMaker
 from ebt_vision.probing.heads import Head, KnnHead, LogisticHead
@@ -229,7 +229,7 @@ def _first_split(open_split: Callable[[str], LazyImages], name: str | None, data
     for name in VAL_SPLITS:
         try:
             return open_split(name)
-        except DataError as error:
+        except MissingSplitError as error:
             reason = str(error)
     raise DataError(f"{data} has no validation set ({reason}); name it with --val-split, or give --val-data")
 

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     titles = ["noisy", *(f"{n} step{'s' * (n > 1)}" for n in settings.steps), "clean"]
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(2 * len(titles), 2.15 * len(rows)), squeeze=False)
     for (path, level), line in zip(rows, axes, strict=True):
-        clean = read_image(path).pixels[None]  # (1, 3, H, W)
+        clean = read_image(path).visible_pixels()[None]  # (1, 3, H, W)
         noisy = corruption.to_image_range(
             corruption.add_vp_noise(corruption.to_model_range(clean), level, make_generator(0, int(1000 * level)))
         )

@@ -1,6 +1,7 @@
 """The part of eval/speed.py on photographs: the denoisers people use, with their default settings, against DnCNN's network."""
 
 import argparse
+import functools
 
 import torch
 from speed_rounds import timed
@@ -37,5 +38,5 @@ def photographs(settings: argparse.Namespace) -> dict:
     versions = [Version(name="DnCNN's network", call=peer, units=side * side)]
     for name in settings.photograph_models or [default_pretrained()]:
         denoiser = load_denoiser(name, device=settings.device)
-        versions.append(Version(name=name, call=lambda denoiser=denoiser: denoiser.denoise(noisy), units=side * side))
+        versions.append(Version(name=name, call=functools.partial(denoiser.denoise, noisy), units=side * side))
     return timed(settings, versions, (side * side // 64, 576, 64), "pixels")

@@ -166,7 +166,7 @@ def _parser() -> OneLineParser:
     add("--limit", type=count, default=20_000, help="tokens of each text")
     add("--batch-size", type=count, default=8)
     add("--seed", type=number(int, 0), default=0)
-    add("--device", default="cpu")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--output", type=named_path, default=Path("results/text"))
     return parser
 

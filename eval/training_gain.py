@@ -12,8 +12,9 @@ import sys
 import torch
 
 from ebt_vision.benchmark.images import load_images
+from ebt_vision.benchmark.measure import observed
 from ebt_vision.benchmark.options import OneLineParser, number
-from ebt_vision.benchmark.protocols import Condition, observed
+from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.rows import Row, prepare
 from ebt_vision.denoiser import load_denoiser
 from ebt_vision.model_denoisers import EBTDenoiser
@@ -47,7 +48,7 @@ def measure(model: str, data: str, level: float, limit: int, *, batch_size: int 
     falls = []
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
-        _, noisy = observed(condition, images.images(indices), indices)
+        _, noisy = observed(images, condition, indices)
         ready, noisy, options = prepare(denoiser, row, condition, noisy)
         energies = ready.denoise(noisy, options, image_ids=indices).energies
         assert energies is not None  # an EBT's result has them

@@ -16,10 +16,10 @@ from browser import browser, unnamed
 from PIL import Image
 
 from apps import denoise as app
-from apps import service
+from apps import recipes, service
 from ebt_vision import cli
 from ebt_vision.denoiser import Denoiser, load_denoiser
-from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser
 from ebt_vision.models.dit import DiT, DiTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise import NOISE_KINDS
@@ -117,11 +117,38 @@ def test_controls_become_a_request() -> None:
         {"steps": None},
         {"of": "none"},
         {"strength": 1.6},
+        {"steps": 2.7},
+        {"candidates": 1.5},
+        {"seed": 0.5},
+        {"tile": "64.5"},
     ],
 )
 def test_what_is_out_of_range_is_refused(changed: dict) -> None:
     with pytest.raises(gr.Error):
         service.read_controls("a.png", controls(**changed))
+
+
+def test_the_endpoints_take_whole_numbers_that_are_floats_and_no_others() -> None:
+    """A client's numbers may be floats."""
+    request, _ = service.api_request("a.png", "gaussian", 25, 3.0, 2.0, "m", 1, 0, 0, 1.0, 64.0)
+    assert (request.seed, request.num_steps, request.num_candidates, request.tile_size) == (3, 2, 1, 64)
+    with pytest.raises(gr.Error, match="steps=2.7 is not a whole number; use 1..32"):
+        service.api_request("a.png", "gaussian", 25, 3, 2.7, "m", 1, 0, 0, 1, 0)
+    with pytest.raises(gr.Error, match="has no effect without a tolerance"):
+        service.api_request("a.png", "gaussian", 25, 3, 2, "m", 1, 0, 0, 1, 0, "previous")
+
+
+def test_the_documented_example_has_the_steps_that_the_model_suggests() -> None:
+    assert "steps=" not in app.API_HELP and "`steps`" in app.API_HELP
+    assert app.launch_options()["show_error"]  # without it a client is told {"error": null}
+
+
+def test_controls_that_a_method_has_no_use_for_are_not_in_its_command() -> None:
+    request, _ = service.read_controls("a.png", controls(candidates=3, tolerance=0.1, of="previous", scale=2, langevin=0.1))
+    assert request.without_unused(EBTDenoiser.options_used) == request
+    words = recipes.command(request.without_unused(DiTDenoiser.options_used), "m", "cpu").split()
+    assert "--steps" in words and not {"--candidates", "--tolerance", "--step-size-scale", "--langevin"} & set(words)
+    assert service.read_controls("a.png", controls(of="previous"))[0].options().tolerance is None
 
 
 def test_errors_do_not_name_the_servers_folders(tmp_path: Path) -> None:
@@ -156,6 +183,8 @@ def test_the_endpoints_give_the_pixels_of_the_command_line(
     assert (np.asarray(Image.open(file)) == np.asarray(Image.open(photo).convert("RGB"))).all()
     with pytest.raises(Exception, match="steps=99 is out of range"):
         client.predict(steps=99, **given)
+    with pytest.raises(Exception, match="steps=2.7 is not a whole number"):
+        client.predict(steps=2.7, **given)
     with pytest.raises(Exception, match="not in the list of choices"):
         client.predict(model="/etc", **given)
     # A file of the server, named instead of sent.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_odd_files import looping_tiff
 
 from apps import comparing, figures, recipes, sources, thinking_aloud
 from apps.service import Service
@@ -172,7 +173,9 @@ def bad_files(folder: Path) -> dict[str, str]:
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     Image.new("1", (30_000, 3_000)).save(folder / "bomb.png")
     Image.new("1", (6_000, 5_000)).save(folder / "big.png")
+    (folder / "loop.tif").write_bytes(looping_tiff())
     return {
+        "loop.tif": "lead back",
         "text.png": "not an image",
         "cut.jpg": "damaged or truncated",
         "moving.gif": "frames",

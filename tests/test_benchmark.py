@@ -226,7 +226,7 @@ def test_every_candidate_is_kept():
     model = PatchEBT(PatchEBTConfig(img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=2, init_step_size=0.3))
     torch.nn.init.normal_(model.head.weight, std=0.05)
     denoiser, noisy = EBTDenoiser(model), torch.rand(2, 3, 17, 18)
-    result = denoiser.denoise(noisy, DenoiseOptions(num_candidates=3, keep_candidates=True), image_ids=[0, 1])
+    result = denoiser.denoise(noisy, DenoiseOptions(num_candidates=3, keep_candidates=True, tile_size=0), image_ids=[0, 1])
     assert result.candidate_images.shape == (3, *noisy.shape)
     assert torch.equal(result.image, result.candidate_images[result.chosen, torch.arange(2)])
     assert len({float(image.sum()) for image in result.candidate_images}) == 3
@@ -234,7 +234,7 @@ def test_every_candidate_is_kept():
     tiled = denoise_tiled(denoiser, noisy[:1], DenoiseOptions(num_candidates=2, keep_candidates=True), batch_size=1)
     assert tiled.candidate_images.shape == (2, 1, 3, 17, 18)
     # The first candidate starts from the image itself: it is the image of one candidate.
-    torch.testing.assert_close(tiled.candidate_images[0], denoise_tiled(denoiser, noisy[:1]).image)
+    torch.testing.assert_close(tiled.candidate_images[0], denoise_tiled(denoiser, noisy[:1], DenoiseOptions()).image)
 
 
 # --- options and tables

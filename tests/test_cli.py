@@ -1,5 +1,7 @@
 """The command line on good and on bad input: one clear line, exit status 2, and nothing lost."""
 
+import io
+import os
 import re
 import struct
 import subprocess
@@ -234,6 +236,8 @@ def test_unwritable_output_is_said_before_any_work(run, good: Path, tmp_path: Pa
         ("--tile", "0"),
         ("--overlap", "-1"),
         ("--stepz", "3"),
+        ("--model", ""),
+        ("--device", " "),
     ],
 )
 def test_a_bad_option_is_one_line(
@@ -281,6 +285,159 @@ def test_an_interrupt_keeps_what_is_done(run, good: Path, tmp_path: Path, monkey
     status, out, err = run(good, second)
     assert status == 130 and len(out) == 1 and "1 of 2" in err[0]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
+
+
+# --- Names and places
+
+
+def test_an_input_folder_inside_of_the_output_is_denoised(run, tmp_path: Path) -> None:
+    """Only an output inside of the input holds earlier results."""
+    (tmp_path / "big" / "in").mkdir(parents=True)
+    photo(tmp_path / "big" / "in" / "a.png")
+    status, out, err = run(tmp_path / "big" / "in", output=tmp_path / "big")
+    assert (status, len(out), err) == (0, 1, []) and (tmp_path / "big" / "a.png").is_file()
+
+
+def test_a_folder_with_nothing_but_earlier_results_is_refused(run, tmp_path: Path) -> None:
+    (tmp_path / "in" / "out").mkdir(parents=True)
+    photo(tmp_path / "in" / "out" / "a.png")
+    status, out, err = run(tmp_path / "in", output=tmp_path / "in" / "out")
+    assert (status, out) == (2, []) and "holds no images but earlier results" in err[0]
+
+
+def test_no_result_replaces_another_input(run, tmp_path: Path) -> None:
+    photo(tmp_path / "a.png")
+    (tmp_path / "deep").mkdir()
+    other = photo(tmp_path / "deep" / "a.png", 20, 20)
+    before = other.read_bytes()
+    status, out, err = run(tmp_path / "a.png", other, "--overwrite", output=tmp_path / "deep")
+    assert status == 2 and "a.png" in err[0] and other.read_bytes() == before
+    photo(tmp_path / "b.bmp")
+    third = photo(tmp_path / "deep" / "b.png", 20, 20)
+    before = third.read_bytes()
+    status, out, err = run(tmp_path / "b.bmp", third, "--png", "--overwrite", output=tmp_path / "deep")
+    assert status == 2 and third.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["denoise", "train", "info", "generate"])
+def test_an_empty_name_is_refused(command: str, good: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell variable that is unset must not stand for the current folder, nor for the default."""
+    monkeypatch.chdir(tmp_path)
+    tries = {
+        "denoise": [["", "--output", "o"], [str(good), "--output", ""], [str(good), "--output", "o", "--model", ""]],
+        "train": [[""], ["a.yaml", "--output", ""]],
+        "info": [[""]],
+        "generate": [["a", "--model", ""], ["a", "--tokenizer", ""]],
+    }
+    for words in tries[command]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, *words])
+        err = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(err) == 1 and "'' is empty; is a shell variable unset?" in err[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["good.png"]
+
+
+def test_a_suffix_that_is_no_images_stays_in_the_name(run, tmp_path: Path) -> None:
+    photo(tmp_path / "x.png").rename(tmp_path / "IMG.2024")
+    photo(tmp_path / "y.bmp")
+    photo(tmp_path / "z.jpg").rename(tmp_path / "z.jfif")
+    assert run(tmp_path / "IMG.2024", tmp_path / "y.bmp", tmp_path / "z.jfif")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["IMG.2024.png", "y.png", "z.png"]
+
+
+def test_what_a_folder_leaves_out_is_said(run, tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    photo(tmp_path / "in" / "a.png")
+    photo(tmp_path / "b.jpg").rename(tmp_path / "in" / "deep" / "b.jfif")
+    (tmp_path / "in" / ".hidden").touch()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    status, out, err = run(tmp_path / "in")
+    assert (status, len(out), len(err)) == (0, 1, 1)
+    assert "left out 1 file not named as images (.jfif) and the linked folder linked" in err[0]
+    status, _, err = run(tmp_path / "in" / "deep" / "b.jfif")
+    assert (status, err) == (0, [])
+
+
+def test_a_pipe_is_refused_at_once(run, good: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    status, out, err = run(tmp_path / "pipe.png", good)
+    assert (status, len(out)) == (2, 1) and "pipe.png is a pipe or a device" in err[0]
+
+
+def test_another_run_into_the_same_folder(run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another run has written since the work was planned is kept, and is no failure."""
+    from ebt_vision import image_files
+
+    second, third, read_image = photo(tmp_path / "second.png"), photo(tmp_path / "third.png"), image_files.read_image
+
+    def read_while_another_works(path):
+        if Path(path) == good:
+            (tmp_path / "out" / "second.png").write_bytes(b"another's, before its turn")
+        if Path(path) == third:
+            (tmp_path / "out" / "third.png").write_bytes(b"another's, during its turn")
+        return read_image(path)
+
+    monkeypatch.setattr(image_files, "read_image", read_while_another_works)
+    status, out, err = run(good, second, third)
+    assert (status, len(out), len(err)) == (0, 1, 2)
+    assert all("another run has written" in line for line in err)
+    assert (tmp_path / "out" / "second.png").read_bytes() == b"another's, before its turn"
+    assert (tmp_path / "out" / "third.png").read_bytes() == b"another's, during its turn"
+
+
+def test_names_that_stdout_cannot_encode(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / os.fsdecode(b"odd\xff.png")
+    photo(tmp_path / "x.png").rename(odd)
+    last = photo(tmp_path / "\u6f22.png")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    status, _, _ = run(odd, last)
+    stream.flush()
+    lines = stream.buffer.getvalue().decode("latin-1").splitlines()
+    assert status == 0 and len(lines) == 2 and r"odd\udcff.png" in lines[0] and r"\u6f22.png" in lines[1]
+    assert (tmp_path / "out" / odd.name).is_file() and (tmp_path / "out" / last.name).is_file()
+
+
+def test_a_reader_that_leaves_does_not_stop_the_work(good: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As in `ebt-vision denoise ... | head -1`."""
+    second = photo(tmp_path / "second.png")
+    words = [good, second, "--output", tmp_path / "out", "--model", tiny_checkpoint, "--steps", "1"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ebt_vision", "denoise", *map(str, words)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png", "second.png"]
+
+
+def test_a_command_whose_output_cannot_be_written_has_not_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["info"]) == 141
+
+
+# --- Options that have no effect
+
+
+def test_tolerance_of_needs_a_tolerance(run, good: Path) -> None:
+    status, out, err = run(good, "--tolerance-of", "previous")
+    assert (status, out) == (2, []) and "--tolerance-of previous has no effect without --tolerance" in err[0]
+    assert run(good, "--tolerance-of", "previous", "--tolerance", "0.1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--candidates", "2"], ["--tolerance", "0.1"], ["--langevin", "0.1"], ["--step-size-scale", "2"], ["--steps", "3"]],
+)
+def test_options_that_a_model_has_no_use_for(good: Path, tmp_path: Path, capsys, words: list[str]) -> None:
+    assert cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), "--model", "nlm", *words]) == 2
+    assert f"{words[0]} has no effect on nlm" in capsys.readouterr().err
+    assert cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), "--model", "nlm"]) == 0
 
 
 # --- train

@@ -110,6 +110,19 @@ def test_a_model_can_begin_with_the_weights_of_another(tmp_path: Path):
         ("model.preset=huge", "model.preset='huge'"),
         ("objective.level=2", "noise level=2"),
         ("optim.lr=0", "must be positive"),
+        ("optim.lr=nan", "optim.lr: Input should be a valid number (got 'nan')"),
+        ("optim.lr=.nan", "optim.lr=nan is not a finite number"),
+        ("optim.lr=.inf", "optim.lr=inf is not a finite number"),
+        ("validation.levels=[0.1, .nan]", "validation.levels.1=nan is not a finite number"),
+        ("optim.lr=yes", "optim.lr"),
+        ("optim.lr=1:30", "optim.lr: Input should be a valid number (got '1:30')"),
+        ("seed=true", "seed: Input should be a valid integer (got True)"),
+        ("seed=-1", "seed=-1 is not in 0.."),
+        ("train.batch_size='16'", "train.batch_size: Input should be a valid integer (got '16')"),
+        ("train.batch_size=16.0", "train.batch_size"),
+        ("train.num_updates=true", "train.num_updates"),
+        ("data.flip=1", "data.flip"),
+        ("optim={lr: 1, lr: 2}", "not a YAML value"),
         ("data.crop=corner", "data.crop"),
         ("name", "not of the form"),
     ],
@@ -129,6 +142,22 @@ def test_overrides_win_over_the_file_and_presets_under_both():
     raw["model"] = {"preset": "small", "patch_size": 8, "depth": 2}
     model = build_config(raw).model
     assert (model.embed_dim, model.depth, model.num_heads) == (384, 2, 6)
+
+
+def test_numbers_are_read_as_people_write_them():
+    path = CONFIGS[-1].with_name("smoke.yaml")
+    config = load_config(path, ["optim.lr=1e-3", "optim.clip_norm=2", "train.num_updates=1_000", "seed=010", "name=2024-01-02"])
+    assert (config.optim.lr, config.optim.clip_norm, config.train.num_updates) == (1e-3, 2.0, 1000)
+    assert (config.seed, config.name) == (10, "2024-01-02")
+
+
+@pytest.mark.parametrize("repeated", ["train: {num_updates: 5}", "optim:\n  lr: 1.0e-3\n  clip_norm: 1.0\n  lr: 2.0e-3"])
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path, repeated: str):
+    lines = [line for line in CONFIGS[-1].with_name("smoke.yaml").read_text().splitlines() if not line.startswith("optim")]
+    (tmp_path / "twice.yaml").write_text("\n".join([*lines, repeated]))
+    with pytest.raises(ConfigError, match="is in line .* and again in line") as error:
+        load_config(tmp_path / "twice.yaml")
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_no_config_is_one_line(tmp_path: Path):

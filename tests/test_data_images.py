@@ -33,6 +33,14 @@ def png(pixels):
     return buffer.getvalue()
 
 
+def test_a_table_without_rows_holds_no_images(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": [], "label": []}, features=features).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"empty\.parquet holds no images: 0 rows in 1 parquet") as caught:
+        load_image_set(DataConfig(path=str(tmp_path / "empty.parquet"), img_size=16), seed=0)
+    assert "\n" not in str(caught.value)
+
+
 def save(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -198,6 +206,49 @@ def test_shards_with_json_labels_or_some_labels_or_damage(tmp_path):
     write_tar(tmp_path / "d.tar", {"0.txt": b"text"})
     with pytest.raises(DataError, match="no images in"):
         load(tmp_path / "d.tar")
+
+
+def test_shards_whose_samples_have_several_images(tmp_path):
+    first, depth = noise(0), noise(1)
+    write_tar(tmp_path / "a.tar", {"0.depth.png": png(depth), "0.png": png(first), "0.cls": b"3"})
+    assert torch.equal(load(tmp_path / "a.tar").images([0]), as_tensor(first))
+    assert torch.equal(load(tmp_path / "a.tar", image_column="depth.png").images([0]), as_tensor(depth))
+    write_tar(tmp_path / "b.tar", {f"photo.{i}.png": png(noise(i)) for i in range(6)})
+    with pytest.raises(DataError, match=r"sample photo in .*b.tar has 6 images \(0.png, 1.png, 2.png, ...; a key ends at"):
+        load(tmp_path / "b.tar")
+    assert torch.equal(load(tmp_path / "b.tar", image_column="4.png").images([0]), as_tensor(noise(4)))
+
+
+def test_shards_with_class_names_and_with_a_label_that_cannot_be_read(tmp_path):
+    samples = {"0.png": png(noise(0)), "1.png": png(noise(1))}
+    write_tar(tmp_path / "a.tar", samples | {"0.cls": b"tabby cat\n", "1.cls": b"dog"})
+    images = load(tmp_path / "a.tar")
+    assert images.labels == [1, 0] and images.class_names == ["dog", "tabby cat"]
+    write_tar(tmp_path / "b.tar", samples | {"0.cls": b"cat", "1.cls": b"7"})
+    with pytest.raises(DataError, match="both 7 and 'cat' are there"):
+        load(tmp_path / "b.tar")
+    write_tar(tmp_path / "c.tar", samples | {"0.json": b'{"label": 1}', "1.json": b'{"label": '})
+    with pytest.raises(DataError, match="1.json in .*c.tar is not valid JSON .*set label_column to null"):
+        load(tmp_path / "c.tar")
+    assert load(tmp_path / "c.tar", label_column=None).labels is None
+
+
+@pytest.mark.parametrize("num_real", [0, 1])
+def test_class_folders_that_are_links(tmp_path, num_real):
+    """Beside a real folder or alone, and with a link that leads back to where it lies."""
+    for i, name in enumerate(("cat", "dog")):
+        save(tmp_path / "elsewhere" / name / "0.png", noise(i))
+    root = tmp_path / "train"
+    root.mkdir()
+    for i, name in enumerate(("cat", "dog")):
+        if i < num_real:
+            save(root / name / "0.png", noise(i))
+        else:
+            (root / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "dog" / "again").symlink_to(root)
+    images = load(root)
+    assert images.labels == [0, 1] and images.class_names == ["cat", "dog"]
+    assert torch.equal(images.images([0, 1]), as_tensor(noise(0), noise(1)))
 
 
 def test_braces():

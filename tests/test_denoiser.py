@@ -187,6 +187,11 @@ def test_options_of_another_type(name, value, message):
         IdentityDenoiser().denoise(noisy_images(), 2)
 
 
+def test_tolerance_of_needs_a_tolerance():
+    with pytest.raises(ValueError, match="tolerance_of='previous' has no effect without a tolerance"):
+        DenoiseOptions(tolerance_of="previous")
+
+
 def test_image_ids():
     with pytest.raises(ValueError, match="2 ids for a batch of 1"):
         IdentityDenoiser().denoise(noisy_images(), image_ids=[0, 1])

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -235,6 +237,21 @@ def test_bad_input_is_one_line(spoil, options, message, photos: Path, tmp_path: 
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("linear_probe: ") and message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_a_validation_set_that_cannot_be_used_is_said_for_its_own_reason(photos: Path, tmp_path: Path, capsys):
+    """A null among its labels is no missing split."""
+    encoded = [path.read_bytes() for path in sorted((photos / "train").rglob("*.png"))[:4]]
+    for split, labels in (("train", ["a", "b", "a", "b"]), ("validation", ["a", None, "b", "a"])):
+        images = pyarrow.array([{"bytes": data, "path": None} for data in encoded])
+        pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": labels}), tmp_path / f"{split}-0.parquet")
+    assert probe("pixels", tmp_path, tmp_path / "out", "--heads", "knn", "--img-size", "16") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "1 of 4 rows have no label in column 'label'" in line
+        and "the first is row 1" in line
+        and "has no validation" not in line
+    )
 
 
 def test_what_would_not_fit_in_memory_is_said_before_the_sweep(photos: Path, tmp_path: Path, monkeypatch, capsys):

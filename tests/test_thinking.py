@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.rng import sample_generators
 from ebt_vision.thinking import (
+    CompiledEnergy,
     NonFiniteGradientError,
     ThinkingConfig,
     ThinkingError,
@@ -103,6 +105,52 @@ def test_learned_step_size_gets_a_gradient_through_the_unrolled_steps():
         (0.5 * result.final.square()).sum().backward()
         assert alpha.grad is not None
         assert alpha.grad.item() == pytest.approx(-factor * 9.0 * 0.9**3)
+
+
+def test_the_predictions_can_be_differentiated_with_respect_to_the_start():
+    config = ThinkingConfig(num_steps=3, step_size=0.1, detach_between_steps=False)
+    graph = dict(create_graph=True, differentiate_start=True)
+    start = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    result = think(half_square, start, config, **graph)
+    (gradient,) = torch.autograd.grad(result.final.sum(), start)
+    assert gradient.item() == pytest.approx(0.9**3) and start.grad is None
+
+    def quartic(candidate: Tensor) -> Tensor:
+        return candidate.pow(4).flatten(1).sum(1)
+
+    start = images().double().requires_grad_()
+    for energy_fn in (quartic, CompiledEnergy(quartic, backend="eager")):
+        assert torch.autograd.gradcheck(lambda y, e=energy_fn: think(e, y, config, **graph).final, start)  # type: ignore[misc]
+    untouched = images()
+    think(quartic, untouched, config, **graph)
+    assert not untouched.requires_grad
+
+
+def test_the_start_of_a_network_s_thinking_gets_the_gradient_of_finite_differences():
+    torch.manual_seed(0)
+    model = PatchEBT(PatchEBTConfig(img_size=16, embed_dim=16, depth=1, num_heads=2, init_step_size=0.5)).double()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    config = ThinkingConfig(num_steps=2, detach_between_steps=False)
+    start = torch.rand(1, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(start)
+
+    def final(y: Tensor, **graph) -> Tensor:
+        return think(model, y, config, step_size=model.step_size.detach(), **graph).final.square().sum()
+
+    (gradient,) = torch.autograd.grad(final(start, create_graph=True, differentiate_start=True), start)
+    ahead, behind = (final((start + sign * 1e-5 * direction).detach()).item() for sign in (1, -1))
+    assert (gradient * direction).sum().item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-5)
+
+
+def test_a_start_whose_gradient_would_be_lost_is_refused():
+    start = images().requires_grad_()
+    with pytest.raises(ValueError, match="use differentiate_start=True or y0.detach()"):
+        think(half_square, start, create_graph=True)
+    with pytest.raises(ValueError, match="use create_graph=True with it"):
+        think(half_square, start, ThinkingConfig(detach_between_steps=False), differentiate_start=True)
+    for bad in (ThinkingConfig(), ThinkingConfig(detach_between_steps=False, num_steps=3, backprop_steps=1)):
+        with pytest.raises(ValueError, match="the graph is cut before it reaches y0; use False and None"):
+            think(half_square, start, bad, create_graph=True, differentiate_start=True)
 
 
 def test_truncation_keeps_only_the_last_steps_in_the_graph():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,7 +25,7 @@ from ebt_vision.models.pretrained_model import read_config
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.objectives import ImageBatch, ObjectiveConfig, RegressorObjective
 from ebt_vision.rng import sample_generators
-from ebt_vision.training import stopping
+from ebt_vision.training import engine, stopping
 from ebt_vision.training.loop import Trainer, TrainingDivergedError
 from ebt_vision.training.state import checkpoint_folders
 from ebt_vision.training.stopping import StopRequest, TrainingInterrupted
@@ -383,3 +385,179 @@ def test_another_run_s_folder_is_refused(photos: Path, tmp_path: Path):
     train(raw, tmp_path)
     with pytest.raises(ConfigError, match="choose another --output"):
         train(experiment(photos, "patch_regressor"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        (dict(optim=dict(lr=1e-3)), "optim.lr=0.002 (now 0.001)"),
+        (dict(optim=dict(warmup_updates=3)), "optim.warmup_updates=2 (now 3)"),
+        (dict(train=dict(batch_size=4)), "train.batch_size=8 (now 4)"),
+        (dict(data=dict(flip=False)), "data.flip=True (now False)"),
+        (dict(objective=dict(level=0.2)), "objective.level=0.1 (now 0.2)"),
+        (dict(objective=dict(thinking=dict(num_steps=2))), "objective.thinking.num_steps=1 (now 2)"),
+    ],
+)
+def test_resuming_with_another_setting_names_it_and_needs_a_flag(
+    photos: Path, tmp_path: Path, changes: dict, answer: str, capsys: pytest.CaptureFixture[str]
+):
+    train(experiment(photos, train=dict(num_updates=1)), tmp_path / "run")
+    other = experiment(photos, **(changes | {"train": changes.get("train", {}) | dict(num_updates=2)}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(other))
+    command = ["train", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    capsys.readouterr()
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert answer in line and "--allow-changes" in line and "another --output" in line
+    assert main([*command, "--allow-changes"]) == 0
+    assert checkpoint_folders(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        (dict(optim=dict(optimizer="muon")), "optim.optimizer=adamw (now muon)"),
+        (dict(model=dict(depth=2)), "model.depth=1 (now 2)"),
+        (dict(replay=REPLAY), "replay.capacity=0 (now 16)"),
+    ],
+)
+def test_what_the_training_state_depends_on_cannot_change(photos: Path, tmp_path: Path, changes: dict, answer: str):
+    train(experiment(photos, train=dict(num_updates=1)), tmp_path)
+    config = build_config(experiment(photos, **changes))
+    for allow_changes in (False, True):
+        with pytest.raises(ConfigError) as refusal:
+            Trainer(config, tmp_path, device="cpu", allow_changes=allow_changes)
+        assert answer in str(refusal.value) and "allow-changes" not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_length_logging_and_what_computes_the_same_may_change(photos: Path, tmp_path: Path):
+    train(experiment(photos, train=dict(num_updates=1)), tmp_path)
+    raw = experiment(
+        photos,
+        train=dict(num_updates=2, log_every=1, checkpoint_every=1, num_checkpoints=1, num_load_threads=1, num_accumulation=2),
+        validation=dict(num_steps=1),
+    )
+    train(raw | {"name": "renamed"}, tmp_path)
+    assert checkpoint_folders(tmp_path / "checkpoints")[-1].name == "step-00000002"
+
+
+def test_a_run_of_an_older_version_resumes(photos: Path, tmp_path: Path):
+    """Its settings lack a key that has come since, and have one that is gone."""
+    raw = experiment(photos, train=dict(num_updates=1))
+    train(raw, tmp_path)
+    path = checkpoint_folders(tmp_path / "checkpoints")[-1] / "state.json"
+    for change in ({"train": ["num_load_threads", "init_from"]}, {"optim": ["step_size_lr_ratio"]}):
+        state = json.loads(path.read_text())
+        for section, keys in change.items():
+            for key in keys:
+                del state["config"][section][key]
+        state["config"]["optim"]["gone"] = 1
+        path.write_text(json.dumps(state))
+        assert Trainer(build_config(raw), tmp_path, device="cpu").step == 1
+
+
+def test_resuming_on_more_or_fewer_samples_is_refused(photos: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in sorted(photos.iterdir()):
+        (data / path.name).write_bytes(path.read_bytes())
+    raw = experiment(data, train=dict(num_updates=1), validation=dict(path=None))
+    train(raw, tmp_path / "run")
+    (data / path.name).unlink()
+    with pytest.raises(ConfigError, match="trained on 24 samples, data.path holds 23 now"):
+        train(raw | {"train": raw["train"] | dict(num_updates=2)}, tmp_path / "run")
+
+
+def test_fewer_updates_than_were_made_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train(experiment(photos, train=dict(num_updates=3)), tmp_path)
+    with pytest.raises(ConfigError, match="at update 3, past train.num_updates=2; use a larger number"):
+        train(experiment(photos, train=dict(num_updates=2)), tmp_path)
+    train(experiment(photos, train=dict(num_updates=3)), tmp_path)
+    assert "already trained to update 3" in capsys.readouterr().err
+
+
+def test_a_trained_model_without_its_checkpoints_is_not_replaced(photos: Path, tmp_path: Path):
+    raw = experiment(photos, train=dict(num_updates=1))
+    model = train(raw, tmp_path)
+    before = (model / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="is a trained model, but there is no checkpoint"):
+        train(raw, tmp_path)
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_a_second_training_in_a_folder_is_one_line(photos: Path, tmp_path: Path):
+    raw = experiment(photos)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "ebt_vision.cli", "train", "config.yaml", "--output", "run", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert second.returncode == 2
+    assert second.stderr == "ebt-vision: another training is at work in run; wait for its end or choose another --output\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    train(raw, tmp_path / "run")  # the lock is gone with its holder
+
+
+def test_a_training_holds_its_folder_and_lets_go_of_it(photos: Path, tmp_path: Path):
+    trainer = Trainer(build_config(experiment(photos)), tmp_path, device="cpu")
+    held = []
+    update = trainer.update
+
+    def watch(*arguments: object) -> dict:
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".lock").acquire(timeout=0)
+        held.append(trainer.step)
+        return update(*arguments)  # type: ignore[arg-type]
+
+    trainer.update = watch  # type: ignore[method-assign]
+    trainer.run()
+    assert len(held) == 12
+    with FileLock(tmp_path / ".lock", timeout=0), pytest.raises(ConfigError, match="another training is at work"):
+        Trainer(build_config(experiment(photos)), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(photos: Path, tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(experiment(photos)))
+    command = ["train", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--device", device]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"device={device!r} is not on this machine; use one of: cpu" in line
+
+
+def test_a_numbered_device_is_the_one_that_accelerate_gets(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    config, seen = build_config(experiment(photos)), []
+
+    class Asked(Exception):
+        pass
+
+    def accelerator(**options: object) -> None:
+        seen.append(os.environ["ACCELERATE_TORCH_DEVICE"])
+        raise Asked
+
+    monkeypatch.setattr(engine, "Accelerator", accelerator)
+    monkeypatch.setattr(engine, "pick_device", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    with pytest.raises(Asked):
+        engine.build_accelerator(config, "cuda:1")
+    assert seen == [torch.device("cuda:1"), "cuda:1"] and "ACCELERATE_TORCH_DEVICE" not in os.environ
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="device=cuda:1 is one device for several processes; use cuda"):
+        engine.build_accelerator(config, "cuda:1")
+
+
+def test_only_a_linear_head_leaves_a_parameter_without_a_gradient(photos: Path, tmp_path: Path):
+    sections: list[dict] = [
+        dict(model=dict(embed_dim=48, energy_head="linear")),
+        dict(model=dict(observation_context=True), objective=FULL_THINKING),
+        dict(objective=dict(energy_order_weight=1.0), replay=REPLAY),
+    ]
+    raws = [experiment(photos, **each) for each in sections] + [experiment(photos, kind) for kind in MODELS]
+    for number, raw in enumerate(raws):
+        trainer = Trainer(build_config(raw), tmp_path / str(number), device="cpu")
+        batch = trainer.task.make_batch(trainer.task.load_samples(), [0, 1], [0, 0], torch.device("cpu"))
+        trainer.objective(batch)["loss"].backward()
+        unused = any(parameter.grad is None for parameter in trainer.model.parameters())
+        assert unused == engine.may_leave_parameters_unused(trainer.config) == (number == 0)

@@ -46,10 +46,15 @@ class BenchmarkImages:
         """16 hex digits over every pixel and its place: two runs with one digest had the same images in the same order."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            pixels = self._read(index).numpy()
-            digest.update(str(pixels.shape).encode())
-            digest.update(np.ascontiguousarray(pixels).tobytes())
+            for image in self._pixels(index):
+                pixels = image.numpy()
+                digest.update(str(pixels.shape).encode())
+                digest.update(np.ascontiguousarray(pixels).tobytes())
         return digest.hexdigest()[:16]
+
+    def _pixels(self, index: int) -> list[Tensor]:
+        """Everything that the digest is made of, of one image."""
+        return [self._read(index)]
 
 
 def load_images(path: str, *, img_size: int | None, limit: int | None = None) -> BenchmarkImages:

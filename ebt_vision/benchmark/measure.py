@@ -12,8 +12,9 @@ from torch import Tensor
 from ebt_vision import metrics
 from ebt_vision.benchmark.flops import Cost, CostMeter
 from ebt_vision.benchmark.images import BenchmarkImages
+from ebt_vision.benchmark.pairs import BenchmarkPairs
 from ebt_vision.benchmark.parts import Part, Parts, join
-from ebt_vision.benchmark.protocols import Condition, observed, same_shapes
+from ebt_vision.benchmark.protocols import Condition, same_shapes
 from ebt_vision.benchmark.rows import Row, prepare
 from ebt_vision.denoiser import Denoiser, DenoiseResult, join_results
 from ebt_vision.models.pretrained_model import PretrainedModel
@@ -136,11 +137,10 @@ class Bench:
         return join_results(results), num_tiles(height, width, tile, self.overlap)
 
     def _measure_part(self, denoiser: Denoiser, row: Row, condition: Condition, indices: Sequence[int]) -> Part:
-        images = self.images.images(indices)
         pieces = []
-        for group in same_shapes(images):
+        for group in same_shapes(self.images.images(indices)):
             chosen = [indices[position] for position in group]
-            clean, noisy = observed(condition, [images[position] for position in group], chosen)
+            clean, noisy = observed(self.images, condition, chosen)
             begin = time.perf_counter()
             result, tiles = self.denoise(denoiser, row, condition, noisy, chosen)
             seconds = (time.perf_counter() - begin) / len(group)
@@ -186,6 +186,15 @@ class Bench:
             "flops": np.asarray(flops, dtype=np.float64),
             "steps_used": result.num_steps.double().numpy(),
         }
+
+
+def observed(images: BenchmarkImages, condition: Condition, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(clean uint8, noisy float) batches (B, 3, H, W) of the images `indices`, which have one shape."""
+    clean = torch.stack(images.images(indices))
+    if condition.protocol == "real":
+        assert isinstance(images, BenchmarkPairs)
+        return clean, torch.stack(images.noisy(indices)).float() / 255.0
+    return clean, condition.observe(clean, indices)
 
 
 def _slug(text: str) -> str:

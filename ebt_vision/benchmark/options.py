@@ -9,13 +9,19 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ebt_vision.checks import named_path
+from ebt_vision.terminal import escape_unprintable
+from ebt_vision.yaml_files import load_yaml
+
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit status 2, and which takes --config FILE.yaml for any of its options."""
 
     def __init__(self, **keywords: Any):
         super().__init__(allow_abbrev=False, **keywords)
-        self.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file; those given here go before it")
+        self.add_argument(
+            "--config", type=named_path, metavar="FILE.yaml", help="options from a file; those given here go before it"
+        )
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and leave."""
@@ -23,6 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """The settings from the config file, if one is named, and the command line, which goes before it."""
+        escape_unprintable()
         given = list(sys.argv[1:] if arguments is None else arguments)
         early = OneLineParser(prog=self.prog, add_help=False)
         try:
@@ -40,7 +47,7 @@ def config_to_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str
     NAME=a,b. Unknown keys are refused with the nearest known one.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text())
     except OSError as error:
         raise ValueError(f"config {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

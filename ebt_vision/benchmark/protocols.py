@@ -2,6 +2,7 @@
 
 paper   the VP process on [-1, 1] at a noise level; outputs clamped, not rounded (Gladstone et al. 2025, code).
 awgn    y = x + N(0, sigma / 255), drawn as the restoration papers do; outputs clamped and rounded to 8 bits.
+real    pairs of a noisy and a clean photograph (see pairs.py); nothing is added, outputs are clamped and rounded to 8 bits.
 ood     corruptions that no model was trained on, of one fixed strength each; outputs clamped and rounded to 8 bits.
 
 `clipped` is a track of its own for awgn and ood: the noisy image is clipped and rounded to 8 bits, as a camera or a file would
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ebt_vision import corruption
@@ -23,7 +23,7 @@ from ebt_vision.rng import Generators, sample_generators
 _VP_STREAM = 21
 _OOD_STREAM = 22
 
-PROTOCOLS = ("paper", "awgn", "ood")
+PROTOCOLS = ("paper", "awgn", "ood", "real")
 OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "speckle": 0.2, "jpeg": 10.0, "motion-blur": 9.0}
 """Share of pixels, photons at white, standard deviation, JPEG quality, pixels of path (at 45 degrees)."""
 
@@ -32,9 +32,9 @@ OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "sp
 class Condition:
     """One noise that all models meet: a table of its own."""
 
-    protocol: Literal["paper", "awgn", "ood"]
+    protocol: Literal["paper", "awgn", "ood", "real"]
     kind: str
-    """"level", "sigma", or a key of OOD_STRENGTHS."""
+    """"level", "sigma", a key of OOD_STRENGTHS, or "pairs"."""
     strength: float
     seed: int = 0
     clipped: bool = False
@@ -44,6 +44,8 @@ class Condition:
             corruption.level_to_timestep(self.strength)  # raises ValueError out of range
             if self.clipped:
                 raise ValueError("--clipped is a track of awgn and ood; the paper's noise is never clipped")
+        if self.protocol == "real" and self.clipped:
+            raise ValueError("--clipped is a track of awgn and ood; the noisy images of pairs are 8-bit files")
         if self.protocol == "awgn" and not 0 < self.strength <= 255:
             raise ValueError(f"sigma={self.strength:g} is out of range; use 0..255, the papers' are 15, 25 and 50")
         if self.protocol == "ood" and self.kind not in OOD_STRENGTHS:
@@ -52,6 +54,8 @@ class Condition:
     @property
     def title(self) -> str:
         """What its table is called, without the seed."""
+        if self.protocol == "real":
+            return "real noise"
         return f"{self.kind} {self.strength:g}" + (", 8-bit input" if self.clipped else "")
 
     @property
@@ -77,6 +81,7 @@ class Condition:
     def observe(self, clean: Tensor, indices: Sequence[int]) -> Tensor:
         """The noisy images (B, 3, H, W), about [0, 1], of clean uint8 ones; the noise depends on the seed and the index."""
         images = clean.float() / 255.0
+        assert self.protocol != "real", "the noisy images of pairs are files"
         if self.protocol == "paper":
             generators = sample_generators(self.seed, indices, _VP_STREAM, corruption.level_to_timestep(self.strength))
             noisy = corruption.add_vp_noise(corruption.to_model_range(images), self.strength, generators)
@@ -123,9 +128,3 @@ def same_shapes(images: Sequence[Tensor]) -> list[list[int]]:
         else:
             groups.append([position])
     return groups
-
-
-def observed(condition: Condition, images: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(clean uint8, noisy float) batches (B, 3, H, W) of images of one shape."""
-    clean = torch.stack(list(images))
-    return clean, condition.observe(clean, indices)

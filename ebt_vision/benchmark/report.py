@@ -7,6 +7,7 @@ from ebt_vision.benchmark.tables import Column, markdown, row_columns, spread_co
 MEASURES = {
     "paper": "VP noise on [-1, 1], linear betas 1e-4..0.02; outputs clamped to 0..255, not rounded.",
     "awgn": "y = x + N(0, sigma/255), numpy's RandomState(seed) anew for every image; outputs clamped, rounded to 8 bit.",
+    "real": "Photographs with a camera's own noise, and clean ones of the same scenes; outputs clamped, rounded to 8 bit.",
     "ood": "One fixed strength a corruption, drawn from (seed, image); outputs clamped, rounded to 8 bit.",
 }
 CLIPPED = "The noisy input is clipped and rounded to 8 bits before anything sees it; not comparable with rows on float input."
@@ -26,7 +27,7 @@ def report(results: Mapping, plots: Sequence[str] = ()) -> str:
     """The results as Markdown; `plots` are file names beside the report."""
     about, protocol = results["about"], results["protocol"]
     kinds = [MEASURES[protocol["name"]]]
-    if protocol["name"] != "paper":
+    if protocol["name"] in ("awgn", "ood"):
         kinds.append(CLIPPED if protocol["clipped"] else FLOAT)
     seeds = " ".join(map(str, protocol["seeds"]))
     lines = [

@@ -1,13 +1,33 @@
 """What every command says, and how: one line on stderr, exit statuses, errors that are the user's."""
 
+import contextlib
+import os
 import sys
 
 BAD_INPUT, INTERRUPTED = 2, 130
+READER_LEFT = 141
+"""As of a program that SIGPIPE ends."""
 
 
 def say(message: str) -> None:
     """One line to the user."""
     print(f"ebt-vision: {message}", file=sys.stderr, flush=True)
+
+
+def tell(line: str) -> None:
+    """One line on stdout; where its reader has left, as in `| head -1`, the work goes on without."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        drop_stdout()
+
+
+def drop_stdout() -> None:
+    """From now on what is written to stdout goes nowhere: its reader has left."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file has nothing to flush at the end
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def one_line(error: BaseException) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, duration, is_users, one_line, say
-from ebt_vision.commands.numbers import count, not_negative, positive, whole_number
+from ebt_vision.checks import named_path
+from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, duration, is_users, one_line, say, tell
+from ebt_vision.commands.numbers import count, name, not_negative, positive, whole_number
 
 if TYPE_CHECKING:
     from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.description = (
-        "Denoise images; each result gets its input's name in DIR, with its bit depth, colour profile, orientation and alpha."
+        "Denoise images; each result gets its input's name in DIR, with its bit depth, colour profile, EXIF and alpha, as "
+        "far as the format can hold them."
     )
-    parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=Path)
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results; made if missing")
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=named_path)
+    parser.add_argument(
+        "--output", metavar="DIR", type=named_path, required=True, help="folder for the results; made if missing"
+    )
+    parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
     parser.add_argument(
         "--steps", metavar="N", type=count, help="thinking steps (default: what the model suggests, with its tolerance)"
     )
@@ -40,9 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance-of",
         choices=("first", "previous", "training"),
-        default="first",
-        help="what T is a share of: what the first step gained; the step before (try 0.05); a first step at the noise of the "
-        "training, which asks for less the stronger the noise is (try 0.006)",
+        help="what T is a share of: what the first step gained (default); the step before (try 0.05); a first step at the "
+        "noise of the training, which asks for less the stronger the noise is (try 0.006)",
     )
     parser.add_argument("--step-size-scale", metavar="F", type=positive, default=1.0, help="factor on the learned step size")
     parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise in each thinking step")
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--device", metavar="NAME", type=name, help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.set_defaults(run=_run)
 
 
@@ -94,6 +97,8 @@ class _Job:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.tolerance_of is not None and args.tolerance is None:
+        raise ValueError(f"--tolerance-of {args.tolerance_of} has no effect without --tolerance; give one, or leave it out")
     jobs, problems = _plan(args.inputs, args.output, args.overwrite, args.png)
     for problem in problems:
         say(problem)
@@ -104,18 +109,22 @@ def _run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     try:
         for number, job in enumerate(jobs, 1):
+            if _came_meanwhile(job, args):
+                continue
             try:
                 line = _denoise_one(job, denoiser, options, args)
             except Exception as error:
                 if not is_users(error):
                     raise
+                if _came_meanwhile(job, args):
+                    continue
                 message = one_line(error)
                 say(message if str(job.source) in message else f"{job.source}: {message}")
                 failed += 1
                 continue
             done += 1
             left = (time.perf_counter() - start) / number * (len(jobs) - number)
-            print(line + (f", {duration(left)} left" if number < len(jobs) else ""), flush=True)
+            tell(line + (f", {duration(left)} left" if number < len(jobs) else ""))
     except KeyboardInterrupt:
         say(f"interrupted; {done} of {len(jobs)} images are done and kept in {args.output}")
         return INTERRUPTED
@@ -125,10 +134,19 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _came_meanwhile(job: _Job, args: argparse.Namespace) -> bool:
+    """Whether a result that is not to be replaced has appeared since the work was planned; says so."""
+    if args.overwrite or not job.target.exists():
+        return False
+    say(f"{job.source}: another run has written {job.target} in the meantime; it is kept")
+    return True
+
+
 def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> tuple[list[_Job], list[str]]:
     """What to denoise into which file, and a line for each input that cannot be done."""
     jobs: dict[Path, _Job] = {}
     problems: list[str] = []
+    sources: set[Path] = set()
     for path in inputs:
         try:
             pairs = list(_targets(path, output, png))
@@ -136,24 +154,69 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> t
             problems.append(one_line(error))
             continue
         for source, target in pairs:
+            sources.add(source.resolve())
             if target in jobs and jobs[target].source != source:
                 problems.append(f"{source}: its result {target} is that of {jobs[target].source} too; rename one of them")
             elif target.exists() and not overwrite:
                 problems.append(f"{source}: {target} exists; give another --output, or --overwrite to replace it")
             else:
                 jobs[target] = _Job(source=source, target=target)
+    for target, job in list(jobs.items()):
+        if target.exists() and target.resolve() in sources - {job.source.resolve()}:
+            problems.append(f"{job.source}: its result {target} would replace another input; give another --output")
+            del jobs[target]
     return list(jobs.values()), problems
 
 
 def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]:
-    from ebt_vision.image_files import WRITABLE_SUFFIXES, find_images
+    from ebt_vision.image_files import find_images
 
-    for source in find_images([path]):
-        relative = source.relative_to(path) if path.is_dir() else Path(source.name)
-        if path.is_dir() and path.resolve() != output.resolve() and source.resolve().is_relative_to(output.resolve()):
-            continue  # results of an earlier run, in a folder inside this one
-        suffix = relative.suffix if relative.suffix.lower() in WRITABLE_SUFFIXES and not png else ".png"
-        yield source, output / relative.with_suffix(suffix)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device, not a file; save the image to a file first")
+    if not path.is_dir():
+        for source in find_images([path]):
+            yield source, output / _result_name(Path(source.name), png)
+        return
+    found = find_images([path])
+    inside = output.resolve().is_relative_to(path.resolve()) and output.resolve() != path.resolve()
+    earlier = {file for file in found if file.resolve().is_relative_to(output.resolve())} if inside else set()
+    if len(earlier) == len(found):
+        raise ValueError(f"{path} holds no images but earlier results in {output}; name a folder with images")
+    left_out = _left_out(path, set(found), output.resolve())
+    if left_out:
+        say(f"{path}: left out {left_out}; what is an image is denoised when named itself")
+    for source in found:
+        if source not in earlier:
+            yield source, output / _result_name(source.relative_to(path), png)
+
+
+def _result_name(relative: Path, png: bool) -> Path:
+    """The name of a result: with the suffix of its format, in the place of an image's suffix but not of any other."""
+    from PIL import Image
+
+    from ebt_vision.image_files import WRITABLE_SUFFIXES
+
+    suffix = relative.suffix
+    if suffix.lower() in WRITABLE_SUFFIXES and not png:
+        return relative
+    is_images = suffix.lower() in Image.registered_extensions()
+    return relative.with_suffix(".png") if is_images else relative.with_name(relative.name + ".png")
+
+
+def _left_out(folder: Path, found: set[Path], output: Path) -> str:
+    """The visible files and linked folders in `folder` that are not among the images found, nor in `output`, in words."""
+    suffixes: list[str] = []
+    links: list[str] = []
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        folders[:] = [f for f in folders if not f.startswith(".") and (here / f).resolve() != output]
+        links += [str((here / f).relative_to(folder)) for f in folders if (here / f).is_symlink()]
+        suffixes += [Path(f).suffix or f for f in files if not f.startswith(".") and here / f not in found]
+    kinds = sorted(set(suffixes))
+    named = ", ".join(kinds[:5]) + (", ..." if len(kinds) > 5 else "")
+    parts = [f"{len(suffixes)} file{'s' * (len(suffixes) > 1)} not named as images ({named})"] if suffixes else []
+    parts += [f"the linked folder{'s' * (len(links) > 1)} {', '.join(sorted(links))}"] if links else []
+    return " and ".join(parts)
 
 
 def _make_folder(folder: Path) -> None:
@@ -171,15 +234,16 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     from ebt_vision.noise import suited
 
     denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
+    _check_options(denoiser, args)
     noise = args.add_noise
-    tolerance, tolerance_of = args.tolerance, args.tolerance_of
-    if args.steps is None and tolerance is None and denoiser.suggested_tolerance is not None:
-        tolerance, tolerance_of = denoiser.suggested_tolerance, "training"
+    stopping = {"tolerance": args.tolerance, "tolerance_of": args.tolerance_of or "first"}
+    if args.steps is None and args.tolerance is None:
+        suggested = denoiser.suggested_options
+        stopping = {"tolerance": suggested.tolerance, "tolerance_of": suggested.tolerance_of}
     options = DenoiseOptions(
         num_steps=args.steps or denoiser.suggested_steps,
         num_candidates=args.candidates,
-        tolerance=tolerance,
-        tolerance_of=tolerance_of,
+        **stopping,
         langevin_std=args.langevin,
         step_size_scale=args.step_size_scale,
         strength=args.strength,
@@ -189,6 +253,16 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         noise_level=noise and noise.noise_level,
     )
     return suited(denoiser, noise), options
+
+
+def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
+    """ValueError for an option that the model has no use for."""
+    given = {"--steps": ("num_steps", args.steps), "--tolerance": ("tolerance", args.tolerance)}
+    given |= {"--candidates": ("num_candidates", args.candidates - 1), "--langevin": ("langevin_std", args.langevin)}
+    given |= {"--step-size-scale": ("step_size_scale", args.step_size_scale - 1)}
+    for option, (field, value) in given.items():
+        if value and field not in denoiser.options_used:
+            raise ValueError(f"{option} has no effect on {denoiser.name}; leave it out")
 
 
 def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:

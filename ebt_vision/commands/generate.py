@@ -4,14 +4,14 @@ import argparse
 import time
 
 from ebt_vision.commands.console import duration, say
-from ebt_vision.commands.numbers import count, not_negative, whole_number
+from ebt_vision.commands.numbers import count, name, not_negative, whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.description = "Go on with PROMPT by a text model; an EBT thinks about every token."
     parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
     parser.add_argument("--tokens", metavar="N", type=count, default=200, help="tokens to add at most (default 200)")
     parser.add_argument("--steps", metavar="N", type=count, default=2, help="thinking steps a token (default 2)")
     parser.add_argument(
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", metavar="T", type=not_negative, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", metavar="P", type=not_negative, default=1.0, help="draw from this share of the probability")
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all draws (default 0)")
-    parser.add_argument("--tokenizer", metavar="FILE", default="bytes", help="a tokenizer.json (default: bytes)")
+    parser.add_argument("--tokenizer", metavar="FILE", type=name, default="bytes", help="a tokenizer.json (default: bytes)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.set_defaults(run=_run)
 

@@ -2,13 +2,15 @@
 
 import argparse
 
+from ebt_vision.commands.numbers import name
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.description = (
         "Describe a checkpoint: kind, size, settings, hash of the weights. Without MODEL, list the shipped ones."
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("model", metavar="MODEL", nargs="?", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
     parser.set_defaults(run=_run)
 
 
@@ -16,10 +18,10 @@ def _run(args: argparse.Namespace) -> int:
     from ebt_vision.checkpoint import PRETRAINED_DIR, list_pretrained, load_pretrained, resolve
 
     if args.model is None:
-        names = list_pretrained()
-        for name in names:
-            print(name)
-        if not names:
+        shipped = list_pretrained()
+        for line in shipped:
+            print(line)
+        if not shipped:
             print(f"no checkpoint is shipped in {PRETRAINED_DIR}; train one with `ebt-vision train CONFIG`")
         return 0
     model = load_pretrained(args.model)
@@ -31,6 +33,6 @@ def _run(args: argparse.Namespace) -> int:
         print(f"  {'weights (sha256)':<20} {checkpoint_hash(args.model)}")
     from dataclasses import asdict
 
-    for name, value in asdict(model.config).items():
-        print(f"  {name:<20} {value}")
+    for field, value in asdict(model.config).items():
+        print(f"  {field:<20} {value}")
     return 0

@@ -1,4 +1,4 @@
-"""Numbers on the command line: what is out of range is refused in one line that says what to give."""
+"""Numbers and names on the command line: what cannot be used is refused in one line that says what to give."""
 
 import argparse
 import math
@@ -35,3 +35,10 @@ def positive(text: str) -> float:
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid; use a number above 0")
     return value
+
+
+def name(text: str) -> str:
+    """A name that is not empty: a shell variable that is unset gives an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; is a shell variable unset?")
+    return text

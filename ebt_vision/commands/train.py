@@ -1,17 +1,19 @@
 """`ebt-vision train`: train a model from a YAML config."""
 
 import argparse
-from pathlib import Path
 
+from ebt_vision.checks import named_path
 from ebt_vision.commands.console import BAD_INPUT, one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.description = "Train what CONFIG describes. Example: ebt-vision train configs/smoke.yaml optim.lr=3e-4"
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file of configs/ or your own")
+    parser.add_argument("config", metavar="CONFIG", type=named_path, help="a YAML file of configs/ or your own")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that take the file's place")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="the run's folder; a run that was cut off there goes on")
+    parser.add_argument(
+        "--output", metavar="DIR", type=named_path, help="the run's folder; a run that was cut off there goes on"
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument(
         "--allow-changes", action="store_true", help="resume a run with other settings, of the learning rate or the data, say"

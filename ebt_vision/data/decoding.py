@@ -5,8 +5,12 @@ tifffile (tiff.py), PGM and PPM of more than 8 bits through pnm.py. Sizes are ch
 decoded, and so is what could take for ever: see MAX_SECONDS, MAX_PAGES and MAX_SCANNED.
 """
 
+import contextlib
+import importlib
 import io
+import logging
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +34,9 @@ from ebt_vision.data.metadata import PNG_SIGNATURE, TIFF_SIGNATURES, read_exif, 
 from ebt_vision.data.pnm import decode_deep_pnm, is_deep
 from ebt_vision.data.tiff import decode_tiff
 
-try:
-    import pillow_heif
-except ImportError:  # the extra "heic"
-    pillow_heif = None
-else:
+pillow_heif: Any = None
+with contextlib.suppress(ImportError):  # the extra "heic"
+    pillow_heif = importlib.import_module("pillow_heif")
     pillow_heif.register_heif_opener()
 
 __all__ = [
@@ -58,13 +60,16 @@ SUFFIXES = frozenset(
 )
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
+UNSUPPORTED = ("unsupported", "not supported", "unknown raw mode")
+"""Words of Pillow's messages on whole files of a kind that it does not read."""
 MAX_SCANNED = 4_000_000_000
 """Pixels times scans of a JPEG: a progressive one of 89 megapixels in 10 scans has 0.9e9, and a scan costs time even where it
 is empty."""
 
-# Pillow's warnings on damaged files are not printed: what matters becomes an error or a note. Not with catch_warnings, which
+# Pillow's remarks on damaged files are not printed: what matters becomes an error or a note. Not with catch_warnings, which
 # threads cannot use.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
@@ -90,7 +95,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     except Image.DecompressionBombError:
         raise TooLargeError(f"has far more than the {MAX_PIXELS} pixels that are decoded; make it smaller") from None
     except Exception as error:  # on damaged bytes the decoders raise nearly anything: SyntaxError, struct.error, KeyError
-        if isinstance(error, NotImplementedError) or "unsupported" in str(error).lower():
+        if isinstance(error, NotImplementedError) or any(word in str(error).lower() for word in UNSUPPORTED):
             raise DecodeError(f"is of a kind that is not supported ({one_line(error)}); save it as PNG") from error
         raise DecodeError(f"is damaged or truncated ({one_line(error)}); copy it again") from error
 
@@ -128,6 +133,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> DecodedImage:
         # A TIFF is turned upright by Pillow, and decode_tiff reads its EXIF.
         orientation, exif, notes = (1, None, ()) if image.format == "TIFF" else read_exif(image)
         metadata = read_metadata(image, data)
+        if image.format == "HEIF" and (bits := image.info.get("bit_depth", 8)) > 8:
+            notes = (*notes, f"its {bits} bits are read as 8")
         if data.startswith(PNG_SIGNATURE) and data[24] == 16:  # IHDR's bit depth
             array = _decode_png16(data, image.info.get("transparency"))  # after load(), whose messages on damage are better
         elif image.mode.startswith("I;16"):

@@ -34,7 +34,7 @@ class DataConfig:
     split: str | None = None
     """Sub-folder, file-name prefix or hub split; None is all of a folder (an error if it holds several), a hub's "train"."""
     image_column: str = "image"
-    """Column of the images in parquet and hub sets."""
+    """Column of the images in parquet and hub sets; field of a shard's samples where they have several (jpg, depth.png)."""
     label_column: str | None = "label"
     """Column of the labels in parquet and hub sets, field of a shard's .json; None for no labels from any source."""
     img_size: int = 64

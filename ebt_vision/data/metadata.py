@@ -238,13 +238,14 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
         dpi = None  # Pillow makes it up for a JPEG that does not say
     comment = info.get("comment")
     is_png = data.startswith(PNG_SIGNATURE)
+    colour = tuple(_png_colour(data)) if is_png else _heif_colour(info.get("nclx_profile"))
     text = {k: v for k, v in getattr(image, "text", {}).items() if not NOT_TEXT.match(k)} if is_png else {}
     return Metadata(
         dpi=usable_dpi(dpi),
         xmp=upright_xmp(info.get("xmp") or info.get("XML:com.adobe.xmp")),
         comment=comment.encode() if isinstance(comment, str) else comment or None,
         text=tuple((str(key), str(value)) for key, value in text.items()),
-        png_colour=tuple(_png_colour(data)) if is_png and not info.get("icc_profile") else (),
+        png_colour=() if info.get("icc_profile") else colour,
     )
 
 
@@ -269,6 +270,15 @@ def _png_colour(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         if name in PNG_COLOUR_CHUNKS and length <= 32:
             yield name, data[place + 8 : place + 8 + length]
         place += 12 + length
+
+
+def _heif_colour(profile: dict | None) -> tuple[tuple[bytes, bytes], ...]:
+    """What a HEIC says of its colours in numbers (ITU-T H.273), as a PNG says it; nothing for sRGB."""
+    names = ("color_primaries", "transfer_characteristics")
+    primaries, transfer = (int((profile or {}).get(name, 2)) for name in names)
+    if 2 in (primaries, transfer) or (primaries, transfer) in ((1, 13), (1, 1), (1, 6)):  # 2 says nothing
+        return ()
+    return ((b"cICP", bytes((primaries & 255, transfer & 255, 0, 1))),)  # RGB, full range
 
 
 def _stored_block(image: Image.Image) -> bytes | None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 import datasets
+import pyarrow
+from pyarrow import parquet
 
 from ebt_vision.data.decoding import SUFFIXES
 
@@ -27,6 +29,10 @@ HUB_PREFIX = "hub:"
 
 class DataError(ValueError):
     """The data set is missing, empty or unreadable; the message is one line that says where and what to do."""
+
+
+class MissingSplitError(DataError):
+    """The data set is there, but has no split of that name."""
 
 
 class Source(Protocol):
@@ -68,7 +74,7 @@ def open_source(path: str, split: str | None, image_column: str, label_column: s
         names = [str(file) for file in by_suffix[".parquet"]]
         return _open_table(path, "parquet", "train", names, image_column, label_column)
     if by_suffix[".tar"]:
-        return TarSource(by_suffix[".tar"], label_column)
+        return TarSource(by_suffix[".tar"], label_column, image_column)
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         raise DataError(
@@ -117,13 +123,15 @@ def _matches(pattern: str) -> list[str]:
 def _files_of_folder(root: Path, split: str | None) -> tuple[Path, list[Path]]:
     """(root, all files under it, sorted) of one split: a sub-folder of that name, or the files that begin with it."""
     if split is not None and (root / split).is_dir():
-        return root / split, _walk(root / split)
-    files = _walk(root)
+        return root / split, walk(root / split)
+    files = walk(root)
     found = {name for file in files if (name := _split_of(file, root))}
     if split is not None:
         chosen = [file for file in files if re.match(re.escape(split) + r"([-_.\d]|$)", file.name)]
         if not chosen:
-            raise DataError(f"{root} has neither a folder {split!r} nor files {split}-*; its splits: {sorted(found) or 'none'}")
+            raise MissingSplitError(
+                f"{root} has neither a folder {split!r} nor files {split}-*; its splits: {sorted(found) or 'none'}"
+            )
         return root, chosen
     if len(found) > 1:
         raise DataError(f"{root} holds the splits {', '.join(sorted(found))}; choose one with split=")
@@ -138,13 +146,28 @@ def _split_of(file: Path, root: Path) -> str | None:
     return word if word.lower() in SPLIT_NAMES else None
 
 
-def _walk(root: Path) -> list[Path]:
-    """Every file under `root` but the hidden ones, sorted; links to folders are followed no further than os.walk does."""
+def walk(root: Path) -> list[Path]:
+    """Every file under `root` but the hidden ones, sorted. Links to folders are followed, but for one that leads back to a
+    folder that it lies in."""
     found: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    above = {str(root): frozenset({_identity(root)})}  # of each folder: itself and those that it lies in
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        inside = above.pop(folder)
+        kept = []
+        for name in subfolders:
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and (identity := _identity(path)) not in inside:
+                above[path] = inside | {identity}
+                kept.append(name)
+        subfolders[:] = kept
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Which folder it is, by whatever path."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 class FolderSource:
@@ -216,24 +239,37 @@ def _read_labels(where: str, table: datasets.Dataset, column: str | None) -> tup
     values = list(table[column])
     if all(value is None or value == -1 for value in values):  # how the hub's test splits say "no label"
         return None, None
+    if None in values:
+        raise DataError(
+            f"{values.count(None)} of {len(values)} rows have no label in column {column!r} of {where} (the first is row "
+            f"{values.index(None)}); label them, leave them out, or set label_column to null"
+        )
     if all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-        numbers = {name: number for number, name in enumerate(names)}
-        return [numbers[value] for value in values], names
+        return _numbered(values)
     if not all(isinstance(value, int) for value in values):
         raise DataError(f"column {column!r} of {where} is not all integers or all strings; set label_column to null")
     return values, getattr(table.features[column], "names", None)
 
 
+def _numbered(values: list[str]) -> tuple[list[int], list[str]]:
+    """Class names as labels 0, 1, ... in their alphabetical order, and the names."""
+    names = sorted(set(values))
+    numbers = {name: number for number, name in enumerate(names)}
+    return [numbers[value] for value in values], names
+
+
 def _open_table(
     where: str, builder: str, split: str, files: list[str] | None, image_column: str, label_column: str | None
 ) -> TableSource:
+    if files is not None and _num_rows(files) == 0:
+        raise DataError(f"{where} holds no images: 0 rows in {len(files)} parquet file(s); check the files")
     try:
         table = datasets.load_dataset(builder, data_files=files, split=split)
     except Exception as error:  # from a name that does not exist to a damaged file, each library below has its own errors
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise DataError(f"{where} cannot be loaded ({reason}); check the name, the split {split!r} and the files") from error
+        kind = MissingSplitError if files is None and reason.lower().startswith("unknown split") else DataError
+        raise kind(f"{where} cannot be loaded ({reason}); check the name, the split {split!r} and the files") from error
 
     def fingerprint() -> str:
         if files is None:  # a set of the hub: its own record of what was downloaded
@@ -242,6 +278,14 @@ def _open_table(
         return files_fingerprint(Path(files[0]).parent, [Path(file) for file in files])
 
     return TableSource(where, table, image_column, label_column, fingerprint)
+
+
+def _num_rows(files: list[str]) -> int | None:
+    """Rows of parquet files; None where one is damaged, which load_dataset explains."""
+    try:
+        return sum(parquet.read_metadata(file).num_rows for file in files)
+    except (OSError, pyarrow.ArrowException):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,16 +299,18 @@ class _Member:
 class TarSource:
     """WebDataset shards: files that share a key (the path up to the name's first dot) are a sample, the image one of them.
 
-    Labels come from KEY.cls (an integer), or from `label_column` of KEY.json; there are none unless every image has one.
+    Of several images the one whose field (what follows the key) is `image_column` is taken, or else the only one whose field
+    has no dot: 000.jpg beside 000.depth.png. Labels come from KEY.cls (an integer or a class name), or from `label_column` of
+    KEY.json; there are none unless every image has one.
     """
 
-    def __init__(self, shards: Sequence[Path], label_column: str | None) -> None:
+    def __init__(self, shards: Sequence[Path], label_column: str | None, image_column: str = "image") -> None:
         self._members: list[_Member] = []
         self._shards = list(shards)
-        labels: list[int | None] = []
+        labels: list[int | str | None] = []
         for shard in shards:
-            images: dict[str, _Member] = {}
-            found: dict[str, int] = {}
+            images: dict[str, dict[str, _Member]] = {}
+            found: dict[str, int | str] = {}
             try:
                 with tarfile.open(shard, "r:") as tar:
                     for member in tar:
@@ -274,23 +320,31 @@ class TarSource:
                         suffix = "." + extension.rpartition(".")[2].lower()
                         if not member.isfile() or name.startswith("."):
                             continue
-                        if suffix in SUFFIXES and key not in images:
-                            images[key] = _Member(shard, key, member.offset_data, member.size)
+                        if suffix in SUFFIXES:
+                            place = _Member(shard, key, member.offset_data, member.size)
+                            images.setdefault(key, {})[extension.lower()] = place
                         elif suffix in (".cls", ".json") and label_column is not None:
                             content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                            value = json.loads(content)
-                            value = value.get(label_column) if isinstance(value, dict) else value
-                            if isinstance(value, int) and (suffix == ".cls" or key not in found):
+                            value = _member_label(content, suffix, label_column, f"{member.name} in {shard}")
+                            if value is not None and (suffix == ".cls" or key not in found):
                                 found[key] = value
-            except (tarfile.TarError, OSError, ValueError) as error:
+            except (tarfile.TarError, OSError) as error:
                 raise DataError(f"{shard} is not an uncompressed tar, or is damaged ({error}); copy it again") from error
-            self._members += images.values()
+            self._members += [_choose_image(fields, image_column) for fields in images.values()]
             labels += [found.get(key) for key in images]
         if not self._members:
             raise DataError(f"no images in {shards[0]}{' and the other shards' if len(shards) > 1 else ''}; check the shards")
-        numbers = [label for label in labels if label is not None]
-        self.labels = numbers if len(numbers) == len(labels) else None
+        numbers = [label for label in labels if isinstance(label, int)]
+        names = [label for label in labels if isinstance(label, str)]
+        if numbers and names:
+            raise DataError(
+                f"labels of {shards[0]} are not all integers or all names (both {numbers[0]} and {names[0]!r} are there); "
+                "set label_column to null"
+            )
+        self.labels: list[int] | None = numbers if len(numbers) == len(labels) else None
         self.class_names: list[str] | None = None
+        if len(names) == len(labels):
+            self.labels, self.class_names = _numbered(names)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -306,3 +360,31 @@ class TarSource:
         with member.shard.open("rb") as file:
             file.seek(member.offset)
             return file.read(member.size)
+
+
+def _choose_image(fields: dict[str, _Member], image_column: str) -> _Member:
+    """The image of a sample, of its images by field; DataError where it is not clear which one is meant."""
+    plain = [field for field in fields if "." not in field]
+    chosen = [image_column.lower()] if image_column.lower() in fields else plain or list(fields)
+    member = fields[chosen[0]]
+    if len(chosen) > 1:
+        names = ", ".join(chosen[:3]) + (", ..." if len(chosen) > 3 else "")
+        raise DataError(
+            f"sample {member.key} in {member.shard} has {len(chosen)} images ({names}; a key ends at the name's first dot); "
+            f"set image_column to one of them, or rename the files"
+        )
+    return member
+
+
+def _member_label(content: bytes, suffix: str, label_column: str, where: str) -> int | str | None:
+    """The label in a .cls or .json file of a shard; None if it says none. DataError for a file that cannot be read."""
+    try:
+        text = content.decode().strip()
+        if suffix == ".cls":
+            return int(text) if re.fullmatch(r"-?\d+", text) else text or None
+        value = json.loads(text)
+    except ValueError as error:
+        reason = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+        raise DataError(f"{where} is not valid {reason} ({error}); mend it, or set label_column to null") from error
+    value = value.get(label_column) if isinstance(value, dict) else value
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None

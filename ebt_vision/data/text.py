@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebt_vision.data.sources import HUB_PREFIX, DataError
+from ebt_vision.data.sources import HUB_PREFIX, DataError, walk
 from ebt_vision.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from ebt_vision.rng import make_generator
 
@@ -194,7 +194,7 @@ def _files(path: str) -> list[Path]:
     root = Path(path).expanduser()
     if root.is_dir():
         known = (*TEXT_SUFFIXES, ".parquet")
-        files = [file for file in root.rglob("*") if file.suffix.lower() in known and not file.name.startswith(".")]
+        files = [file for file in walk(root) if file.suffix.lower() in known]
     else:
         files = [root] if root.is_file() else [Path(match) for match in glob.glob(str(root), recursive=True)]
     files = sorted(file for file in files if file.is_file())

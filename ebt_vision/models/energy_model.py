@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class EnergyModel(PretrainedModel):
     depends on another element of the batch.
     """
 
-    usage_fields = ("init_step_size",)  # the step size that was learned lies with the weights
+    usage_fields: ClassVar[tuple[str, ...]] = ("init_step_size",)  # the step size that was learned lies with the weights
 
     def __init__(self, init_step_size: float):
         super().__init__()

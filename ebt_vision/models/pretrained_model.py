@@ -96,7 +96,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
     def _class_for(cls, config_path: Path) -> type[Self]:
         if cls is not PretrainedModel:
             return cls
-        from ebt_vision.checkpoint import model_class  # which imports this file
+        from ebt_vision.models.registry import model_class  # which imports this file
 
         return cast(type[Self], model_class(read_config(config_path)["model_type"]))
 

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ebt_vision.checkpoint import load_pretrained, model_class
+from ebt_vision.checkpoint import load_pretrained
 from ebt_vision.config import ConfigError, ExperimentConfig
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.text import TextDataConfig
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.models.registry import model_class
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.objectives import DiTObjective, EBTObjective, Objective, ObjectiveConfig, RegressorObjective
 from ebt_vision.text_objectives import LanguageModelObjective, TextEBTObjective

@@ -32,10 +32,10 @@ class OptimConfig:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; use 'adamw' or 'muon'")
         for name in ("lr", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive and finite")
         for name in ("weight_decay", "warmup_updates", "final_lr_ratio", "step_size_lr_ratio"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
 
 

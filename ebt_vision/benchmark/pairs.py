@@ -1,0 +1,88 @@
+"""Real noise: pairs of a noisy and a clean photograph of the same scene, found by the patterns of their names."""
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebt_vision.benchmark.images import BenchmarkImages
+from ebt_vision.data.decoding import DecodeError, decode_image, to_rgb8
+from ebt_vision.data.sources import DataError
+
+
+class BenchmarkPairs(BenchmarkImages):
+    """Clean photographs, each with the noisy one of the same scene; both are 8-bit RGB of one size."""
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], skipped: Sequence[tuple[str, str]], what: str):
+        self._pairs = list(pairs)
+        names = [noisy.name for noisy, _ in pairs]
+        super().__init__(lambda index: read_rgb(self._pairs[index][1]), names, skipped, what)
+
+    def noisy(self, indices: Sequence[int]) -> list[Tensor]:
+        """The noisy photographs, uint8 (3, H, W) each."""
+        return [read_rgb(self._pairs[index][0]) for index in indices]
+
+    def _pixels(self, index: int) -> list[Tensor]:
+        return [*super()._pixels(index), *self.noisy([index])]
+
+
+def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> BenchmarkPairs:
+    """The pairs in `folder` and the folders inside it, by "NOISY:CLEAN", two patterns such as "*_noisy*:*_clean*".
+
+    Two files belong together when the stars of their patterns stand for the same text; patterns are of paths relative to
+    `folder`. `limit` takes so many pairs, spread evenly. Raises ValueError for a pattern that cannot be used, DataError where
+    there is no pair.
+    """
+    noisy_pattern, clean_pattern = parse_patterns(patterns)
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{folder} is not a folder; --pairs takes a folder of noisy and clean images")
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    clean = {key: path for path in files if (key := _stars(clean_pattern, path.relative_to(root).as_posix())) is not None}
+    noisy = {key: path for path in files if (key := _stars(noisy_pattern, path.relative_to(root).as_posix())) is not None}
+    if not noisy.keys() & clean.keys():
+        raise DataError(
+            f"{folder} has no pair of {patterns}: {len(noisy)} files are like the first pattern, {len(clean)} like the second"
+        )
+    pairs: list[tuple[Path, Path]] = []
+    skipped = [(path.name, "has no clean image") for key, path in noisy.items() if key not in clean]
+    for key in (key for key in noisy if key in clean):
+        try:
+            sizes = [tuple(read_rgb(path[key]).shape[-2:]) for path in (noisy, clean)]
+        except DecodeError as error:
+            skipped.append((noisy[key].name, str(error)))
+            continue
+        if sizes[0] != sizes[1]:
+            skipped.append((noisy[key].name, "is not of the size of its clean image"))
+            continue
+        pairs.append((noisy[key], clean[key]))
+    if not pairs:
+        raise DataError(f"no pair of {folder} can be used ({skipped[0][0]} {skipped[0][1]}); check the files")
+    count = len(pairs) if limit is None else min(limit, len(pairs))
+    chosen = [pairs[place * len(pairs) // count] for place in range(count)]
+    return BenchmarkPairs(chosen, skipped, f"pairs {patterns} from {folder}")
+
+
+def parse_patterns(text: str) -> tuple[str, str]:
+    """The patterns of "NOISY:CLEAN"; ValueError unless there are two with equally many stars, one or more, and they differ."""
+    noisy, colon, clean = text.partition(":")
+    if not colon or ":" in clean or noisy == clean or not noisy.count("*") == clean.count("*") > 0:
+        raise ValueError(f'--pairs {text!r} must be two patterns with as many stars each, such as "*_noisy*:*_clean*"')
+    return noisy, clean
+
+
+def read_rgb(path: Path) -> Tensor:
+    """uint8 (3, H, W); DecodeError for a file that is no image, OSError for one that cannot be read."""
+    pixels = to_rgb8(decode_image(path.read_bytes()))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # HWC -> CHW
+
+
+def _stars(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What the stars of `pattern` stand for in `name`; None where the name is not like the pattern."""
+    parts = [fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z") for part in pattern.split("*")]
+    found = re.fullmatch("(.*)".join(parts), name, flags=re.DOTALL)
+    return found and found.groups()

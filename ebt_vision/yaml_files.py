@@ -1,0 +1,53 @@
+"""YAML as people write settings: 1e-3 is a number, 1:30 and 010 are not what YAML 1.1 makes of them, no key comes twice."""
+
+import re
+from typing import Any
+
+import yaml
+
+
+class DuplicateKeyError(yaml.YAMLError):
+    """A mapping has the same key twice."""
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with the numbers of YAML 1.2's core schema."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                line = key_node.start_mark.line + 1
+                if key_node.value in seen:
+                    raise DuplicateKeyError(
+                        f"key {key_node.value!r} is in line {seen[key_node.value]} and again in line {line}; keep one of them"
+                    )
+                seen[key_node.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_SettingsLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_SettingsLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_SettingsLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"""(?: [-+]? (?: \.[0-9]+ | [0-9][0-9_]*\.[0-9]* | [0-9][0-9_]*(?=[eE]) ) (?: [eE][-+]?[0-9]+ )?
+        | [-+]? \.(?: inf | Inf | INF ) | \.(?: nan | NaN | NAN ) )$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+_SettingsLoader.add_constructor(_INT, _decimal)
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text; yaml.YAMLError for a text that is no YAML and for a key that comes twice."""
+    return yaml.load(text, Loader=_SettingsLoader)
