@@ -11,8 +11,8 @@ def _as_sent(self: gr.Image, payload: Any) -> str | None:
     return None if payload is None else payload.path
 
 
-# A subclass, because gradio makes a component anew when an event changes it, and a method set on the old one is lost. Made by the
-# plain metaclass, because gradio's own would write a .pyi file beside this one. The name "Image" is what the page's script knows.
+# A subclass, because gradio makes a component anew when an event changes it, and a method set on the old one is lost. The plain
+# metaclass makes it, because gradio's own would write a .pyi file beside this one. The page's script knows the name "Image".
 SentImage: Any = ABCMeta.__new__(
     type(gr.Image), "Image", (gr.Image,), {"preprocess": _as_sent, "__module__": __name__, "__doc__": __doc__}
 )
