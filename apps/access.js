@@ -7,6 +7,7 @@
     ["#upload img[data-testid=detailed-image], #upload .image-frame img", "alt", ["The image to be denoised"]],
     ["#heat img", "alt", ["Energy of each patch: bright where the model is unsure"]],
     ["#examples .gallery-item", "aria-label", ["Example: a cat", "Example: a cup of coffee", "Example: a rocket at night"]],
+    ["#upload input[type=file]", "accept", ["image/*,.heic,.heif,.avif"]], // systems that do not count these as images
     ["fieldset#how", "aria-label", ["Noise"]],
     ["#answer .overflow-menu > button", "aria-label", ["More tabs"]],
     ["#facts", "role", ["status"]],

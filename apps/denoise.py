@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for apps.*, w
 import gradio as gr
 
 from apps import figures
+from apps.sent_image import SentImage
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.sources import MAX_BYTES
 from ebt_vision.checkpoint import CheckpointError, list_pretrained, model_type_of, pick_device
-from ebt_vision.denoiser import Denoiser, load_denoiser
+from ebt_vision.denoiser import MAX_STRENGTH, Denoiser, load_denoiser
 from ebt_vision.noise import NOISE_KINDS
 from ebt_vision.thinking import ToleranceOf
 
@@ -53,7 +54,8 @@ path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", a
 methods = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/compare")
 ```
 `steps` is a whole number and defaults to what the model suggests.
-`noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `/denoise` gives a PNG file and a dictionary
+`noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `strength` is 0 to 1.5: below 1 keeps grain,
+above 1 is for noise that is left over. `/denoise` gives a PNG file and a dictionary
 with the energies, PSNRs, steps and seconds; `/compare` a list with each method's name, PSNR, forward passes and seconds."""
 
 
@@ -126,7 +128,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
 def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tuple[gr.Image, list]:
     """The image, and the controls in the order of read_controls."""
     examples = [str(path) for path in sorted(EXAMPLES.glob("*.png"))]
-    upload = gr.Image(
+    upload = SentImage(
         examples[0] if examples else None,
         label="Image",
         type="filepath",
@@ -134,10 +136,8 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         height=240,
         elem_id="upload",
     )
-    # The file as it was sent: read_image judges it and says what is wrong with it. (A subclass of gr.Image would
-    # have gradio write a .pyi beside this file.)
-    upload.preprocess = lambda payload: None if payload is None else payload.path
     gr.Examples([[path] for path in examples], [upload], label="Or one of these", elem_id="examples")
+    originals = {Path(path).read_bytes() for path in examples}
     seen = gr.Markdown(elem_id="estimate", elem_classes="hint")
     how = gr.Radio([ADD, NOISY_ALREADY], value=ADD, label="Noise", elem_id="how")
     kind = gr.Dropdown(
@@ -156,6 +156,15 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         for name, known in NOISE_KINDS.items()
     ]
     steps = gr.Slider(1, MAX_STEPS, value=service.suggested_steps, step=1, label="Thinking steps", elem_id="steps")
+    strength = gr.Slider(
+        0,
+        MAX_STRENGTH,
+        value=1,
+        step=0.05,
+        label="Strength",
+        info="Below 1 keeps grain, above 1 is for noise that is left over.",
+        elem_id="strength",
+    )
     with gr.Row():
         model = gr.Dropdown(list(models), value=next(iter(models), None), label="Model", min_width=140, scale=2)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80, scale=1, elem_id="seed")
@@ -193,11 +202,18 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
     def show(how, kind):
         return [gr.update(visible=how == ADD)] + [gr.update(visible=how == ADD and kind == name) for name in NOISE_KINDS]
 
+    def noise_for(path):
+        """An example gets noise; a photograph of the visitor's is taken as noisy already."""
+        if not path:
+            return gr.skip()
+        return ADD if Path(path).read_bytes() in originals else NOISY_ALREADY
+
     quiet = dict(api_visibility="private", show_progress="hidden", queue=False)
     gr.on([how.change, kind.change], show, [how, kind], [kind, *amounts], **quiet)
     looks = dict(api_visibility="private", show_progress="hidden", concurrency_id="look", concurrency_limit=1)
-    gr.on([page.load, upload.change], service.estimate, [upload], [seen], **looks)
-    return upload, [how, kind, *amounts, seed, steps, model, scale, tolerance, of, langevin, candidates, tile]
+    upload.change(noise_for, [upload], [how], **quiet)
+    gr.on([page.load, upload.change, model.change], service.estimate, [upload, model], [seen], **looks)
+    return upload, [how, kind, *amounts, seed, steps, model, scale, tolerance, of, langevin, candidates, tile, strength]
 
 
 def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
@@ -242,8 +258,7 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
 def _endpoints(service: Service, models: dict[str, str]) -> None:
     """/denoise and /compare for gradio_client, on controls that nobody sees."""
     with gr.Column(visible=False):
-        image = gr.Image(label="image", type="filepath")
-        image.preprocess = lambda payload: None if payload is None else payload.path
+        image = SentImage(label="image", type="filepath")
         noise = gr.Dropdown(["none", *NOISE_KINDS], value="none", label="noise")
         model = gr.Dropdown(list(models), value=next(iter(models), None), label="model")
         numbers = dict(
@@ -251,12 +266,13 @@ def _endpoints(service: Service, models: dict[str, str]) -> None:
         )
         fields = {name: gr.Number(value, label=name) for name, value in numbers.items()}
         file, told, rows = gr.File(label="denoised"), gr.JSON(label="facts"), gr.JSON(label="methods")
+        strength = gr.Number(1, label="strength")
         first = [image, noise, fields["amount"], fields["seed"], fields["steps"], model]
         tolerance_of = gr.Dropdown(list(get_args(ToleranceOf)), value="first", label="tolerance_of")
         rest = [fields[name] for name in ("step_size_scale", "tolerance", "langevin", "candidates", "tile")] + [tolerance_of]
         one = dict(concurrency_id="device", concurrency_limit=1)
-        gr.Button().click(service.api_denoise, [*first, *rest], [file, told], api_name="denoise", **one)
-        gr.Button().click(service.api_compare, first, [rows], api_name="compare", **one)
+        gr.Button().click(service.api_denoise, [*first, *rest, strength], [file, told], api_name="denoise", **one)
+        gr.Button().click(service.api_compare, [*first, strength], [rows], api_name="compare", **one)
 
 
 # --- Starting it

@@ -27,6 +27,8 @@ def command(request: Request, model: str, device: str) -> str:
         words += ["--langevin", repr(request.langevin_std)]
     if request.step_size_scale != 1:
         words += ["--step-size-scale", repr(request.step_size_scale)]
+    if request.strength != 1:
+        words += ["--strength", repr(request.strength)]
     if request.tile_size is not None:
         words += ["--tile", str(request.tile_size)]
     return shlex.join([*words, "--png", "--device", device, "--output", "out/"])

@@ -18,7 +18,7 @@ from PIL import Image
 from apps import figures, recipes
 from apps.background import free_memory
 from apps.comparing import compare
-from apps.sources import Request, estimate
+from apps.sources import Request, estimate, noise_seen
 from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision.checkpoint import list_pretrained, model_type_of
 from ebt_vision.denoiser import Denoiser
@@ -76,10 +76,11 @@ class Service:
         candidates,
         tile,
         tolerance_of="first",
+        strength=1.0,
     ):
         """Denoise an image: a PNG file, and a dictionary of figures."""
-        values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile, tolerance_of)
-        request, label = api_request(image, *values)
+        values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile)
+        request, label = api_request(image, *values, tolerance_of, strength)
         folder = Path(tempfile.mkdtemp())
         try:
             *_, answer = self._guarded(think_aloud(request, self._denoiser(label), threading.Event()), image)
@@ -90,20 +91,26 @@ class Service:
         finally:
             _remove(folder)
 
-    def api_compare(self, image, noise, amount, seed, steps, model):
+    def api_compare(self, image, noise, amount, seed, steps, model, strength=1.0):
         """Compare the methods on an image: a list of dictionaries."""
-        request, label = api_request(image, noise, amount, seed, steps, model, 1.0, 0.0, 0.0, 1, 0)
+        request, label = api_request(image, noise, amount, seed, steps, model, 1.0, 0.0, 0.0, 1, 0, strength=strength)
         *_, columns = self._guarded(compare(request, self._methods(label), threading.Event()), image)
         fields = ("name", "psnrs", "num_forward", "seconds", "problem")
         return [{name: getattr(column, name) for name in fields} for column in columns]
 
-    def estimate(self, path: str | None) -> str:
+    def estimate(self, path: str | None, label: str | None = None) -> str:
         """What the noise of a photograph seems to be, in words; nothing for what cannot be read."""
         if not path:
             return ""
         try:
-            return f"Noise that is in it already: about σ = **{estimate(path):.0f}** of 255, by its finest wavelets."
-        except (ValueError, OSError):
+            seen = noise_seen(path, self.load(self.models[label])) if label in self.models else None
+            if seen is not None:
+                return f"Noise that the model sees in it: about σ = **{seen:.1f}** of 255."
+            return (
+                f"Noise that is in it already: about σ = **{estimate(path):.1f}** of 255. "
+                "This is an estimate from the finest wavelets, which misses correlated noise."
+            )
+        except (ValueError, OSError, ThinkingError, MemoryError):
             return ""  # the button says what is wrong
 
     def ask(self, visitor: gr.Request) -> None:
@@ -202,17 +209,29 @@ def _remove(folder: Path) -> None:
 
 def read_controls(path: str | None, values: Sequence[Any]) -> tuple[Request, str]:
     """The request of the page's controls, in their order on it, and the model's label."""
-    how, kind, *amounts, seed, steps, label, scale, tolerance, of, langevin, candidates, tile = values
+    how, kind, *amounts, seed, steps, label, scale, tolerance, of, langevin, candidates, tile, strength = values
     amount = dict(zip(NOISE_KINDS, amounts, strict=True))[kind]
     size = 0 if tile == OWN_TILES else tile
     if of in get_args(ToleranceOf) and not tolerance:
         of = "first"  # the choice beside a tolerance of 0 is nobody's wish
     noise = "none" if how == NOISY_ALREADY else kind
-    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size, of)
+    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size, of, strength)
 
 
 def api_request(
-    path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, tile, tolerance_of="first"
+    path,
+    noise,
+    amount,
+    seed,
+    steps,
+    label,
+    scale,
+    tolerance,
+    langevin,
+    candidates,
+    tile,
+    tolerance_of="first",
+    strength=1.0,
 ) -> tuple[Request, str]:
     """The request of what an endpoint was given, checked."""
     if not path:
@@ -229,6 +248,7 @@ def api_request(
             langevin_std=float(langevin),
             num_candidates=_whole(candidates, "candidates", 1, MAX_CANDIDATES),
             tile_size=_whole(tile, "tile", 16, 512) if tile else None,
+            strength=float(strength),
         )
         request.options()
     except (ValueError, TypeError) as error:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ebt_vision.classical import estimate_sigma
 from ebt_vision.data.decoding import TooLargeError
-from ebt_vision.denoiser import DenoiseOptions
+from ebt_vision.denoiser import DenoiseOptions, Denoiser, noise_from_energy
 from ebt_vision.image_files import ImageFile, ImageFileError, quantise, read_image
 from ebt_vision.metrics import mse, psnr_from_mse
-from ebt_vision.noise import Noise
+from ebt_vision.noise import Noise, suited
 from ebt_vision.thinking import ToleranceOf
+from ebt_vision.tiling import denoise_tiled
 
 MAX_PIXELS = 24_000_000
 MAX_BYTES = 100 * 2**20
@@ -39,6 +40,7 @@ class Request:
     num_candidates: int = 1
     tile_size: int | None = None
     """None for the model's own."""
+    strength: float = 1.0
 
     def without_unused(self, options_used: Collection[str]) -> Request:
         """The same without the controls that a denoiser with these `options_used` has no use for."""
@@ -55,6 +57,7 @@ class Request:
             tolerance_of=self.tolerance_of,
             langevin_std=self.langevin_std,
             step_size_scale=self.step_size_scale,
+            strength=self.strength,
             seed=self.seed,
             sigma=None if self.noise is None else self.noise.sigma,
             noise_level=None if self.noise is None else self.noise.noise_level,
@@ -103,8 +106,23 @@ def open_source(request: Request) -> Source:
 
 
 def estimate(path: str) -> float:
-    """The standard deviation of the noise of a photograph, 0..255 units, from its middle 512 x 512 pixels."""
+    """The standard deviation of the noise of a photograph, 0..255 units, by the wavelets of its middle 512 x 512 pixels."""
     return estimate_sigma(open_source(Request(path=path)).middle(512).noisy)[0]
+
+
+def noise_seen(path: str, denoiser: Denoiser) -> float | None:
+    """The standard deviation of the noise that a model sees in a photograph, 0..255 units, in its middle 256 x 256 pixels.
+
+    None for a model whose thinking does not start from the proposal: see noise_from_energy.
+    """
+    if not denoiser.starts_from_proposal:
+        return None
+    denoiser = suited(denoiser, None)
+    result = denoise_tiled(denoiser, open_source(Request(path=path)).middle(256).noisy, DenoiseOptions(num_steps=1))
+    if result.energies is None:
+        return None
+    options = DenoiseOptions()
+    return noise_from_energy(float(result.energies[0, 0]), denoiser.patch_size) / denoiser.scale_for(options)
 
 
 def to_bytes(images: Tensor) -> np.ndarray:

@@ -159,6 +159,8 @@ class _Reporter:
 
     def __call__(self, step: TiledStep) -> bool:
         now = time.perf_counter() - self.start
+        if step.index == 0 and step.candidate == 0 and step.tiles_now == step.num_tiles:
+            self.energies, self.psnrs = {}, []  # a strength above 1 thinks twice
         if step.energy is not None and step.candidate == 0:
             total = self.energies.setdefault(step.index, [0.0, 0.0])
             total[0] += step.energy * step.tiles_now

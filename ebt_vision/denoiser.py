@@ -160,6 +160,8 @@ class Denoiser(nn.Module, ABC):
     """What num_steps is on the command line and the page where nobody asks for a number."""
     suggested_tolerance: float | None = None
     """What tolerance is on the command line, of the training's noise, where nobody asks for steps or a tolerance."""
+    starts_from_proposal: bool = False
+    """Whether thinking starts from a reconstruction of the image unless somebody says otherwise: see noise_from_energy."""
     input_scale: float | None = 1.0
     """Factor on the image, as -1..1, before a network sees it. None picks it by the options' noise_level: see scale_for."""
     signal_scale: float = 1.0
@@ -209,15 +211,20 @@ class Denoiser(nn.Module, ABC):
         ids = checked_ids(image_ids, len(noisy))
         size, dtype = noisy.shape[-2:], noisy.dtype
 
+        stopped = False
+
         def on_step(step: DenoiseStep) -> object:
-            return None if callback is None else callback(replace(step, image=_seen(step.image, size).to(dtype)))
+            nonlocal stopped
+            told = None if callback is None else callback(replace(step, image=_seen(step.image, size).to(dtype)))
+            stopped = stopped or told is True
+            return told
 
         # Thinking takes gradients, which inference mode forbids.
         with torch.inference_mode(False), torch.no_grad():
             plain = noisy.clone() if noisy.is_inference() else noisy
             padded = self.to_network(pad_to_multiple(working(plain), self.patch_size))
             result = self._denoise(padded, options, ids, on_step)
-            if options.strength > 1.0:
+            if options.strength > 1.0 and not stopped:
                 stronger = padded + (options.strength - 1.0) * (padded - result.image.to(padded))
                 result = self._denoise(stronger, options, ids, on_step)
             return _weakened(_finished(result, size, plain), plain, options.strength)
@@ -355,6 +362,17 @@ class IdentityDenoiser(Denoiser):
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         return no_network_result(noisy.clone(), noisy, options)
+
+
+def noise_from_energy(energy: float, patch_size: int) -> float:
+    """The standard deviation of the noise that a model sees in an image, in 0..255 units: sqrt(2 E / (3 p^2)) * 127.5.
+
+    `energy` is E(x) = |x - N(x)|^2 / 2 of the noisy RGB image x on [-1, 1], mean over patches of side p = `patch_size`.
+    It holds for a model whose N(x) is an honest reconstruction: one that thinks from its proposal. ValueError below 0.
+    """
+    check(energy >= 0, "energy", energy, "use the first energy of a quadratic head, which is 0 or more")
+    check(patch_size >= 1, "patch_size", patch_size, "use 1 or more")
+    return math.sqrt(2.0 * energy / (3 * patch_size**2)) * 127.5
 
 
 def no_network_result(image: Tensor, noisy: Tensor, options: DenoiseOptions) -> DenoiseResult:

@@ -85,6 +85,7 @@ class EBTDenoiser(ModelDenoiser):
         super().__init__(model, name=name, input_scale=input_scale)
         self.suggested_steps = model.config.suggested_steps
         self.suggested_tolerance = model.config.suggested_tolerance
+        self.starts_from_proposal = model.config.suggested_start == "proposal"
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         x = to_model_range(noisy) * self.scale_for(options)

@@ -83,7 +83,16 @@ def controls(**changed) -> list:
     """The values of the page's controls, in their order."""
     values = dict(how=service.ADD, kind="gaussian") | {name: known.default for name, known in NOISE_KINDS.items()}
     values |= dict(
-        seed=3, steps=4, model="m", scale=1, tolerance=0, of="first", langevin=0, candidates=1, tile=service.OWN_TILES
+        seed=3,
+        steps=4,
+        model="m",
+        scale=1,
+        tolerance=0,
+        of="first",
+        langevin=0,
+        candidates=1,
+        tile=service.OWN_TILES,
+        strength=1,
     )
     return list((values | changed).values())
 
@@ -93,6 +102,7 @@ def test_controls_become_a_request() -> None:
     assert (label, str(request.noise), request.seed, request.tile_size) == ("m", "gaussian:25", 3, 64)
     assert (request.options().tolerance, request.options().tolerance_of) == (0.2, "previous")
     assert service.read_controls("a.png", controls(how=service.NOISY_ALREADY))[0].noise is None
+    assert service.read_controls("a.png", controls(strength=0.35))[0].options().strength == 0.35
 
 
 @pytest.mark.parametrize(
@@ -106,6 +116,7 @@ def test_controls_become_a_request() -> None:
         {"tile": "4"},
         {"steps": None},
         {"of": "none"},
+        {"strength": 1.6},
         {"steps": 2.7},
         {"candidates": 1.5},
         {"seed": 0.5},
@@ -168,6 +179,8 @@ def test_the_endpoints_give_the_pixels_of_the_command_line(
     file, told = client.predict(steps=3, **given)
     expected = by_command(photo, tiny_checkpoint, tmp_path / "out", "--add-noise", "25", "--seed", "5", "--steps", "3")
     assert (np.asarray(Image.open(file)) == expected).all() and len(told["energies"]) == 4
+    file, _ = client.predict(steps=3, strength=0, **(given | {"noise": "none"}))
+    assert (np.asarray(Image.open(file)) == np.asarray(Image.open(photo).convert("RGB"))).all()
     with pytest.raises(Exception, match="steps=99 is out of range"):
         client.predict(steps=99, **given)
     with pytest.raises(Exception, match="steps=2.7 is not a whole number"):
@@ -279,8 +292,21 @@ def test_denoise_in_a_browser(
         page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or outside.append(r.url))
         page.goto(address)
 
-        # Denoise an upload in the default four steps.
+        # An upload is noisy already, an example gets noise.
         upload(page, photo)
+        wait_for_noise(page, service.NOISY_ALREADY)
+        page.wait_for_function("document.querySelector('#estimate').innerText.includes('finest wavelets')")
+        page.locator("#examples .gallery-item").first.click()
+        wait_for_noise(page, service.ADD)
+        page.click("#upload button[aria-label='Remove Image']")
+        page.wait_for_selector("#upload input[accept='image/*,.heic,.heif,.avif']", state="attached")
+        upload(page, photo)
+        wait_for_noise(page, service.NOISY_ALREADY)
+        assert page.input_value("#strength input[type=number]") == "1" and "keeps grain" in page.inner_text("#strength")
+        page.get_by_label(service.ADD).check()
+        wait_for_noise(page, service.ADD)
+
+        # Denoise an upload in the default four steps.
         page.click("#denoise")
         page.wait_for_function("document.querySelectorAll('#film img').length == 5")
         assert page.locator("#chart .curve-energy circle").count() == 5
@@ -329,6 +355,11 @@ def test_denoise_in_a_browser(
         page.click("#denoise")
         page.wait_for_selector("text=text.png is not")
     assert outside == [], "the page must work without the network"
+
+
+def wait_for_noise(page, how: str) -> None:
+    """Wait until the page says that noise is added, or that it is there already."""
+    page.wait_for_function("how => document.querySelector('#how input:checked')?.value === how", arg=how)
 
 
 def slide(page, pixels: int) -> float:

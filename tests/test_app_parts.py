@@ -14,11 +14,13 @@ from PIL import Image
 from test_odd_files import looping_tiff
 
 from apps import comparing, figures, recipes, sources, thinking_aloud
+from apps.service import Service
 from apps.sources import Request
 from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision import cli
-from ebt_vision.denoiser import Denoiser, IdentityDenoiser, load_denoiser
+from ebt_vision.denoiser import Denoiser, IdentityDenoiser, for_photographs, load_denoiser
 from ebt_vision.image_files import read_image, write_image
+from ebt_vision.model_denoisers import EBTDenoiser
 from ebt_vision.noise import Noise
 from ebt_vision.tiling import num_tiles
 
@@ -71,6 +73,31 @@ def test_a_model_without_an_energy_has_neither_curve_nor_map(photo: str) -> None
     assert answer.energies == [] and "curve-energy" not in figures.curves(answer.energies, answer.psnrs)
     assert figures.heat_map(answer.steps)[0] is None
     assert answer.psnrs[0] == pytest.approx(answer.psnrs[-1]) and 18 < answer.psnrs[0] < 24
+
+
+def test_a_strength_above_1_shows_its_second_run(tiny: Denoiser, photo: str) -> None:
+    updates, answer = run(Request(path=photo, noise=GAUSSIAN, num_steps=2, strength=1.5), tiny)
+    assert [update.step for update in updates] == [0, 1, 2] * 2
+    assert [len(update.energies) for update in updates] == [len(update.psnrs) for update in updates] == [1, 2, 3] * 2
+    assert updates[-1].psnrs[-1] == pytest.approx(answer.psnrs[-1], abs=0.01)
+
+
+def test_the_noise_is_what_the_model_sees_where_it_starts_from_a_proposal(
+    tiny: Denoiser, tiny_checkpoint: Path, photo: str
+) -> None:
+    seeing = load_denoiser(str(tiny_checkpoint))
+    assert isinstance(seeing, EBTDenoiser)
+    object.__setattr__(seeing.model.config, "suggested_start", "proposal")
+    seeing.starts_from_proposal = True
+    models = {"plain": tiny, "seeing": seeing}
+    page = Service({name: name for name in models}, models.__getitem__, "cpu")
+    assert "finest wavelets, which misses correlated noise" in page.estimate(photo, "plain")
+    assert sources.noise_seen(photo, tiny) is None
+    energies = for_photographs(seeing).denoise(read_image(photo).pixels[None], seeing.suggested_options).energies
+    assert energies is not None
+    expected = (2 * float(energies[0, 0]) / (3 * 8**2)) ** 0.5 * 127.5
+    assert sources.noise_seen(photo, seeing) == pytest.approx(expected / seeing.signal_scale, rel=1e-3)
+    assert "the model sees" in page.estimate(photo, "seeing") and page.estimate("missing.png", "seeing") == ""
 
 
 def test_candidates_are_shown_with_the_winner(tiny: Denoiser, photo: str) -> None:
@@ -192,6 +219,7 @@ FULL = dict(
     langevin_std=0.02,
     step_size_scale=0.5,
     tile_size=16,
+    strength=1.25,
     seed=7,
 )
 

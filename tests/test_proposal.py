@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ebt_vision.corruption import to_image_range, to_model_range
-from ebt_vision.denoiser import DenoiseOptions, DenoiseStep, IdentityDenoiser
+from ebt_vision.denoiser import DenoiseOptions, DenoiseStep, IdentityDenoiser, noise_from_energy
 from ebt_vision.model_denoisers import EBTDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.objectives import EBTObjective
@@ -133,3 +133,22 @@ def test_options_out_of_range_are_refused(changes: dict):
 def test_a_linear_head_has_no_proposal():
     with pytest.raises(ValueError, match="needs energy_head='quadratic'"):
         PatchEBTConfig(img_size=8, patch_size=2, embed_dim=16, num_heads=2, energy_head="linear", suggested_start="proposal")
+
+
+def test_the_first_energy_gives_the_noise_in_8_bit_units():
+    x, patch_size = torch.zeros(1, 3, 64, 64), 4
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * 20 / 127.5
+    energy = 0.5 * noise.square().sum().item() / (64 // patch_size) ** 2  # a perfect reconstruction, mean over patches
+    assert noise_from_energy(energy, patch_size) == pytest.approx(20, rel=0.03)
+    assert noise_from_energy(0.0, 8) == 0.0 and noise_from_energy(0.5 * 3 * 64, 8) == pytest.approx(127.5)
+    with pytest.raises(ValueError, match="energy=-1"):
+        noise_from_energy(-1.0, 8)
+
+
+def test_stopping_a_strong_run_does_not_begin_the_second():
+    denoiser, noisy = tiny_denoiser(), noisy_images(1)
+    heard: list[int] = []
+    stop = lambda step: heard.append(step.index) or step.index == 1  # noqa: E731
+    strong = denoiser.denoise(noisy, DenoiseOptions(num_steps=2, strength=1.5), callback=stop)
+    assert heard == [0, 1]
+    torch.testing.assert_close(strong.image, denoiser.denoise(noisy, DenoiseOptions(num_steps=1)).image)
