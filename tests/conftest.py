@@ -1,10 +1,14 @@
 """What several test files share: two CPU threads at most, nothing from the network, and a tiny model with random weights."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+# A shell starts its background jobs with SIGINT ignored, and so would be the signals of the tests that interrupt a training.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
