@@ -21,10 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebt_vision.classical import MissingExtraError
-from ebt_vision.corruption import signal_and_noise_scale, to_image_range, to_model_range
-from ebt_vision.denoiser import TRAINING_LEVEL
+from ebt_vision.corruption import to_image_range, to_model_range
+from ebt_vision.model_denoisers import signal_scale_of
 from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
-from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor
 
@@ -38,7 +37,7 @@ class Proposal(nn.Module):
 
     def __init__(self, model: PatchEBT | PatchRegressor):
         super().__init__()
-        self.model, self.scale = model, _input_scale(model)
+        self.model, self.scale = model, signal_scale_of(model)
 
     def forward(self, images: Tensor) -> Tensor:
         x = to_model_range(images) * self.scale
@@ -131,10 +130,6 @@ def _part(model: PretrainedModel, part: Part) -> nn.Module:
     if not isinstance(model, PatchEBT):
         raise ValueError("a regressor has no energy to take a step on; export its proposal")
     return Step(model)
-
-
-def _input_scale(model: PretrainedModel) -> float:
-    return signal_and_noise_scale(TRAINING_LEVEL)[0] if noise_process_of(model) == "vp" else 1.0
 
 
 def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

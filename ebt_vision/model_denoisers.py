@@ -40,6 +40,11 @@ LANGEVIN_STREAM, JITTER_STREAM = 0, 1
 """Streams of random numbers, beside an image's id."""
 
 
+def signal_scale_of(model: PretrainedModel) -> float:
+    """What multiplied the signal in a network's training images: see Denoiser.signal_scale."""
+    return signal_and_noise_scale(TRAINING_LEVEL)[0] if noise_process_of(model) == "vp" else 1.0
+
+
 class ModelDenoiser(Denoiser):
     """What the networks have in common; the model is put into eval mode."""
 
@@ -49,7 +54,7 @@ class ModelDenoiser(Denoiser):
         super().__init__()
         self.name = name
         self.input_scale = input_scale
-        self.signal_scale = signal_and_noise_scale(TRAINING_LEVEL)[0] if noise_process_of(model) == "vp" else 1.0
+        self.signal_scale = signal_scale_of(model)
         self.num_parameters = model.num_parameters
         self.tile_size = model.config.img_size
         self.patch_size = model.config.patch_size
