@@ -79,7 +79,8 @@ def _image_update(
         }
     )
     network = build_model(config).to(settings.device)
-    objective, optimizer = build_objective(network, config), build_optimizer(network, config.optim)
+    objective = build_objective(network, config)
+    optimizer = build_optimizer(network, config.optim, bfloat16=config.train.mixed_precision == "bf16")
     generators = sample_generators(0, range(len(clean)))
     batch = ImageBatch(clean=clean, noise=torch.randn_like(clean), generators=generators)
     return update_of(settings, lambda: objective(batch)["loss"], optimizer, network)

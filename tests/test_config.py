@@ -61,6 +61,22 @@ def test_the_text_configs_share_budget_order_and_size():
     assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
+def test_a_convolutional_stem_can_grow(tmp_path: Path):
+    path = next(path for path in CONFIGS if path.stem == "photographs_start")
+    small = ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.stem_widths=[4, 8]", "model.stem_blocks=1"]
+    build_model(load_config(path, small)).save_pretrained(tmp_path)
+    start = build_model(load_config(path, [*small, f"train.init_from={tmp_path}"]))
+    grown = build_model(load_config(path, [*small[:4], "model.stem_blocks=3", f"train.init_from={tmp_path}"]))
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(grown(x), start(x))  # the new blocks are the identity
+    grown(x).square().sum().backward()
+    new = [p for name, p in grown.named_parameters() if "levels.1.2.conv2.weight" in name]
+    assert len(new) == 2 and all(p.grad is not None and p.grad.abs().max() > 0 for p in new)  # but can learn
+    grown.save_pretrained(tmp_path / "grown")
+    with pytest.raises(ConfigError, match=r"levels.* is \(.*\) there, missing here"):
+        build_model(load_config(path, [*small, f"train.init_from={tmp_path / 'grown'}"]))
+
+
 def test_a_model_can_begin_with_the_weights_of_another(tmp_path: Path):
     small = "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.energy_head=quadratic"
     path = next(path for path in CONFIGS if path.stem == "tiny_imagenet_ebt_cpu")

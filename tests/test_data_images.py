@@ -419,6 +419,29 @@ def test_crops_reach_both_ends_and_flips_are_even(tmp_path):
     assert 70 < sum(flipped) < 130
 
 
+def test_quarter_turns_are_even_and_leave_other_draws_as_they_were(tmp_path):
+    save(tmp_path / "a.png", noise(0, 20, 28))
+    plain, turned = (load(tmp_path, crop="random", rotate=rotate) for rotate in (False, True))
+    counts = [0, 0, 0, 0]
+    for epoch in range(200):
+        (crop,), (other,) = plain.images([0], epoch), turned.images([0], epoch)
+        counts[[torch.equal(torch.rot90(crop, k, (1, 2)), other) for k in range(4)].index(True)] += 1
+    assert min(counts) > 30, counts
+
+
+def test_half_of_the_crops_are_enlarged(tmp_path):
+    save(tmp_path / "a.png", noise(0, 40, 40))
+    plain, zoomed = (load(tmp_path, crop="random", short_side=40, zoom=zoom) for zoom in (1.0, 2.0))
+    whole = np.asarray(Image.open(tmp_path / "a.png")).transpose(2, 0, 1)
+    windows = {
+        w.tobytes() for w in np.lib.stride_tricks.sliding_window_view(whole, (16, 16), axis=(1, 2))[0].reshape(-1, 16, 16)
+    }
+    kept = sum(zoomed.images([0], epoch)[0, 0].numpy().tobytes() in windows for epoch in range(200))
+    assert 70 <= kept <= 130
+    roughness = [float(s.images([0] * 200, range(200)).float().diff(dim=3).abs().mean()) for s in (plain, zoomed)]
+    assert roughness[1] < 0.95 * roughness[0]  # enlarged noise is smoother
+
+
 def test_the_caller_cannot_change_the_cache_nor_the_global_stream(tmp_path):
     save(tmp_path / "a.png", noise(0))
     images = load(tmp_path, flip=True)
@@ -451,7 +474,9 @@ def test_limit_is_spread_over_the_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"path": ""}, {"img_size": 0}, {"crop": "middle"}, {"limit": 0}], ids=lambda options: next(iter(options))
+    "options",
+    [{"path": ""}, {"img_size": 0}, {"crop": "middle"}, {"limit": 0}, {"zoom": 2.0}, {"zoom": 0.5}],
+    ids=lambda options: next(iter(options)),
 )
 def test_config_checks(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -36,6 +36,18 @@ def test_muon_does_not_depend_on_the_gradient_s_scale_and_decays_weights():
     torch.testing.assert_close(results[0] - results[2], 0.1 * 0.1 * start)
 
 
+def test_muon_in_bfloat16_makes_nearly_the_same_update():
+    updates = []
+    for bfloat16 in (False, True):
+        weight = nn.Parameter(torch.zeros(6, 10))
+        weight.grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+        Muon([dict(params=[weight], orthogonal=True)], lr=0.5, bfloat16=bfloat16).step()
+        assert weight.dtype == torch.float32
+        updates.append(weight.detach().flatten())
+    assert not torch.equal(*updates)
+    assert torch.cosine_similarity(*updates, dim=0) > 0.999
+
+
 def test_muon_s_other_groups_are_adamw():
     ours = nn.Parameter(torch.linspace(-1, 1, 7))
     theirs = nn.Parameter(ours.detach().clone())

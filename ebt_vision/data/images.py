@@ -49,6 +49,11 @@ class DataConfig:
     """Where the square is cut out; "random" draws it anew in every epoch."""
     flip: bool = False
     """Mirror left-right with probability 1/2, drawn anew in every epoch."""
+    rotate: bool = False
+    """Turn by 0, 90, 180 or 270 degrees, drawn anew in every epoch."""
+    zoom: float = 1.0
+    """With crop "random": enlarge half of the crops (bicubic) by a factor drawn in 1..zoom, evenly in its logarithm, so that
+    small images stand for the smoother ones of large photographs too. 1 enlarges none."""
     cache: bool = True
     """Hold all images in memory as uint8 (3 * img_size^2 bytes each when cropped at the centre); False decodes on every use."""
     check: bool = True
@@ -64,6 +69,10 @@ class DataConfig:
             raise ValueError(f"img_size={self.img_size} must be at least 1")
         if self.short_side is not None and self.short_side < self.img_size:
             raise ValueError(f"short_side={self.short_side} is below img_size={self.img_size}; use {self.img_size} or more")
+        if not 1 <= self.zoom <= self.img_size:
+            raise ValueError(f"zoom={self.zoom:g} is not in 1..{self.img_size} (img_size); use 1 to enlarge nothing")
+        if self.zoom > 1 and self.crop != "random":
+            raise ValueError(f"zoom={self.zoom:g} needs crop: random")
         for size in self.cut_sizes:
             if size < 1 or self.img_size % size:
                 raise ValueError(f"cut_sizes={list(self.cut_sizes)}: {size} does not divide img_size={self.img_size}")
@@ -160,9 +169,9 @@ class ImageSet:
         return line
 
     def images(self, indices: Sequence[int] | Tensor, epochs: int | Sequence[int] | Tensor = 0) -> Tensor:
-        """uint8 RGB (B, 3, img_size, img_size) of the images `indices`, each cropped and flipped as drawn for its epoch.
+        """uint8 RGB (B, 3, img_size, img_size) of the images `indices`, each cropped, flipped and so on as drawn for its epoch.
 
-        `epochs` is one epoch for all or one per image; it has no effect without random crop or flip. The draws depend on
+        `epochs` is one epoch for all or one per image; it has no effect where nothing is drawn. The draws depend on
         (seed, epoch, index) alone. Raises IndexError outside 0..len-1, DataError for a file that has vanished since loading.
         """
         chosen = [int(index) for index in indices]
@@ -171,11 +180,11 @@ class ImageSet:
         if not chosen:
             return torch.empty((0, 3, self.config.img_size, self.config.img_size), dtype=torch.uint8)
         wide = [self._cached_or_decoded(index) for index in chosen]
-        if self.config.crop == "center" and not self.config.flip:
+        if self.config.crop == "center" and not self.config.flip and not self.config.rotate:
             return torch.from_numpy(np.stack(wide))
         per_image = [epochs] * len(chosen) if isinstance(epochs, int) else [int(epoch) for epoch in epochs]
         draws = (self._draw(index, epoch) for index, epoch in zip(chosen, per_image, strict=True))
-        return torch.from_numpy(np.stack([self._crop_and_flip(*pair) for pair in zip(wide, draws, strict=True)]))
+        return torch.from_numpy(np.stack([self._augmented(*pair) for pair in zip(wide, draws, strict=True)]))
 
     def _cached_or_decoded(self, index: int) -> np.ndarray:
         if self.config.cache:
@@ -188,15 +197,21 @@ class ImageSet:
         return result
 
     def _draw(self, index: int, epoch: int) -> list[float]:
-        """Three uniforms in [0, 1) for (flip, top, left)."""
+        """Five uniforms in [0, 1) for (flip, top, left, turns, zoom)."""
         (generator,) = sample_generators(self.seed, [index], AUGMENT_STREAM, epoch)
-        return torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        return [u for count in (3, 2) for u in torch.rand(count, generator=generator, dtype=torch.float64).tolist()]
 
-    def _crop_and_flip(self, image: np.ndarray, draw: list[float]) -> np.ndarray:
-        size, (flip, top, left) = self.config.img_size, draw
+    def _augmented(self, image: np.ndarray, draw: list[float]) -> np.ndarray:
+        """(3, h, w) -> (3, img_size, img_size), by the draws of _draw."""
+        size, (flip, top, left, turns, zoom) = self.config.img_size, draw
         if self.config.crop == "random":
-            y, x = int(top * (image.shape[1] - size + 1)), int(left * (image.shape[2] - size + 1))
-            image = image[:, y : y + size, x : x + size]
+            side = round(size / self.config.zoom ** max(0.0, 2.0 * zoom - 1.0))
+            y, x = int(top * (image.shape[1] - side + 1)), int(left * (image.shape[2] - side + 1))
+            image = image[:, y : y + side, x : x + side]
+            if side != size:
+                image = _resized(image, size)
+        if self.config.rotate:
+            image = np.rot90(image, int(4 * turns), axes=(1, 2))
         return image[:, :, ::-1] if self.config.flip and flip < 0.5 else image
 
 
@@ -228,6 +243,12 @@ def fit(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
         top, left = (height - size) // 2, (width - size) // 2
         pixels = pixels[top : top + size, left : left + size]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # HWC -> CHW
+
+
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
+    """(3, s, s) uint8 -> (3, size, size) uint8, bicubic."""
+    pixels = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    return np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def _with_progress(results: Iterable, total: int) -> Iterable:

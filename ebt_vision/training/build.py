@@ -1,8 +1,10 @@
 """From a config to a model, its objective and its task: the one place that knows which belongs to which."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ebt_vision.checkpoint import load_pretrained
 from ebt_vision.config import ConfigError, ExperimentConfig
@@ -31,6 +33,9 @@ STEP_SIZE = "log_step_size"
 RELATED_MODELS = frozenset({"patch_ebt", "patch_regressor"})
 """Types with one trunk and one head: each can begin with the other's weights."""
 
+_STEM_BLOCK = re.compile(r"(trunk\.stem|head)\.levels\.\d+\.[1-9]\d*\.")
+"""Parameters of the second and later blocks of a level."""
+
 
 def build_model(config: ExperimentConfig) -> PretrainedModel:
     """A model with initial weights, or those of train.init_from, in train mode; see PatchEBT.adapt_weights.
@@ -52,6 +57,7 @@ def build_model(config: ExperimentConfig) -> PretrainedModel:
     if start.model_type != config.model_type:  # the learned step size is the EBT's alone
         weights = {name: value for name, value in weights.items() if name != STEP_SIZE}
         weights |= {name: value for name, value in mine.items() if name == STEP_SIZE}
+    weights = _new_blocks(weights, mine) | weights
     for name in sorted(weights.keys() | mine.keys()):
         shapes = [tuple(state[name].shape) if name in state else "missing" for state in (weights, mine)]
         if shapes[0] != shapes[1]:
@@ -60,6 +66,12 @@ def build_model(config: ExperimentConfig) -> PretrainedModel:
             )
     model.load_state_dict(weights)
     return model
+
+
+def _new_blocks(weights: dict[str, Tensor], mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the residual blocks of a convolutional stem and decoder that `weights` lacks: the identity at first."""
+    new = {name: value for name, value in mine.items() if name not in weights and _STEM_BLOCK.match(name)}
+    return {name: torch.zeros_like(value) if ".conv2." in name else value for name, value in new.items()}
 
 
 def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:

@@ -70,7 +70,8 @@ class Trainer:
             torch.manual_seed(config.seed)  # initial weights; in the trainer's own process, not in the library
             self.model: PretrainedModel = build_model(config)
             self.ema = ModelEmaV3(self.model, decay=config.train.ema_decay, use_warmup=True)
-            self.optimizer = build_optimizer(self.model, config.optim)
+            bfloat16 = config.train.mixed_precision == "bf16"
+            self.optimizer = build_optimizer(self.model, config.optim, bfloat16=bfloat16)
             self.objective: Objective = self.accelerator.prepare(build_objective(self.model, config))
             self.ema.module.to(self.accelerator.device)
             self.replay = ReplayBuffer(config.replay)

@@ -39,8 +39,8 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or Muon over three groups, each with the `lr_ratio` that set_learning_rate multiplies by."""
+def build_optimizer(model: nn.Module, config: OptimConfig, *, bfloat16: bool = False) -> torch.optim.Optimizer:
+    """AdamW or Muon over three groups, each with the `lr_ratio` that set_learning_rate multiplies by; `bfloat16` as in Muon."""
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "step_size": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -53,7 +53,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         (kind, dict(params=groups[kind], weight_decay=decay, lr_ratio=ratio)) for kind, decay, ratio in settings if groups[kind]
     ]
     if config.optimizer == "muon":
-        return Muon([group | {"orthogonal": kind == "matrices"} for kind, group in filled], lr=config.lr, betas=config.betas)
+        orthogonal = [group | {"orthogonal": kind == "matrices"} for kind, group in filled]
+        return Muon(orthogonal, lr=config.lr, betas=config.betas, bfloat16=bfloat16)
     return torch.optim.AdamW([group for _, group in filled], lr=config.lr, betas=config.betas)
 
 

@@ -10,7 +10,8 @@ class TrainConfig:
 
     init_from: str | None = None
     """Begin with the weights of another model of the same parts: a shipped name, a folder or hub:OWNER/NAME. A PatchEBT with
-    observation_context may begin with one without; a PatchEBT and a regressor of the same size with each other's weights."""
+    observation_context may begin with one without; a PatchEBT and a regressor of the same size with each other's weights; a
+    network with more model.stem_blocks with one of fewer, the new blocks being the identity at first."""
     num_updates: int = 1000
     batch_size: int = 32
     """Samples of one update, over all processes and accumulated parts together."""
@@ -19,7 +20,7 @@ class TrainConfig:
     num_load_threads: int = 0
     """Threads of each process that make the next batches while the model works; 0 makes each when its turn comes."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 autocast; pays on GPUs and on CPUs with AMX or AVX512-BF16, and is very slow on others."""
+    """bf16 autocast, and bfloat16 in Muon; pays on GPUs and on CPUs with AMX or AVX512-BF16, and is very slow on others."""
     compile: bool = False
     """Compile the energy's gradient (needs a C++ compiler on the CPU); the DiT and the regressor compile their forward."""
     checkpoint_blocks: bool = False
