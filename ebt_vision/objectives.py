@@ -67,6 +67,9 @@ class ObjectiveConfig:
     It makes N(x) a proposal to start from, and the energy an honest distance: near zero for a clean image."""
     proposal_share: float = 0.0
     """Share of the samples, in [0, 1], that start thinking from N(x) instead of x; needs reconstruction_weight."""
+    thinking_share: float = 1.0
+    """Share of a batch's samples, in (0, 1], that thinking trains on, its last ones; the others train the reconstruction alone,
+    at a third of the cost. Below 1 it needs reconstruction_weight."""
     energy_order_weight: float = 0.0
     """Weight of a loss on the order of energies along thinking and against the clean image (energy_order.py); 0 is off. Image
     EBTs only; costs a forward and backward of two candidates more."""
@@ -90,6 +93,10 @@ class ObjectiveConfig:
             raise ValueError(f"objective.proposal_share={self.proposal_share:g} is not in [0, 1]")
         if self.proposal_share and not self.reconstruction_weight:
             raise ValueError(f"objective.proposal_share={self.proposal_share:g} needs reconstruction_weight, say 1")
+        if not 0 < self.thinking_share <= 1:
+            raise ValueError(f"objective.thinking_share={self.thinking_share:g} is not in (0, 1]")
+        if self.thinking_share < 1 and not self.reconstruction_weight:
+            raise ValueError(f"objective.thinking_share={self.thinking_share:g} needs reconstruction_weight, say 1")
         if self.energy_order_weight < 0:
             raise ValueError(f"objective.energy_order_weight={self.energy_order_weight:g} is negative; use 0 to turn it off")
         if self.energy_order_scale <= 0:
@@ -206,11 +213,24 @@ class EBTObjective(ImageObjective):
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         model: PatchEBT = self.model  # type: ignore[assignment]
         observation = self.observe(batch)
-        start = observation if batch.start is None else batch.start
         reconstruction = None
         if self.config.reconstruction_weight:
             reconstruction = model.reconstruct(observation, *model.context_of(observation))
-            start = self.with_proposals(batch, observation, start, reconstruction.detach())
+        output = self._think(batch, observation, None if reconstruction is None else reconstruction.detach())
+        if reconstruction is not None:
+            distance = self.distance(reconstruction, batch.clean).mean()
+            output["loss"] = output["loss"] + self.config.reconstruction_weight * distance
+            output["reconstruction_loss"] = distance.detach()
+        return output
+
+    def _think(self, batch: ImageBatch, observation: Tensor, proposal: Tensor | None) -> dict[str, Tensor]:
+        """The loss of thinking and what to log or to replay, of the last thinking_share of the batch."""
+        model: PatchEBT = self.model  # type: ignore[assignment]
+        first = len(observation) - max(1, round(self.config.thinking_share * len(observation)))
+        clean, generators, observation = batch.clean[first:], batch.generators[first:], observation[first:]
+        start = observation if batch.start is None else batch.start[first:]
+        if proposal is not None:
+            start = self._with_proposals(generators, observation, start, proposal[first:])
         result = think(
             self.energy_fn,
             start,
@@ -218,27 +238,23 @@ class EBTObjective(ImageObjective):
             context=model.context_of(observation),
             step_size=model.step_size,
             create_graph=True,
-            generator=batch.generators,
+            generator=generators,
             evaluate_final=False,
             check_finite=False,
         )
-        output = thinking_output(
-            result, model.step_size, self.config.loss_steps, lambda p: self.distance(p, batch.clean).mean()
-        )
-        if reconstruction is not None:
-            distance = self.distance(reconstruction, batch.clean).mean()
-            output["loss"] = output["loss"] + self.config.reconstruction_weight * distance
-            output["reconstruction_loss"] = distance.detach()
+        output = thinking_output(result, model.step_size, self.config.loss_steps, lambda p: self.distance(p, clean).mean())
         if self.config.energy_order_weight:
-            order = self.energy_order_loss(result, batch.clean, observation, start)
+            order = self.energy_order_loss(result, clean, observation, start)
             output |= {"loss": output["loss"] + self.config.energy_order_weight * order, "energy_order_loss": order.detach()}
         return output | {"observation": observation}
 
-    def with_proposals(self, batch: ImageBatch, observation: Tensor, start: Tensor, proposal: Tensor) -> Tensor:
+    def _with_proposals(
+        self, generators: list[torch.Generator], observation: Tensor, start: Tensor, proposal: Tensor
+    ) -> Tensor:
         """The starts (B, C, H, W), with proposal_share of those that are still the observation replaced by the proposal."""
         if not self.config.proposal_share:
             return start
-        draws = torch.stack([torch.rand((), generator=g, device=g.device) for g in batch.generators]).to(start.device)
+        draws = torch.stack([torch.rand((), generator=g, device=g.device) for g in generators]).to(start.device)
         fresh = (start == observation).flatten(1).all(1)  # no trajectory of a replay buffer
         chosen = fresh & (draws < self.config.proposal_share)
         return torch.where(chosen[:, None, None, None], proposal.to(start), start)

@@ -103,6 +103,17 @@ def test_regressor_and_ebt_share_their_weights_and_their_reconstruction(stem: di
     assert loaded.config == regressor.config
 
 
+@pytest.mark.parametrize("stem", STEMS)
+def test_an_energy_that_sees_the_observation_can_begin_with_one_that_does_not(stem: dict):
+    plain, seeing = tiny_ebt(**stem), tiny_ebt(**stem, observation_context=True)
+    seeing.load_state_dict(seeing.adapt_weights(plain.state_dict()))
+    y, x = images(2, 3, 8, 8), images(4, 3, 8, 8)[2:]
+    torch.testing.assert_close(seeing.reconstruct(y, x), plain.reconstruct(y))
+    seeing(y, x).sum().backward()
+    gradient = seeing.trunk.stem.input.weight.grad  # type: ignore[union-attr]
+    assert gradient[:, gradient.shape[1] // 2 :].abs().max() > 0  # it can learn to see
+
+
 def test_a_stem_that_does_not_reach_the_patch_is_refused():
     with pytest.raises(ValueError, match="ends at patches of 2 px, not at patch_size=8"):
         TrunkConfig(stem_widths=(16,))

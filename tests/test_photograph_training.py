@@ -135,7 +135,7 @@ def test_a_share_of_the_samples_starts_from_the_proposal_and_replayed_ones_do_no
     start = observation.clone()
     start[-8:] += 1.0  # trajectories under way
     proposal = torch.full_like(observation, 9.0)
-    starts = objective.with_proposals(batch, observation, start, proposal)
+    starts = objective._with_proposals(batch.generators, observation, start, proposal)
     proposed = (starts == 9.0).flatten(1).all(1)
     assert not proposed[-8:].any()
     assert torch.equal(starts[~proposed], start[~proposed])
@@ -148,6 +148,8 @@ def test_a_share_of_the_samples_starts_from_the_proposal_and_replayed_ones_do_no
         (dict(objective=dict(proposal_share=0.5)), "needs reconstruction_weight"),
         (dict(objective=dict(reconstruction_weight=-1.0)), "reconstruction_weight=-1 is negative"),
         (dict(objective=dict(reconstruction_weight=1.0, proposal_share=2.0)), "proposal_share=2 is not in"),
+        (dict(objective=dict(thinking_share=0.5)), "thinking_share=0.5 needs reconstruction_weight"),
+        (dict(objective=dict(thinking_share=0.0)), r"thinking_share=0 is not in \(0, 1\]"),
         (dict(objective=dict(realistic_noise=dict(gaussian_share=2.0))), "gaussian_share=2 is not in"),
         (dict(objective=dict(realistic_noise=dict(gausian_share=0.5))), "did you mean 'gaussian_share'"),
         (dict(model=dict(stem_widths=[4])), "ends at patches of 2 px"),
@@ -162,6 +164,21 @@ def test_wrong_settings_are_refused_in_one_line(sections: dict, answer: str, pho
 def test_a_replay_buffer_and_cut_crops_do_not_go_together(photos: Path):
     config = build_config(experiment(photos, data=dict(cut_sizes=[8]), replay=REPLAY))
     with pytest.raises(ConfigError, match="do not go together"):
+        build_objective(build_model(config), config)
+
+
+def test_thinking_trains_on_a_share_of_the_batch(photos: Path):
+    objective = honest_objective(thinking_share=0.25, proposal_share=0.0)
+    batch = tiny_batch(16)
+    output = objective(batch)
+    assert len(output["candidate"]) == len(output["observation"]) == 4
+    last = replace(batch, clean=batch.clean[12:], noise=batch.noise[12:], generators=sample_generators(0, range(12, 16)))
+    alone = honest_objective(proposal_share=0.0)(last)
+    torch.testing.assert_close(output["candidate"], alone["candidate"])
+    losses = [out["loss"] - out["reconstruction_loss"] for out in (output, alone)]
+    torch.testing.assert_close(*losses)
+    config = build_config(experiment(photos, objective=HONEST | dict(thinking_share=0.5), replay=REPLAY))
+    with pytest.raises(ConfigError, match="thinking_share do not go together"):
         build_objective(build_model(config), config)
 
 

@@ -78,6 +78,13 @@ class ConvTrunk(PatchTrunk):
     def _make_embedding(self, config: TrunkConfig, num_inputs: int) -> None:
         self.stem = ConvStem(config, num_inputs)
 
+    def with_second_input(self, weights: dict[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
+        name, chans = f"{prefix}stem.input.weight", self.config.in_chans * self.config.stem_unshuffle**2
+        plain = weights.get(name)
+        if plain is None or plain.shape[1] != chans:
+            return {}
+        return {name: torch.cat([plain, torch.zeros_like(plain)], dim=1)}  # pixel_unshuffle keeps the images apart
+
     def make_head(self) -> nn.Module:
         return ConvDecoder(self.config)
 

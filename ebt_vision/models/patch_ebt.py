@@ -130,13 +130,9 @@ class PatchEBT(EnergyModel):
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a PatchEBT without observation_context for one with it: the observation's share of the embedding is zero,
         so that energies start as they were. Weights of any other model come back as they are."""
-        name, dim = "trunk.embed.weight", self.config.patch_dim
-        plain = weights.get(name)
-        if not self.config.observation_context or plain is None or plain.shape[1] != dim:
+        if not self.config.observation_context:
             return weights
-        candidate = plain.unflatten(1, (dim // self.config.in_chans, self.config.in_chans))  # pixels of a patch, channels
-        stacked = torch.cat([candidate, torch.zeros_like(candidate)], dim=2)  # as forward_intermediates stacks the images
-        return weights | {name: stacked.flatten(1)}
+        return weights | self.trunk.with_second_input(weights, prefix="trunk.")
 
     def context_of(self, noisy: Tensor) -> tuple[Tensor, ...]:
         """What think() is given as context for noisy images (B, in_chans, H, W) in [-1, 1]."""

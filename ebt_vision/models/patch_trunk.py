@@ -125,6 +125,18 @@ class PatchTrunk(nn.Module):
         nn.init.zeros_(head.bias)
         return head
 
+    def with_second_input(self, weights: dict[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
+        """The embedding's weights, by name, of a trunk with one input for one with two; the second counts for nothing yet.
+
+        Empty where `weights` has no embedding of one input. `prefix` goes before the trunk's own names.
+        """
+        name, chans = f"{prefix}embed.weight", self.config.in_chans
+        plain = weights.get(name)
+        if plain is None or plain.shape[1] != self.config.patch_dim:
+            return {}
+        first = plain.unflatten(1, (-1, chans))  # pixels of a patch, channels
+        return {name: torch.cat([first, torch.zeros_like(first)], dim=2).flatten(1)}  # as forward_intermediates stacks them
+
     def forward(self, *images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) in [-1, 1] -> normed tokens (B, N, embed_dim)."""
         return self.norm(self.forward_intermediates(*images, indices=[self.config.depth - 1])[0])

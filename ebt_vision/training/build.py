@@ -83,6 +83,10 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
         raise ConfigError(f"objective.energy_order_weight is for energy-based models; use 0 for {config.model_type}")
     if config.replay.capacity and isinstance(config.data, DataConfig) and config.data.cut_sizes:
         raise ConfigError("replay.capacity and data.cut_sizes do not go together: replayed rows have one size; use 0 or []")
+    if config.replay.capacity and isinstance(config.objective, ObjectiveConfig) and config.objective.thinking_share < 1:
+        raise ConfigError(
+            "replay.capacity and objective.thinking_share do not go together: a replayed row needs a sample; use 1"
+        )
     reconstructs = isinstance(config.objective, ObjectiveConfig) and config.objective.reconstruction_weight > 0
     if reconstructs and not (isinstance(model, PatchEBT) and model.config.energy_head == "quadratic"):
         raise ConfigError("objective.reconstruction_weight is for patch_ebt with a quadratic energy_head; use 0")
