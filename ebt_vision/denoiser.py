@@ -4,6 +4,7 @@ Images are float RGB (B, 3, H, W) in [0, 1]; noise may carry them outside, and t
 The implementations are in model_denoisers.py and classical.py; `load_denoiser` finds them by name.
 """
 
+import contextlib
 import copy
 import math
 import operator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ebt_vision.checks import check, check_number, check_whole
 from ebt_vision.corruption import signal_and_noise_scale
+from ebt_vision.precision import Precision
 from ebt_vision.thinking import ToleranceOf
 
 MIN_SIDE = 8
@@ -220,7 +222,7 @@ class Denoiser(nn.Module, ABC):
             return told
 
         # Thinking takes gradients, which inference mode forbids.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self.autocast():
             plain = noisy.clone() if noisy.is_inference() else noisy
             padded = self.to_network(pad_to_multiple(working(plain), self.patch_size))
             result = self._denoise(padded, options, ids, on_step)
@@ -274,6 +276,10 @@ class Denoiser(nn.Module, ABC):
     def to_network(self, noisy: Tensor) -> Tensor:
         """The images on the device and in the dtype that the work is done in; results come back on the caller's device."""
         return noisy
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context that the network runs in: bfloat16 or nothing."""
+        return contextlib.nullcontext()
 
     def resolve_options(self, noisy: Tensor, options: DenoiseOptions) -> DenoiseOptions:
         """The options with what is estimated from `noisy` (1, 3, H, W) filled in, so that its tiles share one estimate."""
@@ -473,10 +479,11 @@ def crop(images: Tensor, size: Sequence[int]) -> Tensor:
     return images[..., : size[0], : size[1]]
 
 
-def load_denoiser(name_or_path: str, *, device: str = "cpu") -> Denoiser:
+def load_denoiser(name_or_path: str, *, device: str = "cpu", precision: Precision = "auto") -> Denoiser:
     """A denoiser from "bm3d", "nlm" or "identity", a shipped checkpoint's name, a folder, or "hub:OWNER/NAME".
 
     Its `denoise` does what the command line does: it takes images for photographs unless the options have a noise_level.
+    `precision` is that of a network (see ModelDenoiser); classical methods have no use for it.
     Raises CheckpointError (a ValueError) for a name that is not known, MissingExtraError for an optional package.
     """
     if name_or_path == IdentityDenoiser.name:
@@ -489,4 +496,4 @@ def load_denoiser(name_or_path: str, *, device: str = "cpu") -> Denoiser:
     from ebt_vision.model_denoisers import denoiser_for
 
     name = name_or_path.rstrip("/").rsplit("/", 1)[-1]
-    return denoiser_for(load_pretrained(name_or_path, device=device), name=name, input_scale=None)
+    return denoiser_for(load_pretrained(name_or_path, device=device), name=name, input_scale=None, precision=precision)

@@ -1,5 +1,6 @@
 """The networks as denoisers: thinking with PatchEBT, sampling with DiT, applying the regressor."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from ebt_vision.models.patch_ebt import PatchEBT, num_patches, patch_energy_mean
 from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.precision import Precision, autocast, check_precision, has_fast_bfloat16
 from ebt_vision.rng import randn_like, sample_generators
 from ebt_vision.thinking import ThinkingConfig, ThinkingResult, ThinkingStep, best_of
 
@@ -46,12 +48,19 @@ def signal_scale_of(model: PretrainedModel) -> float:
 
 
 class ModelDenoiser(Denoiser):
-    """What the networks have in common; the model is put into eval mode."""
+    """What the networks have in common; the model is put into eval mode.
+
+    `precision`: "bfloat16" runs the network under autocast, energies and images stay float32. "auto" does so where the device
+    is fast at it and the network adds to its input, as one with a convolutional decoder does: rounding then costs nothing
+    that can be measured. A network that paints its output anew would round it.
+    """
 
     model: PretrainedModel
 
-    def __init__(self, model: PretrainedModel, *, name: str, input_scale: float | None = 1.0):
+    def __init__(self, model: PretrainedModel, *, name: str, input_scale: float | None = 1.0, precision: Precision = "float32"):
         super().__init__()
+        check_precision(precision)
+        self.precision = precision
         self.name = name
         self.input_scale = input_scale
         self.signal_scale = signal_scale_of(model)
@@ -66,12 +75,30 @@ class ModelDenoiser(Denoiser):
             raise ValueError("the weights were made or moved under torch.inference_mode, which bars gradients; do that outside")
         return noisy.to(weight)
 
+    @property
+    def uses_bfloat16(self) -> bool:
+        """Whether the network runs in bfloat16 on the device that it is on now."""
+        weight = next(self.model.parameters())
+        if self.precision == "auto":
+            adds_to_input = bool(getattr(self.model.config, "stem_widths", ()))
+            return adds_to_input and weight.dtype == torch.float32 and has_fast_bfloat16(weight.device)
+        return self.precision == "bfloat16"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return autocast(next(self.model.parameters()).device, bfloat16=self.uses_bfloat16)
+
     def activation_bytes(self, height: int, width: int) -> int:
         # A block keeps about 34 floats per token and channel for a backward pass, and its attention maps twice.
         config = self.model.config
         tokens = math.ceil(height / config.patch_size) * math.ceil(width / config.patch_size)
         per_block = 34 * tokens * config.embed_dim + 2 * config.num_heads * tokens**2
-        return 4 * config.depth * per_block
+        floats = config.depth * per_block
+        # A residual block of a convolutional stem or decoder keeps about 8 floats per pixel and channel of its level.
+        pixels = height * width / getattr(config, "stem_unshuffle", 1) ** 2
+        for width_of_level in getattr(config, "stem_widths", ()):
+            floats += round(pixels * width_of_level * (16 * config.stem_blocks + 4))
+            pixels /= 4
+        return 4 * floats
 
 
 class EBTDenoiser(ModelDenoiser):
@@ -86,8 +113,10 @@ class EBTDenoiser(ModelDenoiser):
         ("num_steps", "num_candidates", "candidate_noise_std", "tolerance", "tolerance_of", "langevin_std", "step_size_scale")
     )
 
-    def __init__(self, model: PatchEBT, *, name: str = "ebt", input_scale: float | None = 1.0):
-        super().__init__(model, name=name, input_scale=input_scale)
+    def __init__(
+        self, model: PatchEBT, *, name: str = "ebt", input_scale: float | None = 1.0, precision: Precision = "float32"
+    ):
+        super().__init__(model, name=name, input_scale=input_scale, precision=precision)
         self.suggested_steps = model.config.suggested_steps
         self.suggested_tolerance = model.config.suggested_tolerance
         self.starts_from_proposal = model.config.suggested_start == "proposal"
@@ -132,7 +161,7 @@ class EBTDenoiser(ModelDenoiser):
 
     def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor:
         x = to_model_range(self.to_network(noisy)) * self.scale_for(DenoiseOptions())
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             return self.model.energy_map(to_model_range(self.to_network(images)), *self.model.context_of(x))
 
     def _mean(self, energies: Tensor, x: Tensor) -> Tensor:
@@ -222,8 +251,15 @@ class RegressorDenoiser(ModelDenoiser):
     model: PatchRegressor
     options_used = frozenset(("num_steps",))
 
-    def __init__(self, model: PatchRegressor, *, name: str = "regressor", input_scale: float | None = 1.0):
-        super().__init__(model, name=name, input_scale=input_scale)
+    def __init__(
+        self,
+        model: PatchRegressor,
+        *,
+        name: str = "regressor",
+        input_scale: float | None = 1.0,
+        precision: Precision = "float32",
+    ):
+        super().__init__(model, name=name, input_scale=input_scale, precision=precision)
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         watch = _Samples(options, callback)
@@ -259,10 +295,11 @@ class DiTDenoiser(ModelDenoiser):
         mode: Literal["ddim", "x0", "recursion"] = "ddim",
         name: str = "dit",
         input_scale: float | None = 1.0,
+        precision: Precision = "float32",
     ):
         if mode not in ("ddim", "x0", "recursion"):
             raise ValueError(f"mode={mode!r} is unknown; use 'ddim', 'x0' or 'recursion'")
-        super().__init__(model, name=name, input_scale=input_scale)
+        super().__init__(model, name=name, input_scale=input_scale, precision=precision)
         self.mode = mode
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
@@ -324,13 +361,19 @@ class _Samples:
         return tuple(self.images + self.images[-1:] * (self.options.num_steps + 1 - len(self.images)))
 
 
-def denoiser_for(model: PretrainedModel, *, name: str | None = None, input_scale: float | None = 1.0) -> Denoiser:
+def denoiser_for(
+    model: PretrainedModel,
+    *,
+    name: str | None = None,
+    input_scale: float | None = 1.0,
+    precision: Precision = "float32",
+) -> Denoiser:
     """The denoiser of a model of any type (DiT: by DDIM); ValueError for one that has none, such as a text model."""
     name = name or model.model_type
     if isinstance(model, PatchEBT):
-        return EBTDenoiser(model, name=name, input_scale=input_scale)
+        return EBTDenoiser(model, name=name, input_scale=input_scale, precision=precision)
     if isinstance(model, PatchRegressor):
-        return RegressorDenoiser(model, name=name, input_scale=input_scale)
+        return RegressorDenoiser(model, name=name, input_scale=input_scale, precision=precision)
     if model.model_type == "dit":
-        return DiTDenoiser(cast("DiT", model), name=name, input_scale=input_scale)
+        return DiTDenoiser(cast("DiT", model), name=name, input_scale=input_scale, precision=precision)
     raise ValueError(f"a {model.model_type!r} model does not denoise images; use patch_ebt, patch_regressor or dit")

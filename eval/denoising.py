@@ -77,7 +77,9 @@ def run(settings: argparse.Namespace) -> None:
     device = settings.device = pick_device(settings.device)
     conditions, sweep = conditions_of(settings)
     row_settings = _row_settings(settings)
-    subjects = {model: _subject(model, name, device) for model, name in names.items()}  # a wrong name is found before the work
+    subjects = {
+        model: _subject(model, name, settings) for model, name in names.items()
+    }  # a wrong name is found before the work
     bench = _bench(settings, device)
     collected = _Collected()
     for subject in subjects.values():
@@ -121,8 +123,8 @@ def distinct_names(models: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _subject(model: str, name: str, device: str) -> Subject:
-    denoiser: Denoiser = load_denoiser(model, device=device)
+def _subject(model: str, name: str, settings: argparse.Namespace) -> Subject:
+    denoiser: Denoiser = load_denoiser(model, device=settings.device, precision=settings.precision)
     denoiser.name = name
     return Subject(name=name, denoiser=denoiser, hash=checkpoint_hash(model) if denoiser.num_parameters else None)
 
@@ -337,6 +339,12 @@ def _parser() -> OneLineParser:
     add("--overlap", type=number(int, 0), help="pixels that tiles have in common (default: a quarter of the tile)")
     add("--batch-size", type=number(int, 1), help="images at a time (default 100; 1 for whole images)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="float32",
+        help="of the networks; see ebt-vision denoise",
+    )
     add("--lpips-backbone", metavar="FILE", help="torchvision's weights of the backbone, or download")
     add("--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex")
     add("--resamples", type=number(int, 100), default=1000, help="bootstrap samples")

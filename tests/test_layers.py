@@ -13,6 +13,7 @@ LEVELS = {
     "checks.py": 0,
     "terminal.py": 0,
     "rng.py": 0,
+    "precision.py": 0,
     "models/blockwise_attention.py": 0,
     "thinking.py": 1,
     "energy_order.py": 1,

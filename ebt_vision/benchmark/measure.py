@@ -110,6 +110,9 @@ class Bench:
             "lpips-backbone": self.lpips and self.lpips.name,
             "format": FORMAT,
         } | ({} if self.overlap is None else {"overlap": self.overlap})
+        precision = getattr(subject.denoiser, "precision", "float32")
+        if precision != "float32":
+            key["precision"] = precision
         sweep = f"-{len(indices)}" if len(indices) < len(self.images) else ""
         return Parts(self.folder / _slug(f"{condition.key}-{row.model}-{row.method}-{row.num_steps}{sweep}"), key)
 

@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
     parser.add_argument("--device", metavar="NAME", type=name, help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="bfloat16 is faster where the processor has it; auto (default) uses it there if the model loses nothing by it",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -233,7 +239,7 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     from ebt_vision.denoiser import DenoiseOptions, load_denoiser
     from ebt_vision.noise import suited
 
-    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
+    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device), precision=args.precision)
     _check_options(denoiser, args)
     noise = args.add_noise
     stopping = {"tolerance": args.tolerance, "tolerance_of": args.tolerance_of or "first"}

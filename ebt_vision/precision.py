@@ -1,0 +1,34 @@
+"""Where bfloat16 is fast, and the autocast context that uses it."""
+
+import contextlib
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+"""auto: bfloat16 where the device is fast at it and the network loses nothing by it, float32 elsewhere."""
+
+
+def has_fast_bfloat16(device: str | torch.device) -> bool:
+    """Whether the device has instructions for bfloat16: CUDA from compute capability 8.0, CPUs with AVX512-BF16 or AMX.
+
+    Other CPUs emulate bfloat16 and are many times slower with it than with float32. MPS is not asked: its autocast is young.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if kind == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name for them
+        return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+    return False
+
+
+def autocast(device: str | torch.device, *, bfloat16: bool) -> contextlib.AbstractContextManager:
+    """torch.autocast in bfloat16 on the device; a context that does nothing without `bfloat16`."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+
+def check_precision(precision: str) -> None:
+    """ValueError unless it is one of Precision."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(get_args(Precision))}")
