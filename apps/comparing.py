@@ -71,7 +71,8 @@ def _column(
     except (ValueError, OSError, RuntimeError) as error:
         return Column(name=name, problem=str(error))
     height, width = source.noisy.shape[-2:]
-    tiles = num_tiles(height, width, request.tile_size or denoiser.tile_size)
+    tile_size = request.tile_size or denoiser.tile_size
+    tiles = num_tiles(height, width, tile_size, denoiser.overlap_for(tile_size))
     return Column(
         name=name,
         image=to_bytes(result.image),

@@ -154,6 +154,8 @@ class Denoiser(nn.Module, ABC):
     num_parameters: int = 0
     tile_size: int = 512
     """Side in pixels of the tiles that large images should be cut into: for a network, its training size."""
+    overlap_share: float = 0.25
+    """Share of a tile that it has in common with the next one, where nobody gives an overlap."""
     patch_size: int = 1
     """Images are padded to multiples of it."""
     options_used: frozenset[str] = frozenset()
@@ -180,7 +182,7 @@ class Denoiser(nn.Module, ABC):
         """Denoise (B, 3, H, W), float, about [0, 1], never clipped on the way in; sides of 8 px or more, any size.
 
         Images larger than the tile (options.tile_size, or the denoiser's own) are worked on one after the other, in tiles that
-        overlap by a quarter, as the command line and the page do: see ebt_vision.tiling.denoise_tiled. Options default to
+        overlap, as the command line and the page do: see ebt_vision.tiling.denoise_tiled. Options default to
         `suggested_options`. Images of the result have the dtype and the device of `noisy`.
 
         `image_ids` (B, default all 0) tell apart the random numbers of images: the same id and seed give the same ones
@@ -241,6 +243,10 @@ class Denoiser(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, tile_size={self.tile_size}, patch_size={self.patch_size}"
+
+    def overlap_for(self, tile_size: int) -> int:
+        """Pixels that tiles of this side have in common, where nobody gives a number."""
+        return int(self.overlap_share * tile_size)
 
     @property
     def suggested_options(self) -> DenoiseOptions:

@@ -75,9 +75,10 @@ def denoise_tiled(
 ) -> DenoiseResult:
     """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in square tiles of `tile_size` px with `overlap` px in common.
 
-    The tile defaults to that of the options, or else the denoiser's own; 0 is the whole image. The overlap defaults to a
-    quarter of it, the batch to what `memory_budget` bytes hold, the options to the suggested ones. Where tiles overlap they
-    are blended with weights that sum to 1 (see tile_weights), and the last tile of a row or column is moved inside the image.
+    The tile defaults to that of the options, or else the denoiser's own; 0 is the whole image. The overlap defaults to the
+    denoiser's share of it, the batch to what `memory_budget` bytes hold, the options to the suggested ones. Where tiles
+    overlap they are blended with weights that sum to 1 (see tile_weights), and the last tile of a row or column is moved
+    inside the image.
     The result does not depend on batch_size: each tile's random numbers depend on the seed, `image_id` and its place.
 
     The result is as of Denoiser.denoise with B = 1: energies are means over the tiles, and so over all their patches; num_steps
@@ -115,7 +116,7 @@ def _checked_tile(
         tile_size = max(noisy.shape[-2:])
     if tile_size < MIN_SIDE:
         raise ValueError(f"tile_size={tile_size} is too small; use {MIN_SIDE} px or more")
-    overlap = tile_size // 4 if overlap is None else overlap
+    overlap = denoiser.overlap_for(tile_size) if overlap is None else overlap
     check_whole("overlap", overlap)
     if not 0 <= overlap < tile_size:
         raise ValueError(f"overlap={overlap} does not fit tile_size={tile_size}; use 0..{tile_size - 1}")
@@ -327,9 +328,8 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
-def num_tiles(height: int, width: int, tile_size: int, overlap: int | None = None) -> int:
-    """How many tiles `denoise_tiled` cuts an image into; the overlap is a quarter of the tile where None."""
-    overlap = tile_size // 4 if overlap is None else overlap
+def num_tiles(height: int, width: int, tile_size: int, overlap: int) -> int:
+    """How many tiles `denoise_tiled` cuts an image into; for its default overlap ask Denoiser.overlap_for."""
     rows, columns = (len(tile_starts(side, min(tile_size, side), overlap)) for side in (height, width))
     return rows * columns
 

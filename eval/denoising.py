@@ -230,7 +230,7 @@ def _results(settings: argparse.Namespace, bench: Bench, measured: Sequence[Meas
         "seeds": settings.seeds or [settings.seed],
         "clipped": settings.clipped,
         "tile": "whole" if bench.tile is None else bench.tile or "the model's own",
-        "overlap": "a quarter of the tile" if bench.overlap is None else bench.overlap,
+        "overlap": "the model's own" if bench.overlap is None else bench.overlap,
         "lpips": bench.lpips.name if bench.lpips else "not available: pass --lpips-backbone",
         "ssim": "11x11 Gaussian, sigma 1.5, valid area, kornia",
         "bootstrap": resampling,
@@ -336,7 +336,7 @@ def _parser() -> OneLineParser:
     _add_rows(parser)
     add = parser.add_argument_group("how").add_argument
     add("--tile", type=_whole_or_pixels, help="tiles of this side, or whole (default: the model's own; paper: whole)")
-    add("--overlap", type=number(int, 0), help="pixels that tiles have in common (default: a quarter of the tile)")
+    add("--overlap", type=number(int, 0), help="pixels that tiles have in common (default: each model's own)")
     add("--batch-size", type=number(int, 1), help="images at a time (default 100; 1 for whole images)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add(

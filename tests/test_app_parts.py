@@ -104,7 +104,9 @@ def test_candidates_are_shown_with_the_winner(tiny: Denoiser, photo: str) -> Non
     _, answer = run(Request(path=photo, noise=GAUSSIAN, num_steps=2, num_candidates=3), tiny)
     shown = figures.candidates(answer.steps)
     assert len(answer.steps.candidates) == 3 and shown.count("<img") == 3 and shown.count(" won</b>") == 1
-    assert sum(candidate.wins for candidate in answer.steps.candidates) == num_tiles(45, 61, tiny.tile_size)
+    assert sum(candidate.wins for candidate in answer.steps.candidates) == num_tiles(
+        45, 61, tiny.tile_size, tiny.overlap_for(tiny.tile_size)
+    )
 
 
 def test_stop_ends_after_the_step_under_way(tiny: Denoiser, photo: str) -> None:

@@ -88,7 +88,7 @@ class Bench:
     lpips: metrics.PerceptualDistance | None
     meter: CostMeter
     overlap: int | None = None
-    """Pixels that tiles have in common; None for a quarter of the tile."""
+    """Pixels that tiles have in common; None for each denoiser's own."""
 
     def batches(self, indices: Sequence[int]) -> list[list[int]]:
         """The indices in batches."""
@@ -136,8 +136,9 @@ class Bench:
         tile = denoiser.tile_size if self.tile == 0 else self.tile
         if tile is None or max(height, width) <= tile:
             return denoiser.denoise_whole(noisy, options, image_ids=indices), 1
-        results = [denoise_tiled(denoiser, image[None], options, tile_size=tile, overlap=self.overlap) for image in noisy]
-        return join_results(results), num_tiles(height, width, tile, self.overlap)
+        overlap = denoiser.overlap_for(tile) if self.overlap is None else self.overlap
+        results = [denoise_tiled(denoiser, image[None], options, tile_size=tile, overlap=overlap) for image in noisy]
+        return join_results(results), num_tiles(height, width, tile, overlap)
 
     def _measure_part(self, denoiser: Denoiser, row: Row, condition: Condition, indices: Sequence[int]) -> Part:
         pieces = []

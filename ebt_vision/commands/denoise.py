@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap",
         metavar="PIXELS",
         type=whole_number,
-        help="pixels that tiles have in common (default: a quarter of a tile); more is slower and smoother",
+        help="pixels that tiles have in common (default: the model's own); more is slower and smoother",
     )
     parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
