@@ -10,6 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from ebt_vision.data.graphics import draw_graphic
 from ebt_vision.data.images import DataConfig, DataError, load_image_set
 from ebt_vision.data.sources import expand_braces
 from ebt_vision.image_files import ImageFile, write_image
@@ -442,6 +443,31 @@ def test_half_of_the_crops_are_enlarged(tmp_path):
     assert roughness[1] < 0.95 * roughness[0]  # enlarged noise is smoother
 
 
+def test_a_share_of_the_images_are_drawings(tmp_path):
+    save(tmp_path / "a.png", noise(0))
+    save(tmp_path / "b.png", noise(1))
+    plain, mixed = (load(tmp_path, graphics_share=share) for share in (0.0, 0.25))
+    (photograph,) = plain.images([1])
+    epochs = range(200)
+    results = mixed.images([1] * 200, epochs)
+    drawings = [epoch for epoch in epochs if not torch.equal(results[epoch], photograph)]
+    assert 30 <= len(drawings) <= 70
+    first = drawings[0]
+    assert torch.equal(mixed.images([0, 1], [0, first])[1], results[first])  # of seed, epoch and index alone
+    assert not torch.equal(load(tmp_path, 1, graphics_share=1.0).images([1], [first])[0], results[first])
+    assert len({results[epoch].numpy().tobytes() for epoch in drawings}) > 0.9 * len(drawings)
+
+
+def test_drawings_have_flat_colours_and_depend_on_their_generator_alone():
+    state = torch.get_rng_state()
+    drawings = [draw_graphic(48, make_generator(0, number)) for number in range(20)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(drawings[3], draw_graphic(48, make_generator(0, 3)))
+    assert all(drawing.shape == (3, 48, 48) and drawing.dtype == np.uint8 for drawing in drawings)
+    flat = [np.mean((np.diff(drawing.astype(int), axis=2) == 0).all(0)) for drawing in drawings]
+    assert np.median(flat) > 0.6  # neighbours of one colour, which noise and photographs do not have
+
+
 def test_the_caller_cannot_change_the_cache_nor_the_global_stream(tmp_path):
     save(tmp_path / "a.png", noise(0))
     images = load(tmp_path, flip=True)
@@ -475,7 +501,7 @@ def test_limit_is_spread_over_the_set(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"path": ""}, {"img_size": 0}, {"crop": "middle"}, {"limit": 0}, {"zoom": 2.0}, {"zoom": 0.5}],
+    [{"path": ""}, {"img_size": 0}, {"crop": "middle"}, {"limit": 0}, {"zoom": 2.0}, {"zoom": 0.5}, {"graphics_share": 2.0}],
     ids=lambda options: next(iter(options)),
 )
 def test_config_checks(options):

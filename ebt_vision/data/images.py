@@ -13,14 +13,15 @@ from rich.progress import track
 from torch import Tensor
 
 from ebt_vision.data.decoding import DecodeError, decode_image, to_rgb8
+from ebt_vision.data.graphics import draw_graphic
 from ebt_vision.data.sources import DataError, Source, open_source
 from ebt_vision.rng import sample_generators
 
 MAX_ASPECT_RATIO = 20
 """Images longer than this are skipped: nothing of them is left in a square crop, and resized they grow without bound."""
 
-AUGMENT_STREAM = 0x63726F70
-"""Keeps the draws of crops and flips apart from every other use of the seed."""
+AUGMENT_STREAM, GRAPHICS_STREAM = 0x63726F70, 0x64726177
+"""Keep the draws of crops and flips, and of drawings, apart from every other use of the seed."""
 
 NUM_DECODE_THREADS = 4
 
@@ -54,6 +55,9 @@ class DataConfig:
     zoom: float = 1.0
     """With crop "random": enlarge half of the crops (bicubic) by a factor drawn in 1..zoom, evenly in its logarithm, so that
     small images stand for the smoother ones of large photographs too. 1 enlarges none."""
+    graphics_share: float = 0.0
+    """Share of the images, in [0, 1], that a drawing made by a program takes the place of (see graphics.py), drawn anew in
+    every epoch. Their labels stay: it is for denoising alone."""
     cache: bool = True
     """Hold all images in memory as uint8 (3 * img_size^2 bytes each when cropped at the centre); False decodes on every use."""
     check: bool = True
@@ -73,6 +77,8 @@ class DataConfig:
             raise ValueError(f"zoom={self.zoom:g} is not in 1..{self.img_size} (img_size); use 1 to enlarge nothing")
         if self.zoom > 1 and self.crop != "random":
             raise ValueError(f"zoom={self.zoom:g} needs crop: random")
+        if not 0 <= self.graphics_share <= 1:
+            raise ValueError(f"graphics_share={self.graphics_share:g} is not in [0, 1]")
         for size in self.cut_sizes:
             if size < 1 or self.img_size % size:
                 raise ValueError(f"cut_sizes={list(self.cut_sizes)}: {size} does not divide img_size={self.img_size}")
@@ -180,11 +186,25 @@ class ImageSet:
         if not chosen:
             return torch.empty((0, 3, self.config.img_size, self.config.img_size), dtype=torch.uint8)
         wide = [self._cached_or_decoded(index) for index in chosen]
-        if self.config.crop == "center" and not self.config.flip and not self.config.rotate:
+        if not self._draws_anything:
             return torch.from_numpy(np.stack(wide))
         per_image = [epochs] * len(chosen) if isinstance(epochs, int) else [int(epoch) for epoch in epochs]
         draws = (self._draw(index, epoch) for index, epoch in zip(chosen, per_image, strict=True))
-        return torch.from_numpy(np.stack([self._augmented(*pair) for pair in zip(wide, draws, strict=True)]))
+        made = [self._augmented(*pair) for pair in zip(wide, draws, strict=True)]
+        if self.config.graphics_share:
+            made = [self._or_drawing(*image) for image in zip(made, chosen, per_image, strict=True)]
+        return torch.from_numpy(np.stack(made))
+
+    @property
+    def _draws_anything(self) -> bool:
+        config = self.config
+        return config.crop == "random" or config.flip or config.rotate or config.graphics_share > 0
+
+    def _or_drawing(self, image: np.ndarray, index: int, epoch: int) -> np.ndarray:
+        """The image, or with the probability of graphics_share a drawing of its size."""
+        (generator,) = sample_generators(self.seed, [index], GRAPHICS_STREAM, epoch)
+        is_photograph = float(torch.rand((), generator=generator)) >= self.config.graphics_share
+        return image if is_photograph else draw_graphic(self.config.img_size, generator)
 
     def _cached_or_decoded(self, index: int) -> np.ndarray:
         if self.config.cache:

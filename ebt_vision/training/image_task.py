@@ -70,7 +70,7 @@ class ImageTask(Task):
         assert isinstance(settings, ValidationConfig)
         if settings.path is None:
             return None
-        whole = replace(self._data, crop="center", flip=False, rotate=False, zoom=1.0, cut_sizes=())
+        whole = replace(self._data, crop="center", flip=False, rotate=False, zoom=1.0, graphics_share=0.0, cut_sizes=())
         data = replace(whole, path=settings.path, split=settings.split, limit=settings.num_images)
         images = load_image_set(data, seed=self.config.seed)
         return corruption.to_model_range(images.images(list(range(len(images)))).float() / 255.0)
