@@ -231,7 +231,7 @@ class Denoiser(nn.Module, ABC):
             if options.strength > 1.0 and not stopped:
                 stronger = padded + (options.strength - 1.0) * (padded - result.image.to(padded))
                 result = self._denoise(stronger, options, ids, on_step)
-            return _weakened(_finished(result, size, plain), plain, options.strength)
+            return _weakened(_flat_unchanged(_finished(result, size, plain), plain), plain, options.strength)
 
     def forward(self, noisy: Tensor, options: DenoiseOptions | None = None) -> Tensor:
         """The denoised images alone, (B, 3, H, W) in [0, 1]: `denoise(noisy, options).image`."""
@@ -312,6 +312,21 @@ def _finished(result: DenoiseResult, size: Sequence[int], like: Tensor) -> Denoi
             on_device[name] = _seen(on_device[name], size).to(like)
     trajectory = result.trajectory and tuple(_seen(image, size).to(like) for image in result.trajectory)
     return replace(result, trajectory=trajectory, **on_device)
+
+
+def _flat_unchanged(result: DenoiseResult, noisy: Tensor) -> DenoiseResult:
+    """The result with images of one constant colour given back as they were: they hold no noise."""
+    flat = (noisy.amax((2, 3)) == noisy.amin((2, 3))).all(1)  # (B,)
+    if not flat.any():
+        return result
+
+    def keep(images: Tensor) -> Tensor:
+        return torch.where(flat[:, None, None, None], noisy.clamp(0, 1), images)
+
+    image = keep(result.image)
+    candidates = None if result.candidate_images is None else keep(result.candidate_images)
+    trajectory = result.trajectory and (*result.trajectory[:-1], image)
+    return replace(result, image=image, candidate_images=candidates, trajectory=trajectory)
 
 
 def _weakened(result: DenoiseResult, noisy: Tensor, strength: float) -> DenoiseResult:

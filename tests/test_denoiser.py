@@ -192,6 +192,18 @@ def test_tolerance_of_needs_a_tolerance():
         DenoiseOptions(tolerance_of="previous")
 
 
+@pytest.mark.parametrize("make", [ebt, regressor])
+def test_an_image_of_one_colour_is_given_back(make):
+    flat = torch.tensor([1.0, 0.0, 0.25])[:, None, None].expand(3, 16, 20)
+    noisy = torch.stack([flat, torch.rand(3, 16, 20)])
+    denoiser = make()
+    result = denoiser.denoise_whole(noisy, DenoiseOptions(num_steps=2, keep_trajectory=True))
+    assert torch.equal(result.image[0], flat) and torch.equal(result.trajectory[-1], result.image)
+    assert not torch.equal(result.image[1], noisy[1])
+    large = flat[None].repeat(1, 1, 3, 2)
+    torch.testing.assert_close(denoiser.denoise(large).image, large, rtol=0, atol=1e-6)  # in tiles, but for rounding
+
+
 def test_image_ids():
     with pytest.raises(ValueError, match="2 ids for a batch of 1"):
         IdentityDenoiser().denoise(noisy_images(), image_ids=[0, 1])
@@ -338,6 +350,7 @@ def test_ebt_is_thinking_in_the_model_range():
 
 def test_input_is_not_clipped():
     noisy = torch.full((1, 3, 16, 16), 1.5)
+    noisy[..., :8] = 0.5
     assert not torch.allclose(ebt().denoise(noisy).image, ebt().denoise(noisy.clamp(0, 1)).image, atol=1e-3)
 
 

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,9 @@ from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, duration, is_use
 from ebt_vision.commands.numbers import count, name, not_negative, positive, whole_number
 
 if TYPE_CHECKING:
+    from ebt_vision.commands.pipeline import Job
     from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
+    from ebt_vision.image_files import ImageFile
     from ebt_vision.noise import Noise
 
 
@@ -94,45 +95,47 @@ def _noise(text: str) -> Noise:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """One image to denoise."""
-
-    source: Path
-    target: Path
-
-
 def _run(args: argparse.Namespace) -> int:
+    from ebt_vision.commands.pipeline import Pipeline, Share
+
     if args.tolerance_of is not None and args.tolerance is None:
         raise ValueError(f"--tolerance-of {args.tolerance_of} has no effect without --tolerance; give one, or leave it out")
+    share = Share.of_environment()
     jobs, problems = _plan(args.inputs, args.output, args.overwrite, args.png)
-    for problem in problems:
+    for problem in problems if share.index == 0 else ():
         say(problem)
-    failed, done = len(problems), 0
+    jobs = share.of(jobs)
+    failed, done, num_all = len(problems), 0, len(jobs)
     if jobs:
         _make_folder(args.output)
         denoiser, options = _load(args)
+    started = time.time_ns()
+    pipeline: Pipeline[ImageFile, str] = Pipeline(
+        args.output,
+        read=lambda job: _read(job.source),
+        work=lambda job, image: _denoise(job, image, denoiser, options, args),
+        is_done=lambda job: _is_done(job.target, started if args.overwrite else None),
+    )
     start = time.perf_counter()
     try:
-        for number, job in enumerate(jobs, 1):
-            if _came_meanwhile(job, args):
-                continue
-            try:
-                line = _denoise_one(job, denoiser, options, args)
-            except Exception as error:
-                if not is_users(error):
-                    raise
-                if _came_meanwhile(job, args):
-                    continue
+        for number, outcome in enumerate(pipeline.run(jobs), 1):
+            job, error = outcome.job, outcome.error
+            if outcome.value is not None:
+                done += 1
+                left = (time.perf_counter() - start) / number * (num_all - number)
+                tell(outcome.value + (f", {duration(left)} left" if number < num_all else ""))
+            elif error is None:
+                say(
+                    f"{job.source}: another run has written {job.target} in the meantime, or is at work on it; left to that run"
+                )
+            elif isinstance(error, Exception) and is_users(error):
                 message = one_line(error)
                 say(message if str(job.source) in message else f"{job.source}: {message}")
                 failed += 1
-                continue
-            done += 1
-            left = (time.perf_counter() - start) / number * (len(jobs) - number)
-            tell(line + (f", {duration(left)} left" if number < len(jobs) else ""))
+            else:
+                raise error
     except KeyboardInterrupt:
-        say(f"interrupted; {done} of {len(jobs)} images are done and kept in {args.output}")
+        say(f"interrupted; {done} of {num_all} images are done and kept in {args.output}")
         return INTERRUPTED
     if failed:
         say(f"{failed} of {failed + done} failed, {done} written to {args.output}")
@@ -140,17 +143,19 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _came_meanwhile(job: _Job, args: argparse.Namespace) -> bool:
-    """Whether a result that is not to be replaced has appeared since the work was planned; says so."""
-    if args.overwrite or not job.target.exists():
+def _is_done(target: Path, since: int | None) -> bool:
+    """Whether a result is there that is not to be replaced: any, or one that was written after the time `since` (ns)."""
+    try:
+        return since is None or target.stat().st_mtime_ns > since if target.exists() else False
+    except OSError:
         return False
-    say(f"{job.source}: another run has written {job.target} in the meantime; it is kept")
-    return True
 
 
-def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> tuple[list[_Job], list[str]]:
+def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> tuple[list[Job], list[str]]:
     """What to denoise into which file, and a line for each input that cannot be done."""
-    jobs: dict[Path, _Job] = {}
+    from ebt_vision.commands.pipeline import Job
+
+    jobs: dict[Path, Job] = {}
     problems: list[str] = []
     sources: set[Path] = set()
     for path in inputs:
@@ -166,7 +171,7 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> t
             elif target.exists() and not overwrite:
                 problems.append(f"{source}: {target} exists; give another --output, or --overwrite to replace it")
             else:
-                jobs[target] = _Job(source=source, target=target)
+                jobs[target] = Job(source=source, target=target)
     for target, job in list(jobs.items()):
         if target.exists() and target.resolve() in sources - {job.source.resolve()}:
             problems.append(f"{job.source}: its result {target} would replace another input; give another --output")
@@ -236,10 +241,12 @@ def _make_folder(folder: Path) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     from ebt_vision.checkpoint import default_pretrained, pick_device
+    from ebt_vision.commands.pipeline import Share
     from ebt_vision.denoiser import DenoiseOptions, load_denoiser
     from ebt_vision.noise import suited
 
-    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device), precision=args.precision)
+    device = Share.of_environment().device(pick_device(args.device))
+    denoiser = load_denoiser(args.model or default_pretrained(), device=device, precision=args.precision)
     _check_options(denoiser, args)
     noise = args.add_noise
     stopping = {"tolerance": args.tolerance, "tolerance_of": args.tolerance_of or "first"}
@@ -271,30 +278,44 @@ def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
             raise ValueError(f"{option} has no effect on {denoiser.name}; leave it out")
 
 
-def _denoise_one(job: _Job, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace) -> str:
-    """Denoise one file and write the result; returns the line to print."""
-    from ebt_vision.image_files import losses, read_image, write_image
+def _read(source: Path) -> ImageFile:
+    from ebt_vision import image_files
+
+    return image_files.read_image(source)
+
+
+def _denoise(
+    job: Job, image: ImageFile, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace
+) -> Callable[[], str]:
+    """Denoise one image; returns what writes the result and returns the line to print."""
     from ebt_vision.metrics import psnr
     from ebt_vision.tiling import denoise_tiled
 
     start = time.perf_counter()
-    image = read_image(job.source)
     clean = image.visible_pixels()[None]  # (1, 3, H, W)
     noisy = clean
     if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
         noisy = args.add_noise.add(clean, args.seed)
     progress = _tile_progress(job.source, start)
     result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, overlap=args.overlap, callback=progress)
-    job.target.parent.mkdir(parents=True, exist_ok=True)
-    write_image(job.target, image.with_pixels(result.image[0].cpu()), overwrite=args.overwrite)
-    lost = losses(job.target, image)
-    for note in [*image.notes, *lost]:
-        say(f"{job.source}: {note}" + ("; --png keeps it" if note in lost and job.target.suffix.lower() != ".png" else ""))
     parts = [_energies(result), _steps(result), duration(time.perf_counter() - start)]
     if args.add_noise:
         before, after = (float(psnr(images.clamp(0, 1), clean, data_range=1.0)) for images in (noisy, result.image.cpu()))
         parts.append(f"PSNR {before:.2f} -> {after:.2f} dB")
-    return f"{job.source} -> {job.target}: " + ", ".join(part for part in parts if part)
+    line = f"{job.source} -> {job.target}: " + ", ".join(part for part in parts if part)
+    final = image.with_pixels(result.image[0].cpu())
+    return lambda: _write(job, final, line, overwrite=args.overwrite)
+
+
+def _write(job: Job, image: ImageFile, line: str, *, overwrite: bool) -> str:
+    from ebt_vision.image_files import losses, write_image
+
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    write_image(job.target, image, overwrite=overwrite)
+    lost = losses(job.target, image)
+    for note in [*image.notes, *lost]:
+        say(f"{job.source}: {note}" + ("; --png keeps it" if note in lost and job.target.suffix.lower() != ".png" else ""))
+    return line
 
 
 def _tile_progress(source: Path, start: float) -> Callable[[int, int], None]:

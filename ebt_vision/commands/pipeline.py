@@ -1,0 +1,181 @@
+"""Many images: the next one is read and the last one written while one is worked on; several processes share a folder.
+
+A process claims an image by a lock file before it reads it, and a killed process leaves no lock. Where
+`accelerate launch` or torchrun started the processes, each takes every n-th image from the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+Read = TypeVar("Read")
+Done = TypeVar("Done")
+CLAIMS = ".claims"
+"""The folder of lock files inside the output; it is removed at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One image to denoise."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome(Generic[Done]):
+    """What became of a job: a value, an error, or neither where another process has it or has done it."""
+
+    job: Job
+    value: Done | None = None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which of several processes this is, and on this machine."""
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """As RANK, WORLD_SIZE and LOCAL_RANK say, which accelerate launch and torchrun set; one process without them."""
+        names = {"index": "RANK", "count": "WORLD_SIZE", "local_index": "LOCAL_RANK"}
+        return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+
+    def of(self, jobs: Sequence[Job]) -> list[Job]:
+        """This process's jobs: every count-th one."""
+        return list(jobs[self.index :: self.count])
+
+    def device(self, name: str) -> str:
+        """The device of this process: of several, each has a GPU of its own where "cuda" is wanted."""
+        return f"cuda:{self.local_index}" if name == "cuda" and self.count > 1 else name
+
+
+class Pipeline(Generic[Read, Done]):
+    """Reads with one thread, works in the caller's, writes with another; outcomes come in the order of the jobs.
+
+    `read(job)` gives what `work(job, read)` takes, which gives a function that writes the result and returns its value.
+    `is_done(job)` says whether another process has written the result, which is then left alone.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        read: Callable[[Job], Read],
+        work: Callable[[Job, Read], Callable[[], Done]],
+        is_done: Callable[[Job], bool],
+    ):
+        self._output, self._read, self._work, self._is_done = output, read, work, is_done
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome[Done]]:
+        """The outcome of every job; KeyboardInterrupt and its like are raised after the outcomes before them."""
+        writing: deque[tuple[Job, Future[Outcome[Done]]]] = deque()
+        try:
+            with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+                ahead = deque(jobs)
+                reading = reader.submit(self._claim_and_read, ahead[0]) if ahead else None
+                try:
+                    while ahead and reading is not None:
+                        job = ahead.popleft()
+                        claim, read = reading.result()
+                        reading = reader.submit(self._claim_and_read, ahead[0]) if ahead else None
+                        writing.append((job, self._start(job, claim, read, writer)))
+                        while writing and (writing[0][1].done() or len(writing) > 2):
+                            yield writing.popleft()[1].result()
+                finally:
+                    if reading is not None and not reading.cancel():
+                        self._drop(reading)
+                    yield from self._rest(writing)
+        finally:
+            with contextlib.suppress(OSError):
+                (self._output / CLAIMS).rmdir()
+
+    def _rest(self, writing: deque[tuple[Job, Future[Outcome[Done]]]]) -> Iterator[Outcome[Done]]:
+        while writing:
+            yield writing.popleft()[1].result()
+
+    def _start(
+        self, job: Job, claim: BaseFileLock | None, read: Read | Exception | None, writer: ThreadPoolExecutor
+    ) -> Future[Outcome[Done]]:
+        """Work on a job and hand the writing over; a job without work has its outcome at once."""
+        if read is None or isinstance(read, Exception):
+            return _finished(self._end(job, claim, error=read))
+        try:
+            write = self._work(job, read)
+        except Exception as error:
+            return _finished(self._end(job, claim, error=error))
+        except BaseException:
+            self._end(job, claim)
+            raise
+        return writer.submit(self._write, job, claim, write)
+
+    def _write(self, job: Job, claim: BaseFileLock | None, write: Callable[[], Done]) -> Outcome[Done]:
+        try:
+            value = write()
+        except Exception as error:
+            return self._end(job, claim, error=error)
+        self._end(job, claim)
+        return Outcome(job=job, value=value)
+
+    def _end(self, job: Job, claim: BaseFileLock | None, error: Exception | None = None) -> Outcome[Done]:
+        """Give the claim back; the outcome of a job that has no value. An error counts for nothing if another did the job."""
+        if claim is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(claim.lock_file)
+            claim.release()
+        return Outcome(job=job, error=None if error is not None and self._is_done(job) else error)
+
+    def _claim_and_read(self, job: Job) -> tuple[BaseFileLock | None, Read | Exception | None]:
+        """A claim and what was read, or an error; (None, None) where another process has the job or has done it."""
+        claim: BaseFileLock | None = None
+        try:
+            claim = self._claim(job)
+            if claim is None or self._is_done(job):
+                self._end(job, claim)
+                return None, None
+            return claim, self._read(job)
+        except Exception as error:
+            return claim, error
+        except BaseException:
+            self._end(job, claim)
+            raise
+
+    def _claim(self, job: Job) -> BaseFileLock | None:
+        folder = self._output / CLAIMS
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(os.fsencode(job.target)).hexdigest()[:24]
+        lock = FileLock(folder / f"{name}.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock
+
+    def _drop(self, reading: Future[tuple[BaseFileLock | None, Read | Exception | None]]) -> None:
+        """Give back the claim of an image that was read ahead for nothing."""
+        with contextlib.suppress(BaseException):
+            claim, _ = reading.result()
+            if claim is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(claim.lock_file)
+                claim.release()
+
+
+def _finished(outcome: Outcome[Done]) -> Future[Outcome[Done]]:
+    future: Future[Outcome[Done]] = Future()
+    future.set_result(outcome)
+    return future

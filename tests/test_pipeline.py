@@ -1,0 +1,140 @@
+"""Many images: order, reading ahead, claims between processes, and shares of accelerate launch."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from ebt_vision.commands.pipeline import CLAIMS, Job, Pipeline, Share
+
+
+def jobs_in(folder: Path, count: int) -> list[Job]:
+    return [Job(source=folder / f"in{i}", target=folder / "out" / f"{i}.txt") for i in range(count)]
+
+
+def pipeline(folder: Path, **parts: Callable) -> Pipeline[str, str]:
+    def work(job: Job, read: str) -> Callable[[], str]:
+        def write() -> str:
+            job.target.write_text(read)
+            return read
+
+        return write
+
+    parts = {"read": lambda job: job.source.name, "work": work, "is_done": lambda job: job.target.exists()} | parts
+    return Pipeline(folder / "out", **parts)  # type: ignore[arg-type]
+
+
+def test_outcomes_come_in_order_and_no_lock_is_left(tmp_path: Path):
+    jobs = jobs_in(tmp_path, 7)
+    outcomes = list(pipeline(tmp_path).run(jobs))
+    assert [outcome.value for outcome in outcomes] == [f"in{i}" for i in range(7)]
+    assert [outcome.job for outcome in outcomes] == jobs
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{i}.txt" for i in range(7)]
+    assert list(pipeline(tmp_path / "none").run([])) == []
+
+
+def test_the_next_image_is_read_while_one_is_worked_on(tmp_path: Path):
+    second_is_read = threading.Event()
+
+    def read(job: Job) -> str:
+        if job.source.name == "in1":
+            second_is_read.set()
+        return job.source.name
+
+    def work(job: Job, read: str) -> Callable[[], str]:
+        assert job.source.name != "in0" or second_is_read.wait(timeout=30)
+        return lambda: read
+
+    outcomes = list(pipeline(tmp_path, read=read, work=work).run(jobs_in(tmp_path, 2)))
+    assert [(outcome.value, outcome.error) for outcome in outcomes] == [("in0", None), ("in1", None)]
+
+
+@pytest.mark.parametrize("stage", ["read", "work", "write"])
+def test_an_error_is_the_outcome_of_its_job_alone(stage: str, tmp_path: Path):
+    def fail(job: Job, at: str) -> str:
+        if job.source.name == "in1" and at == stage:
+            raise ValueError(at)
+        return job.source.name
+
+    def work(job: Job, read: str) -> Callable[[], str]:
+        fail(job, "work")
+        return lambda: fail(job, "write")
+
+    outcomes = list(pipeline(tmp_path, read=lambda job: fail(job, "read"), work=work).run(jobs_in(tmp_path, 3)))
+    assert [outcome.value for outcome in outcomes] == ["in0", None, "in2"]
+    assert str(outcomes[1].error) == stage and not (tmp_path / "out" / CLAIMS).exists()
+
+
+def test_an_interrupt_comes_after_what_is_done(tmp_path: Path):
+    def work(job: Job, read: str) -> Callable[[], str]:
+        if job.source.name == "in2":
+            raise KeyboardInterrupt
+        return lambda: read
+
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for outcome in pipeline(tmp_path, work=work).run(jobs_in(tmp_path, 5)):
+            done.append(outcome.value)
+    assert done == ["in0", "in1"] and not (tmp_path / "out" / CLAIMS).exists()
+
+
+def test_what_another_process_has_or_has_done_is_left_to_it(tmp_path: Path):
+    jobs = jobs_in(tmp_path, 3)
+    held = []
+
+    def read(job: Job) -> str:
+        if job is jobs[0]:  # another process claims the second image, and finishes the third
+            name = next((tmp_path / "out" / CLAIMS).iterdir()).name
+            assert name.endswith(".lock")
+            held.append(FileLock(pipeline(tmp_path)._claim(jobs[1]).lock_file, thread_local=False))  # type: ignore[union-attr]
+            held[0].acquire(timeout=5)
+            jobs[2].target.write_text("another's")
+        return job.source.name
+
+    outcomes = list(pipeline(tmp_path, read=read).run(jobs))
+    assert [(outcome.value, outcome.error) for outcome in outcomes] == [("in0", None), (None, None), (None, None)]
+    assert jobs[2].target.read_text() == "another's" and not jobs[1].target.exists()
+    held[0].release()
+
+
+def test_shares_are_whole_and_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    jobs = jobs_in(tmp_path, 8)
+    assert Share.of_environment().of(jobs) == jobs and Share.of_environment().device("cuda") == "cuda"
+    shares = []
+    for rank in range(3):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank % 2}.items():
+            monkeypatch.setenv(name, str(value))
+        share = Share.of_environment()
+        assert share.device("cuda") == f"cuda:{rank % 2}" and share.device("cpu") == "cpu"
+        shares.append(share.of(jobs))
+    assert sorted(sum(shares, []), key=jobs.index) == jobs
+    assert [len(share) for share in shares] == [3, 3, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [False, True])
+def test_two_processes_denoise_each_image_once(launched: bool, tiny_checkpoint: Path, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{i:02d}.png")
+    command = [sys.executable, "-m", "ebt_vision", "denoise", tmp_path / "in", "--output", tmp_path / "out"]
+    command += ["--model", tiny_checkpoint, "--device", "cpu"]
+    environments = [
+        os.environ | ({"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r)} if launched else {}) for r in (0, 1)
+    ]
+    runs = [subprocess.Popen(command, env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for e in environments]
+    outputs = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs if launched] in ([], [0, 0]), outputs
+    lines = [line.split(" -> ")[0].rsplit("/", 1)[1] for out, _ in outputs for line in out.splitlines()]
+    assert sorted(lines) == [f"{i:02d}.png" for i in range(12)], outputs
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(lines)
+    if launched:
+        assert [len(out.splitlines()) for out, _ in outputs] == [6, 6]
