@@ -74,6 +74,7 @@ def test_identity_gives_the_image_back(height, width, overlap):
 
 def test_no_seam_even_where_tiles_disagree():
     grey = torch.full((3, 80, 90), 0.5)  # an odd number of columns, so that the signs make a checkerboard
+    grey[:, ::4, ::4] += 1e-6  # tiles of one constant colour are given back
     steps = {}
     for overlap in (0, 8, 16):
         image = denoise_tiled(OffsetDenoiser(), grey, tile_size=32, overlap=overlap).image
