@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ebt_vision.benchmark.timing import Version
 from ebt_vision.checkpoint import default_pretrained
 from ebt_vision.denoiser import load_denoiser
+from ebt_vision.precision import autocast, has_fast_bfloat16
 
 
 def dncnn() -> nn.Module:
@@ -24,18 +25,24 @@ def dncnn() -> nn.Module:
 
 
 def photographs(settings: argparse.Namespace) -> dict:
-    """DnCNN's network first, then each of --photograph-models as `ebt-vision denoise` uses it, on one square photograph."""
+    """DnCNN's network first, then each of --photograph-models as `ebt-vision denoise` uses it, on one square photograph.
+
+    Where the processor is fast at bfloat16, which those models then use, DnCNN's network is measured in it too.
+    """
     side = settings.photograph_size
     generator = torch.Generator().manual_seed(settings.seed)
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9, generator=generator), (side, side), mode="bicubic")
     noisy = (smooth + 25 / 255 * torch.randn(smooth.shape, generator=generator)).to(settings.device)
-    network = dncnn().to(settings.device)
+    network = dncnn().to(settings.device, memory_format=torch.channels_last)
 
-    def peer() -> Tensor:
-        with torch.no_grad():
+    def peer(*, bfloat16: bool) -> Tensor:
+        with torch.no_grad(), autocast(settings.device, bfloat16=bfloat16):
             return noisy - network(noisy)
 
-    versions = [Version(name="DnCNN's network", call=peer, units=side * side)]
+    name = "DnCNN's network"
+    versions = [Version(name=name, call=functools.partial(peer, bfloat16=False), units=side * side)]
+    if has_fast_bfloat16(settings.device):
+        versions.append(Version(name=f"{name}, bfloat16", call=functools.partial(peer, bfloat16=True), units=side * side))
     for name in settings.photograph_models or [default_pretrained()]:
         denoiser = load_denoiser(name, device=settings.device)
         versions.append(Version(name=name, call=functools.partial(denoiser.denoise, noisy), units=side * side))
