@@ -155,7 +155,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         )
         for name, known in NOISE_KINDS.items()
     ]
-    steps = gr.Slider(1, MAX_STEPS, value=service.suggested_steps, step=1, label="Thinking steps", elem_id="steps")
+    steps = gr.Slider(1, MAX_STEPS, value=service.suggested.num_steps, step=1, label="Thinking steps", elem_id="steps")
     strength = gr.Slider(
         0,
         MAX_STRENGTH,
@@ -173,7 +173,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         tolerance = gr.Slider(
             0,
             1,
-            value=0,
+            value=service.suggested.tolerance or 0,
             step=0.001,
             label="Stop when a step lowers the energy by less than this share; 0: never",
             elem_id="tolerance",
@@ -183,8 +183,9 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
                 ("the first step: 0.02 ends before it blurs", "first"),
                 ("the step before: 0.05 thinks on in strong noise", "previous"),
                 ("a first step in training: 0.006 does both, if the model knows it", "training"),
+                ("none: stop at this share of the noisy image's energy", "observation"),
             ],
-            value="first",
+            value=service.suggested.tolerance_of,
             label="A share of what was gained by",
             elem_id="tolerance-of",
         )
@@ -257,18 +258,26 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
 
 def _endpoints(service: Service, models: dict[str, str]) -> None:
     """/denoise and /compare for gradio_client, on controls that nobody sees."""
+    suggested = service.suggested
     with gr.Column(visible=False):
         image = SentImage(label="image", type="filepath")
         noise = gr.Dropdown(["none", *NOISE_KINDS], value="none", label="noise")
         model = gr.Dropdown(list(models), value=next(iter(models), None), label="model")
         numbers = dict(
-            amount=25, seed=0, steps=service.suggested_steps, step_size_scale=1, tolerance=0, langevin=0, candidates=1, tile=0
+            amount=25,
+            seed=0,
+            steps=suggested.num_steps,
+            step_size_scale=1,
+            tolerance=suggested.tolerance or 0,
+            langevin=0,
+            candidates=1,
+            tile=0,
         )
         fields = {name: gr.Number(value, label=name) for name, value in numbers.items()}
         file, told, rows = gr.File(label="denoised"), gr.JSON(label="facts"), gr.JSON(label="methods")
         strength = gr.Number(1, label="strength")
         first = [image, noise, fields["amount"], fields["seed"], fields["steps"], model]
-        tolerance_of = gr.Dropdown(list(get_args(ToleranceOf)), value="first", label="tolerance_of")
+        tolerance_of = gr.Dropdown(list(get_args(ToleranceOf)), value=suggested.tolerance_of, label="tolerance_of")
         rest = [fields[name] for name in ("step_size_scale", "tolerance", "langevin", "candidates", "tile")] + [tolerance_of]
         one = dict(concurrency_id="device", concurrency_limit=1)
         gr.Button().click(service.api_denoise, [*first, *rest, strength], [file, told], api_name="denoise", **one)

@@ -21,7 +21,7 @@ from apps.comparing import compare
 from apps.sources import Request, estimate, noise_seen
 from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision.checkpoint import list_pretrained, model_type_of
-from ebt_vision.denoiser import Denoiser
+from ebt_vision.denoiser import DenoiseOptions, Denoiser
 from ebt_vision.image_files import write_image
 from ebt_vision.noise import NOISE_KINDS, Noise
 from ebt_vision.thinking import ThinkingError, ToleranceOf
@@ -39,8 +39,9 @@ class Service:
 
     def __init__(self, models: dict[str, str], load: Callable[[str], Denoiser], device: str):
         self.models, self.load, self.device = models, load, device
-        self.suggested_steps = load(next(iter(models.values()))).suggested_steps if models else 4
-        """The number of thinking steps that the page begins with."""
+        first = next(iter(models.values()), None)
+        self.suggested = DenoiseOptions(num_steps=4) if first is None else load(first).suggested_options
+        """The thinking steps and the tolerance that the page begins with."""
         self._stops: dict[str, threading.Event] = {}
 
     def denoise(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[tuple]:

@@ -49,7 +49,8 @@ class DenoiseOptions:
     tolerance: float | None = None
     """EBT: a sample stops once a step gains no more than this share of what its first step did (see ThinkingConfig)."""
     tolerance_of: ToleranceOf = "first"
-    """EBT: what that is a share of: the gain of the first step, the previous one, or a first step at the training's noise."""
+    """EBT: what that is a share of: the gain of the first step, the previous one, or a first step at the training's noise, or
+    the energy of the noisy image."""
     langevin_std: float = 0.0
     """EBT: noise added to the candidate before each gradient, on [-1, 1]."""
     step_size_scale: float = 1.0
@@ -163,7 +164,9 @@ class Denoiser(nn.Module, ABC):
     suggested_steps: int = 4
     """What num_steps is on the command line and the page where nobody asks for a number."""
     suggested_tolerance: float | None = None
-    """What tolerance is on the command line, of the training's noise, where nobody asks for steps or a tolerance."""
+    """Default tolerance of the command line and the page where neither steps nor a tolerance is given."""
+    suggested_tolerance_of: ToleranceOf = "training"
+    """What suggested_tolerance is a share of."""
     starts_from_proposal: bool = False
     """Whether thinking starts from a reconstruction of the image unless somebody says otherwise: see noise_from_energy."""
     input_scale: float | None = 1.0
@@ -253,7 +256,9 @@ class Denoiser(nn.Module, ABC):
         """What the command line uses where nobody asks for steps or a tolerance."""
         tolerance = self.suggested_tolerance
         return DenoiseOptions(
-            num_steps=self.suggested_steps, tolerance=tolerance, tolerance_of="first" if tolerance is None else "training"
+            num_steps=self.suggested_steps,
+            tolerance=tolerance,
+            tolerance_of="first" if tolerance is None else self.suggested_tolerance_of,
         )
 
     def options_or_suggested(self, options: DenoiseOptions | None) -> DenoiseOptions:

@@ -121,6 +121,7 @@ class EBTDenoiser(ModelDenoiser):
         super().__init__(model, name=name, input_scale=input_scale, precision=precision)
         self.suggested_steps = model.config.suggested_steps
         self.suggested_tolerance = model.config.suggested_tolerance
+        self.suggested_tolerance_of = model.config.suggested_tolerance_of
         self.starts_from_proposal = model.config.suggested_start == "proposal"
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
@@ -143,6 +144,7 @@ class EBTDenoiser(ModelDenoiser):
             ),
             context=context,
             step_size=self.model.step_size.detach() * options.step_size_scale,
+            observation_energy=None if proposed is None else proposed[1],
             generator=sample_generators(options.seed, image_ids, LANGEVIN_STREAM),
             callback=watch,
         )

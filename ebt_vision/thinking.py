@@ -92,7 +92,7 @@ class NonFiniteGradientError(ThinkingError):
         )
 
 
-ToleranceOf = Literal["first", "previous", "training"]
+ToleranceOf = Literal["first", "previous", "training", "observation"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +114,14 @@ class ThinkingConfig:
     backprop_steps: int | None = None
     """If set, only the last so many steps are part of the graph (truncation); None keeps all of them."""
     tolerance: float | None = None
-    """If set, a sample stops once a step lowers its energy by no more than this share of what its first step did."""
+    """If set, a sample stops once a step lowers its energy by no more than this share of what its first step did, or of what
+    tolerance_of names."""
     tolerance_of: ToleranceOf = "first"
     """previous: of what the step before did. An energy that falls step by step at an even rate, as that of an input far from
     anything that was trained on, is then thought on; one that settles at once stops. training: of `training_gain` times
-    training_gain / what the sample's own first step did: the noisier the input, the smaller the gains that are worth a step."""
+    training_gain / what the sample's own first step did: the noisier the input, the smaller the gains that are worth a step.
+    observation: a sample stops once its energy is no more than this share of the energy of what was observed. A candidate with
+    so little energy needs no step, so a good start ends at once. See `observation_energy` of think()."""
     training_gain: float | None = None
     """By how much a first step lowers the energy of an input with the training's noise, on average; for `training` alone."""
 
@@ -181,6 +184,7 @@ def think(
     context: tuple[Tensor, ...] = (),
     step_size: Tensor | float | None = None,
     num_steps: int | None = None,
+    observation_energy: Tensor | None = None,
     create_graph: bool = False,
     differentiate_start: bool = False,
     generator: Generators | None = None,
@@ -192,7 +196,8 @@ def think(
     """Descend the energy from `y0` (B, ...); the caller's tensors are never changed, and it works under torch.no_grad().
 
     `context` tensors (B, ...) are handed to the energy after the candidate. `step_size`, a number or a tensor () or (B,),
-    takes the config's place and may need a gradient; so does `num_steps`. `create_graph` makes the predictions differentiable
+    takes the config's place and may need a gradient; so does `num_steps`. `observation_energy` (B,), for a tolerance of the
+    observation alone, defaults to the energies of `y0`. `create_graph` makes the predictions differentiable
     with respect to the energy's parameters and the step size; with `differentiate_start` with respect to `y0` too, as unrolled
     and plug-and-play methods need. That takes a config with detach_between_steps=False and no backprop_steps.
 
@@ -216,7 +221,8 @@ def think(
     alpha = _draw_step_sizes(config, y0, step_size, generator)
     with torch.enable_grad(), _double_backward_attention(create_graph):
         start = y0 if differentiate_start and y0.requires_grad else y0.detach()
-        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, generator, check_finite)
+        observed = None if observation_energy is None else observation_energy.detach()
+        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, generator, check_finite, observed)
         return descent.run(steps, callback, keep_predictions, evaluate_final)
 
 
@@ -232,6 +238,7 @@ class _Descent:
     create_graph: bool
     generator: Generators | None
     check_finite: bool
+    observation_energy: Tensor | None = None  # (B,)
     finite: Tensor | None = None  # (), of the steps that were not checked
     active: Tensor | None = None  # indices of the moving samples; None stands for all of them
     energies: list[Tensor] = field(default_factory=list)
@@ -250,7 +257,7 @@ class _Descent:
             # At the first step the graph leads to y0, if think() has left it there, and no further back.
             connected = in_graph and not self.config.detach_between_steps and (step > first_graph_step or step == 0)
             start = self.y if connected and self.y.requires_grad else self.y.detach()
-            candidate, energy, gradient, norm = self._gradient(start, step, in_graph)
+            candidate, energy, gradient_of = self._evaluate(start, step, in_graph)
             self._count(forwards)
             self._record(energy)
             ended = self._ended(callback, step)
@@ -260,9 +267,12 @@ class _Descent:
             if ended:
                 return self._result(predictions, norms, used, forwards)
             if moving is not None:
-                if not moving.any():
+                if not moving.any():  # without the cost of a gradient
                     return self._result(predictions, norms, used, forwards)
-                candidate, gradient, norm = candidate[moving], gradient[moving], norm[moving]
+                candidate = candidate[moving]
+            gradient = gradient_of() if moving is None else gradient_of()[moving]
+            norm = gradient.detach().flatten(energy.ndim).norm(dim=-1)
+            self._check(norm, self._index(), step)
 
             # Update.
             previous = self.y
@@ -284,33 +294,35 @@ class _Descent:
             self._settle(used, previous, num_steps)
         return self._result(predictions, norms, used, forwards)
 
-    def _gradient(self, start: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(candidate, energy, gradient, gradient norm) of the moving samples, Langevin noise added to the candidate."""
+    def _evaluate(self, start: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """(candidate, energy, what computes the gradient) of the moving samples, Langevin noise added to the candidate."""
         candidate = self._select(start)
         if self.config.langevin_std > 0:
             candidate = candidate + self.config.langevin_std * randn_like(candidate, self._generators())
-        energy, gradient = self._energy_and_gradient(candidate, step, in_graph)
-        norm = gradient.detach().flatten(energy.ndim).norm(dim=-1)
-        finite = (torch.isfinite(norm) & torch.isfinite(energy.detach())).reshape(len(norm), -1).all(1)
+        energy, gradient_of = self._energy_then_gradient(candidate, step, in_graph)
+        self._check(energy.detach(), self._index(), step)
+        return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient_of
+
+    def _check(self, values: Tensor, index: Tensor, step: int) -> None:
+        """Note, or raise NonFiniteGradientError, where a value of a sample of `index` is not finite."""
+        finite = torch.isfinite(values).reshape(len(values), -1).all(1)
         if not self.check_finite:
             self.finite = finite.all() if self.finite is None else self.finite & finite.all()
         elif not finite.all():
-            bad = self._index()[~finite]
-            raise NonFiniteGradientError(step, bad.tolist())
-        return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient, norm
+            raise NonFiniteGradientError(step, index[~finite].tolist())
 
-    def _energy_and_gradient(self, candidate: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Tensor]:
+    def _energy_then_gradient(self, candidate: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Callable[[], Tensor]]:
         if isinstance(self.energy_fn, CompiledEnergy):
             with torch.set_grad_enabled(in_graph):
                 context = tuple(self._select(tensor) for tensor in self.context)
-                return self.energy_fn.energy_and_gradient(candidate, *context)
+                energy, gradient = self.energy_fn.energy_and_gradient(candidate, *context)
+                return energy, lambda: gradient
         if not candidate.requires_grad:
             candidate.requires_grad_()
         energy = self._energy(candidate, step)
         if not energy.requires_grad:
             raise ThinkingError("the energy does not depend on the candidate, so there is no gradient to follow")
-        (gradient,) = torch.autograd.grad(energy.sum(), candidate, create_graph=in_graph)
-        return energy, gradient
+        return energy, lambda: torch.autograd.grad(energy.sum(), candidate, create_graph=in_graph)[0]
 
     def _energy(self, candidate: Tensor, step: int) -> Tensor:
         energy_fn = self.energy_fn.at_step(step) if isinstance(self.energy_fn, SteppedEnergy) else self.energy_fn
@@ -321,16 +333,22 @@ class _Descent:
 
     def _settle(self, used: Tensor, previous: Tensor | None, step: int) -> Tensor | None:
         """Drop the samples whose last update gained too little; returns which of the active ones go on (None: all)."""
-        if self.config.tolerance is None or previous is None or step < 1:
+        if self.config.tolerance is None:
             return None
         index = self._index()
-        gain = self._gain(step)[index]
-        rose = index[gain < 0]
-        if len(rose):  # the update made it worse: take it back
-            self.y = self.y.index_copy(0, rose, previous[rose])
-            self.energies[-1] = self.energies[-1].index_copy(0, rose, self.energies[-2][rose])
-            used[rose] -= 1
-        moving = gain > self.config.tolerance * self._yardstick(step)[index]
+        moving = torch.ones(len(index), dtype=torch.bool, device=index.device)
+        if previous is not None and step >= 1:
+            gain = self._gain(step)[index]
+            rose = index[gain < 0]
+            if len(rose):  # the update made it worse: take it back
+                self.y = self.y.index_copy(0, rose, previous[rose])
+                self.energies[-1] = self.energies[-1].index_copy(0, rose, self.energies[-2][rose])
+                used[rose] -= 1
+            moving = gain >= 0
+            if self.config.tolerance_of != "observation":
+                moving = gain > self.config.tolerance * self._yardstick(step)[index]
+        if self.config.tolerance_of == "observation":
+            moving = moving & (self._total(step) > self.config.tolerance * self._observed())[index]
         if moving.all():
             return None
         self.active = index[moving]
@@ -338,8 +356,15 @@ class _Descent:
 
     def _gain(self, step: int) -> Tensor:
         """By how much update `step` (1, 2, ...) lowered the energy of each sample, summed over its elements, (B,)."""
-        before, now = (energy.reshape(len(energy), -1).sum(1) for energy in self.energies[step - 1 : step + 1])
-        return before - now
+        return self._total(step - 1) - self._total(step)
+
+    def _total(self, step: int) -> Tensor:
+        """The energy of each sample after update `step`, summed over its elements, (B,)."""
+        return self.energies[step].reshape(len(self.energies[step]), -1).sum(1)
+
+    def _observed(self) -> Tensor:
+        """The energy of what was observed, (B,)."""
+        return self._total(0) if self.observation_energy is None else self.observation_energy
 
     def _yardstick(self, step: int) -> Tensor:
         """What a tolerance is a share of after update `step`, (B,)."""
@@ -475,6 +500,7 @@ def best_of(
     *,
     context: tuple[Tensor, ...] = (),
     step_size: Tensor | float | None = None,
+    observation_energy: Tensor | None = None,
     generator: Generators | None = None,
     callback: Callback | None = None,
 ) -> BestOfResult:
@@ -490,6 +516,7 @@ def best_of(
             config,
             context=context,
             step_size=step_size,
+            observation_energy=observation_energy,
             generator=generator,
             callback=callback,
             keep_predictions=False,

@@ -152,3 +152,20 @@ def test_stopping_a_strong_run_does_not_begin_the_second():
     strong = denoiser.denoise(noisy, DenoiseOptions(num_steps=2, strength=1.5), callback=stop)
     assert heard == [0, 1]
     torch.testing.assert_close(strong.image, denoiser.denoise(noisy, DenoiseOptions(num_steps=1)).image)
+
+
+def test_the_model_may_suggest_to_stop_at_a_share_of_the_observation_s_energy():
+    noisy, results = noisy_images(), []
+    for tolerance in (1e9, 1e-9):
+        stopping = dict(suggested_tolerance=tolerance, suggested_tolerance_of="observation")
+        denoiser = tiny_denoiser(suggested_start="proposal", suggested_steps=3, **stopping)
+        assert denoiser.suggested_options.tolerance_of == "observation"
+        results.append(denoiser.denoise_whole(noisy))
+    at_once, all_steps = results
+    assert at_once.num_steps.tolist() == [1, 1] and at_once.num_forward.tolist() == [2, 2]  # the proposal and its energy
+    torch.testing.assert_close(at_once.image, denoiser.denoise_whole(noisy, DenoiseOptions(num_steps=1)).image)
+    assert at_once.energies is not None and at_once.energies.shape == (4, 2)  # the last is repeated
+    assert torch.equal(at_once.energies[1], at_once.energies[3])
+    assert all_steps.num_forward.min() > 2
+    with pytest.raises(ValueError, match="suggested_tolerance_of='first' is unknown; use 'training' or 'observation'"):
+        tiny_denoiser(suggested_tolerance_of="first")

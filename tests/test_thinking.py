@@ -227,6 +227,30 @@ def test_the_tolerance_may_be_a_share_of_the_step_before():
         ThinkingConfig(tolerance_of="last")  # type: ignore[arg-type]
 
 
+def test_the_tolerance_may_be_a_share_of_the_observation_s_energy():
+    """A candidate that has little energy beside the observation's needs no step, and no gradient is computed for it."""
+    gradients: list[int] = []
+
+    def energy(candidate: Tensor) -> Tensor:
+        if candidate.requires_grad:
+            candidate.register_hook(lambda gradient: gradients.append(len(gradient)))
+        return half_square(candidate)
+
+    good, poor = 0.1 * torch.ones(1, 4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)  # energies 0.02 and 2
+    config = ThinkingConfig(num_steps=9, step_size=0.5, tolerance=0.01, tolerance_of="observation")
+    observed = torch.full((1,), 4.0, dtype=torch.float64)
+    ended = think(energy, good, config, observation_energy=observed)
+    assert ended.num_steps.tolist() == [0] and ended.num_forward.tolist() == [1] and gradients == []
+    assert torch.equal(ended.final, good) and ended.energies.tolist() == [[pytest.approx(0.02)]]
+    both = think(energy, torch.cat([good, poor]), config, observation_energy=observed.repeat(2))
+    assert both.num_steps.tolist() == [0, 3]  # 2, 0.5, 0.125, 0.031 against 0.04
+    assert both.num_forward.tolist() == [1, 4]
+    torch.testing.assert_close(both.final[1:], think(energy, poor, config, observation_energy=observed).final)
+    assert think(energy, poor, config).num_steps.tolist() == [4]  # 0.0078 against 0.02, of its own start
+    worse = think(half_square, poor, replace(config, step_size=3.0), observation_energy=observed)  # 1 -> -2: the energy rises
+    assert worse.num_steps.tolist() == [0] and torch.equal(worse.final, poor)
+
+
 def test_the_tolerance_may_be_a_share_of_what_a_first_step_does_at_the_trainings_noise():
     """The stronger the noise, the smaller the gains that are still worth a step."""
     weak, known, strong = (size * torch.ones(1, 4, dtype=torch.float64) for size in (0.5, 1.0, 2.0))

@@ -104,7 +104,12 @@ def sweep_rows_of(name: str, kind: Kind, condition: Condition, settings: RowSett
     yield from (row for row in rows_of(name, kind, condition, settings) if row.method in wanted)
 
 
-_TOLERANCE_OF: dict[ToleranceOf, str] = {"first": "", "previous": " of the previous", "training": " of the training's"}
+_TOLERANCE_OF: dict[ToleranceOf, str] = {
+    "first": "",
+    "previous": " of the previous",
+    "training": " of the training's",
+    "observation": " of the observation's",
+}
 """What a tolerance is a share of, in the name of its row."""
 
 

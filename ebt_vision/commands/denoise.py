@@ -44,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance-of",
-        choices=("first", "previous", "training"),
+        choices=("first", "previous", "training", "observation"),
         help="what T is a share of: what the first step gained (default); the step before (try 0.05); a first step at the "
-        "noise of the training, which asks for less the stronger the noise is (try 0.006)",
+        "noise of the training, which asks for less the stronger the noise is (try 0.006); or the energy of the noisy image, "
+        "which the energy itself is compared with (try 0.05)",
     )
     parser.add_argument("--step-size-scale", metavar="F", type=positive, default=1.0, help="factor on the learned step size")
     parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise in each thinking step")

@@ -25,7 +25,9 @@ class PatchEBTConfig(TrunkConfig):
     suggested_steps: int = 4
     """Thinking steps where nobody asks for a number: kept with the weights, because models differ in when they overthink."""
     suggested_tolerance: float | None = None
-    """The tolerance that goes with suggested_steps, with tolerance_of="training" (see thinking.ThinkingConfig); None: none."""
+    """The tolerance that goes with suggested_steps (see thinking.ThinkingConfig); None: none."""
+    suggested_tolerance_of: Literal["training", "observation"] = "training"
+    """What suggested_tolerance is a share of."""
     training_gain: float | None = None
     """By how much a first step lowers the energy, mean over patches, of an image with the training's noise, on average:
     eval/training_gain.py measures it. Only a tolerance of the training's noise needs it."""
@@ -45,7 +47,12 @@ class PatchEBTConfig(TrunkConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be above 0, or null")
-        if self.suggested_tolerance is not None and self.training_gain is None:
+        if self.suggested_tolerance_of not in ("training", "observation"):
+            raise ValueError(
+                f"suggested_tolerance_of={self.suggested_tolerance_of!r} is unknown; use 'training' or 'observation'"
+            )
+        needs_gain = self.suggested_tolerance is not None and self.suggested_tolerance_of == "training"
+        if needs_gain and self.training_gain is None:
             raise ValueError(f"suggested_tolerance={self.suggested_tolerance} needs training_gain: see eval/training_gain.py")
         if self.energy_head not in ("linear", "quadratic"):
             raise ValueError(f"energy_head={self.energy_head!r} is unknown; use 'linear' or 'quadratic'")
@@ -58,12 +65,15 @@ class PatchEBTConfig(TrunkConfig):
             )
 
 
+_SUGGESTIONS = ("suggested_start", "suggested_steps", "suggested_tolerance", "suggested_tolerance_of")
+
+
 class PatchEBT(EnergyModel):
     """Energy of candidate images (B, in_chans, H, W) in [-1, 1], H and W multiples of patch_size, as (B,)."""
 
     model_type = "patch_ebt"
     config_class = PatchEBTConfig
-    usage_fields = (*EnergyModel.usage_fields, "suggested_start", "suggested_steps", "suggested_tolerance", "training_gain")
+    usage_fields = (*EnergyModel.usage_fields, *_SUGGESTIONS, "training_gain")
 
     def __init__(self, config: PatchEBTConfig):
         super().__init__(config.init_step_size)
