@@ -33,7 +33,7 @@ def photographs(settings: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(settings.seed)
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9, generator=generator), (side, side), mode="bicubic")
     noisy = (smooth + 25 / 255 * torch.randn(smooth.shape, generator=generator)).to(settings.device)
-    network = dncnn().to(settings.device, memory_format=torch.channels_last)
+    network = dncnn().to(settings.device).to(memory_format=torch.channels_last)
 
     def peer(*, bfloat16: bool) -> Tensor:
         with torch.no_grad(), autocast(settings.device, bfloat16=bfloat16):
