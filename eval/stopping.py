@@ -1,0 +1,119 @@
+"""Choose a photograph EBT's stopping rule: PSNR after each step, and where a tolerance of the observation's energy would stop.
+
+    python eval/stopping.py --model runs/photographs_ebt/model --data ../shared/data/imagenet-photos --split train
+
+Measure it on images of the training, not on those of a benchmark. Every photograph is used at each sigma, and once with
+realistic noise. The table has a row for each noise: the PSNR in dB after 1..N steps, and for each tolerance the PSNR and the
+mean number of steps. The last lines say which tolerance is never far behind the best number of steps of each noise.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.checkpoint import pick_device
+from ebt_vision.data.images import DataConfig, load_image_set
+from ebt_vision.denoiser import DenoiseOptions, Denoiser, load_denoiser
+from ebt_vision.metrics import psnr
+from ebt_vision.realistic_noise import RealisticNoiseConfig, add_realistic_noise
+from ebt_vision.rng import sample_generators
+
+TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 1.0)
+
+
+def stops(energies: Tensor, tolerance: float) -> Tensor:
+    """After how many steps each sample stops, int64 (B,), by the rule of think(): energies (T + 1, B), the observation's first.
+
+    Stops at the first t >= 1 with E_t <= tolerance * E_0, and at t - 1 where step t raised the energy.
+    """
+    num_steps, batch = len(energies) - 1, energies.shape[1]
+    ended = torch.full((batch,), num_steps)
+    for sample in range(batch):
+        for t in range(1, num_steps + 1):
+            if t > 1 and energies[t, sample] > energies[t - 1, sample]:
+                ended[sample] = t - 1
+                break
+            if energies[t, sample] <= tolerance * energies[0, sample]:
+                ended[sample] = t
+                break
+    return ended
+
+
+def measure(denoiser: Denoiser, clean: Tensor, noisy: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """PSNR after each of 1..num_steps steps, (num_steps, B), and energies (num_steps + 1, B), of images of one size."""
+    options = DenoiseOptions(num_steps=num_steps, keep_trajectory=True)
+    psnrs, energies = [], []
+    for one, clear in zip(noisy.split(8), clean.split(8), strict=True):
+        result = denoiser.denoise_whole(one, options)
+        assert result.trajectory is not None and result.energies is not None
+        psnrs.append(torch.stack([psnr(image, clear, data_range=1.0) for image in result.trajectory[1:]]))
+        energies.append(result.energies)
+    return torch.cat(psnrs, 1), torch.cat(energies, 1)
+
+
+def conditions(clean: Tensor, sigmas: Sequence[float], seed: int) -> dict[str, Tensor]:
+    """Noisy versions of the images: white Gaussian noise of each sigma, and realistic noise."""
+    noisy = {}
+    for sigma in sigmas:
+        generators = sample_generators(seed, range(len(clean)), round(sigma))
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators])
+        noisy[f"sigma {sigma:g}"] = clean + sigma / 255.0 * noise
+    config = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0)
+    noisy["realistic"] = add_realistic_noise(clean, config, sample_generators(seed, range(len(clean)), 1000))
+    return noisy
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; exit status 2 for bad input."""
+    settings = _parser().parse(arguments)
+    try:
+        denoiser = load_denoiser(settings.model, device=pick_device(settings.device))
+        if not denoiser.starts_from_proposal:
+            raise ValueError(f"{settings.model} does not think from a proposal; its rule is eval/training_gain.py's")
+        data = DataConfig(path=settings.data, split=settings.split, img_size=settings.img_size, limit=settings.limit)
+        images = load_image_set(data)
+    except (ValueError, OSError) as error:
+        print(f"stopping: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    clean = images.images(range(len(images))).float() / 255.0
+    losses = torch.zeros(len(TOLERANCES))
+    fixed = torch.zeros(settings.steps)
+    for name, noisy in conditions(clean, settings.sigmas, settings.seed).items():
+        psnrs, energies = measure(denoiser, clean, noisy, settings.steps)
+        means = psnrs.mean(1)
+        print(f"{name}: after 1..{settings.steps} steps {' '.join(f'{value:.2f}' for value in means)}")
+        shares = energies[1:].mean(1) / energies[0].mean()
+        print(f"  energies as shares of the noisy image's: {' '.join(f'{value:.4f}' for value in shares)}")
+        fixed = torch.maximum(fixed, means.max() - means)
+        for i, tolerance in enumerate(TOLERANCES):
+            ended = stops(energies, tolerance)
+            value = psnrs.gather(0, ended[None] - 1).mean()
+            losses[i] = torch.maximum(losses[i], means.max() - value)
+            print(f"  tolerance {tolerance:g}: {value:.2f} dB, {ended.float().mean():.2f} steps")
+    for steps, loss in enumerate(fixed.tolist(), 1):
+        print(f"{steps} steps for all: at most {loss:.3f} dB behind the best number of each noise")
+    for tolerance, loss in zip(TOLERANCES, losses.tolist(), strict=True):
+        print(f"tolerance {tolerance:g}: at most {loss:.3f} dB behind")
+    return 0
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="stopping", description="Where does a photograph EBT stop, and where should it?")
+    add = parser.add_argument
+    add("--model", required=True)
+    add("--data", required=True, help="images, as data.path of a config")
+    add("--split", help="as data.split")
+    add("--img-size", type=number(int, 16), default=160)
+    add("--limit", type=number(int, 1), default=48, help="images, spread over the set")
+    add("--steps", type=number(int, 1), default=5)
+    add("--sigmas", type=number(float, 0), nargs="+", default=[5.0, 15.0, 25.0, 50.0, 75.0])
+    add("--seed", type=number(int, 0), default=0)
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
