@@ -5,7 +5,8 @@ Two parts of a network can be exported:
     proposal   images -> N(images): what a regressor predicts, or the reconstruction of an EBT with the quadratic head. It takes
                one forward pass. Batch, height and width are dynamic.
     step       candidate -> (next candidate, energy): one thinking step of an EBT, y - step_size * dE/dy. The gradient is traced
-               into plain operations, at one size.
+               into plain operations, at one size. An energy that sees the noisy image (observation_context) takes it as a
+               second input.
 
 Both take and give images in [0, 1], as photographs are: the scaling to the network's range is inside.
 """
@@ -41,7 +42,7 @@ class Proposal(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = to_model_range(images) * self.scale
-        output = self.model.reconstruct(x) if isinstance(self.model, PatchEBT) else self.model(x)
+        output = self.model.reconstruct(x, *self.model.context_of(x)) if isinstance(self.model, PatchEBT) else self.model(x)
         return to_image_range(output).clamp(0.0, 1.0)
 
 
@@ -50,17 +51,19 @@ class Step(nn.Module):
 
     Candidates are in [0, 1], or outside where they still are noisy. They are not clamped, so that steps can follow one another.
     The first candidate is the noisy image; a network of the VP process then gives images of full signal from the first step on.
+    A model with observation_context takes the noisy images (B, 3, H, W) as its second input, in every step.
     """
 
     def __init__(self, model: PatchEBT):
         super().__init__()
         self.model = model
 
-    def forward(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, candidates: Tensor, *noisy: Tensor) -> tuple[Tensor, Tensor]:
         y = to_model_range(candidates)
+        context = [to_model_range(images) for images in noisy]
 
         def total(candidate: Tensor) -> tuple[Tensor, Tensor]:
-            energy = self.model(candidate)
+            energy = self.model(candidate, *context)
             return energy.sum(), energy
 
         gradient, energy = torch.func.grad(total, has_aux=True)(y)
@@ -88,7 +91,8 @@ def export_model(
             raise ValueError("a step has a fixed size; give height and width, for example 256x256")
         if min(size) < patch_size or any(side % patch_size for side in size):
             raise ValueError(f"size={size[0]}x{size[1]} is not a multiple of patch_size={patch_size}")
-        program = _traced(module, torch.zeros(batch_size, 3, *size))
+        num_inputs = 2 if getattr(model.config, "observation_context", False) else 1
+        program = _traced(module, tuple(torch.zeros(batch_size, 3, *size) for _ in range(num_inputs)))
     else:
         # Two images of 3x5 patches: sizes that are unlike each other stay apart, and 1 would be taken for a constant.
         example = torch.zeros(2, 3, 3 * patch_size, 5 * patch_size)
@@ -97,8 +101,10 @@ def export_model(
     if path.suffix == ".pt2":
         torch.export.save(program, path)
         return
-    names = (["images"], ["denoised"]) if part == "proposal" else (["candidates"], ["next_candidates", "energies"])
-    onnx_program = torch.onnx.export(program, (), dynamo=True, input_names=names[0], output_names=names[1], verbose=False)
+    inputs, outputs = ["images"], ["denoised"]
+    if part == "step":
+        inputs, outputs = ["candidates", "noisy"][:num_inputs], ["next_candidates", "energies"]
+    onnx_program = torch.onnx.export(program, (), dynamo=True, input_names=inputs, output_names=outputs, verbose=False)
     assert onnx_program is not None
     onnx_program.model.metadata_props.update(
         {"source": f"ebt_vision {model.model_type}", "part": part, "patch_size": str(patch_size), "range": "[0, 1], RGB"}
@@ -120,8 +126,6 @@ def _part(model: PretrainedModel, part: Part) -> nn.Module:
         raise ValueError(f"part={part!r} is unknown; use one of {', '.join(get_args(Part))}")
     if not isinstance(model, PatchEBT | PatchRegressor):
         raise ValueError(f"a {model.model_type!r} model cannot be exported; use a patch_ebt or a patch_regressor")
-    if isinstance(model, PatchEBT) and model.config.observation_context:
-        raise ValueError("a model with observation_context cannot be exported: it takes two images")
     model = model.eval().requires_grad_(False)
     if part == "proposal":
         if isinstance(model, PatchEBT) and model.config.energy_head != "quadratic":
@@ -132,12 +136,12 @@ def _part(model: PretrainedModel, part: Part) -> nn.Module:
     return Step(model)
 
 
-def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """The module with the gradients inside it written out as plain operations, at the shape of the example."""
+def _traced(module: nn.Module, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """The module with the gradients inside it written out as plain operations, at the shapes of the examples."""
     table: dict[Any, Callable[..., Any]] = {torch.ops.aten.convolution_backward.default: _convolution_backward}
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has a backward operator that other programs do not know
-        graph = make_fx(module, decomposition_table=table)(example)
-    return torch.export.export(graph, (example,))
+        graph = make_fx(module, decomposition_table=table)(*examples)
+    return torch.export.export(graph, examples)
 
 
 def _convolution_backward(

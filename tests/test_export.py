@@ -16,6 +16,8 @@ from ebt_vision.thinking import think
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
 STEM = dict(stem_widths=(4, 8), noise_process="awgn")
+KINDS = ({}, STEM, STEM | dict(observation_context=True))
+each_kind = pytest.mark.parametrize("changes", KINDS, ids=lambda changes: "-".join(changes) or "plain")
 
 
 def tiny_ebt(**changes: object) -> PatchEBT:
@@ -26,28 +28,38 @@ def tiny_ebt(**changes: object) -> PatchEBT:
     return model.eval()
 
 
-def run_onnx(path: Path, images: torch.Tensor) -> list[np.ndarray]:
+def run_onnx(path: Path, *images: torch.Tensor) -> list[np.ndarray]:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    names = [node.name for node in session.get_inputs()]
+    return session.run(None, {name: image.numpy() for name, image in zip(names, images, strict=True)})
 
 
-@pytest.mark.parametrize("stem", [{}, STEM], ids=["plain", "conv"])
-def test_a_step_is_a_step_of_thinking(stem: dict):
+def inputs_of(model: PatchEBT, *shape: int) -> list[torch.Tensor]:
+    """Candidates, and the noisy images for a model that sees them."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(*shape, generator=generator) for _ in range(2 if model.config.observation_context else 1)]
+
+
+@each_kind
+def test_a_step_is_a_step_of_thinking(changes: dict):
     """Before anything is exported: the module that is traced agrees with think()."""
-    model, images = tiny_ebt(**stem), torch.rand(2, 3, 8, 12)
-    candidates, energies = Step(model)(images)
-    result = think(model, to_model_range(images), step_size=model.step_size.detach(), num_steps=1)
+    model = tiny_ebt(**changes)
+    images, *noisy = inputs_of(model, 2, 3, 8, 12)
+    candidates, energies = Step(model)(images, *noisy)
+    context = tuple(to_model_range(image) for image in noisy)
+    alpha = model.step_size.detach()
+    result = think(model, to_model_range(images), context=context, step_size=alpha, num_steps=1)
     torch.testing.assert_close(candidates, to_image_range(result.final), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(energies, result.energies[0] / 6)  # 2 x 3 patches
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-@pytest.mark.parametrize("stem", [{}, STEM], ids=["plain", "conv"])
-def test_a_proposal_takes_any_batch_and_size(stem: dict, suffix: str, tmp_path: Path):
+@each_kind
+def test_a_proposal_takes_any_batch_and_size(changes: dict, suffix: str, tmp_path: Path):
     if suffix == ".onnx":
         pytest.importorskip("onnxscript")
-    model = tiny_ebt(**stem)
+    model = tiny_ebt(**changes)
     path = tmp_path / f"model{suffix}"
     export_model(model, path)
     for shape in ((1, 3, 8, 8), (3, 3, 20, 12)):
@@ -57,14 +69,14 @@ def test_a_proposal_takes_any_batch_and_size(stem: dict, suffix: str, tmp_path: 
         np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", [{}, STEM], ids=["plain", "conv"])
-def test_an_exported_step_gives_the_same_candidate_and_energy(stem: dict, tmp_path: Path):
+@each_kind
+def test_an_exported_step_gives_the_same_candidate_and_energy(changes: dict, tmp_path: Path):
     pytest.importorskip("onnxscript")
-    model = tiny_ebt(**stem)
+    model = tiny_ebt(**changes)
     export_model(model, tmp_path / "step.onnx", part="step", size=(8, 12))
-    images = torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(1))
-    candidates, energies = run_onnx(tmp_path / "step.onnx", images)
-    expected = Step(model)(images)
+    images = inputs_of(model, 1, 3, 8, 12)
+    candidates, energies = run_onnx(tmp_path / "step.onnx", *images)
+    expected = Step(model)(*images)
     np.testing.assert_allclose(candidates, expected[0].detach().numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(energies, expected[1].detach().numpy(), rtol=1e-4)
 
@@ -109,8 +121,6 @@ def test_models_without_the_part_are_refused(tmp_path: Path):
     linear = tiny_ebt(energy_head="linear", embed_dim=48)
     with pytest.raises(ValueError, match="no proposal"):
         export_model(linear, tmp_path / "proposal.pt2")
-    with pytest.raises(ValueError, match="takes two images"):
-        export_model(tiny_ebt(observation_context=True), tmp_path / "proposal.pt2")
 
 
 def test_without_onnx_one_line_names_the_extra(tmp_path: Path, monkeypatch):
