@@ -85,8 +85,8 @@ class TextTask(Task):
         num_sequences = min(held_out.num_windows, self._validation.num_sequences)
         for first in range(0, num_sequences, size):
             part = held_out.all_sequences(first, min(first + size, num_sequences))
-            generators = sample_generators(self.config.seed, range(first, first + len(part.tokens)), VALIDATION_STREAM)
-            batch = text_batch(part, generators, device)
+            sequences = range(first, first + len(part.tokens))
+            batch = text_batch(part, sample_generators(self.config.seed, sequences, VALIDATION_STREAM, device=device), device)
             prediction = objective.predict(model, batch, self._validation.num_steps)
             losses.append(torch.stack([token_losses(p, batch.targets).double().sum() for p in prediction.logits]))
             scored = batch.targets != IGNORED
@@ -130,7 +130,7 @@ class TextTask(Task):
 
 
 def text_batch(sequences: TokenBatch, generators: list[torch.Generator], device: torch.device) -> TextBatch:
-    """Packed sequences and their generators, on the device."""
+    """Packed sequences on the device, and their generators as they are."""
     return TextBatch(
         tokens=sequences.tokens.to(device),
         targets=sequences.targets.to(device),
