@@ -181,7 +181,7 @@ def choose_token(logits: Tensor, options: GenerateOptions, generator: torch.Gene
     """A token drawn from logits (vocab_size,) as the options say; `generator` is one of the CPU."""
     if options.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.double().cpu() / options.temperature).softmax(0)
+    probabilities = (logits.cpu().double() / options.temperature).softmax(0)
     ordered, tokens = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered  # what the likelier tokens hold together
     kept = ordered.where(before < options.top_p, torch.zeros_like(ordered))

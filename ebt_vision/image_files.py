@@ -149,7 +149,7 @@ def quantise(values: Tensor, bit_depth: int = 8) -> np.ndarray:
         block = flat[start : start + QUANTISED_AT_ONCE]
         if not bool(torch.isfinite(block).all()):
             raise ValueError("the image has NaN or infinite pixels, which no file can hold")
-        scaled = block.to("cpu", torch.float64).clamp(0.0, 1.0).mul_(2**bit_depth - 1).round_()
+        scaled = block.cpu().double().clamp(0.0, 1.0).mul_(2**bit_depth - 1).round_()
         samples[start : start + len(scaled)] = scaled.numpy()
     return samples.reshape(values.shape)
 

@@ -209,7 +209,7 @@ def _strip(subject: Subject, row: Row, condition: Condition, bench: Bench, index
     pictures = [("noisy", noisy[0].clamp(0, 1))]
     for step in steps:
         image = result.image if result.trajectory is None else result.trajectory[step]
-        psnr = float(metrics.psnr(condition.measured(image.double()), clean.double(), data_range=255.0))
+        psnr = float(metrics.psnr(condition.measured(image.cpu().double()), clean.double(), data_range=255.0))
         pictures.append((f"{step} step{'s' * (step > 1)}\n{psnr:.1f} dB", image[0]))
     return plots.Strip(condition=condition.title, pictures=[*pictures, ("clean", clean[0].float() / 255.0)])
 

@@ -88,11 +88,11 @@ class TextTask(Task):
             sequences = range(first, first + len(part.tokens))
             batch = text_batch(part, sample_generators(self.config.seed, sequences, VALIDATION_STREAM, device=device), device)
             prediction = objective.predict(model, batch, self._validation.num_steps)
-            losses.append(torch.stack([token_losses(p, batch.targets).double().sum() for p in prediction.logits]))
-            scored = batch.targets != IGNORED
+            losses.append(torch.stack([token_losses(p, batch.targets).cpu().double().sum() for p in prediction.logits]))
+            scored = part.targets != IGNORED
             num_tokens += int(scored.sum())
             if prediction.energies is not None:
-                energies.append(prediction.energies.double()[:, scored].sum(1))
+                energies.append(prediction.energies.cpu().double()[:, scored].sum(1))
         model.train(was_training)
         nats = (torch.stack(losses).sum(0) / num_tokens).tolist()
         return TextValidation(
