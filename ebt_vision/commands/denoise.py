@@ -229,11 +229,11 @@ def _make_folder(folder: Path) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
-    from ebt_vision.checkpoint import default_pretrained, pick_device
+    from ebt_vision.checkpoint import default_pretrained, program_device
     from ebt_vision.denoiser import DenoiseOptions, load_denoiser
     from ebt_vision.noise import suited
 
-    denoiser = load_denoiser(args.model or default_pretrained(), device=pick_device(args.device))
+    denoiser = load_denoiser(args.model or default_pretrained(), device=program_device(args.device))
     _check_options(denoiser, args)
     noise = args.add_noise
     stopping = {"tolerance": args.tolerance, "tolerance_of": args.tolerance_of or "first"}
