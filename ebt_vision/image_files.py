@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ebt_vision.data.decoding import MAX_PIXELS, MIN_SIDE, SUFFIXES, DecodeError, decode_image
-from ebt_vision.data.encoding import DEEP_SUFFIXES, encode
+from ebt_vision.data.encoding import DEEP_SUFFIXES, MAX_SEGMENT, encode
 from ebt_vision.data.metadata import Metadata
 
 __all__ = [
@@ -53,7 +53,7 @@ class ImageFile:
     exif: bytes | None = None
     """EXIF block from b"Exif\\0\\0" on; its orientation is 1, since `pixels` are upright."""
     metadata: Metadata = field(default_factory=Metadata)
-    """Resolution, XMP, comment, PNG texts and colours: each is written where the format has a place for it."""
+    """Resolution, XMP, IPTC, comment, PNG texts and colours: each is written where the format has a place for it."""
     notes: tuple[str, ...] = ()
     """What was left out in reading, a clause each, such as "its EXIF fields Make cannot be read and are left out"."""
     path: Path | None = None
@@ -196,7 +196,7 @@ def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:
     """What of `image` a file of this suffix cannot hold, a clause each, such as "its 16 bits become 8"."""
     suffix = Path(path).suffix.lower()
     is_jpeg, is_png = suffix in (".jpg", ".jpeg"), suffix == ".png"
-    kind = "JPEG" if is_jpeg else "WebP" if suffix == ".webp" else "TIFF"
+    kind = {".png": "PNG", ".webp": "WebP"}.get(suffix, "JPEG" if is_jpeg else "TIFF")
     found = []
     if image.bit_depth > _written_bits(suffix, image):
         found.append(f"its {image.bit_depth} bits become 8, because {kind} has no more")
@@ -204,6 +204,11 @@ def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:
         found.append("its transparency becomes white, because JPEG has none")
     if any(name != b"sRGB" for name, _ in image.metadata.png_colour) and not is_png:
         found.append(f"its description of colours (PNG's gAMA, cHRM or cICP) is left out, because {kind} has none")
+    if image.metadata.iptc and suffix in (".png", ".webp"):
+        found.append(f"its IPTC data (caption, author, keywords) are left out, because {kind} has none")
+    for name, block in (("XMP", image.metadata.xmp), ("IPTC", image.metadata.iptc)):
+        if is_jpeg and block and len(block) > MAX_SEGMENT:
+            found.append(f"its {name} data are left out, because JPEG holds {MAX_SEGMENT:,} bytes of them")
     if image.metadata.text and not is_png:
         found.append("its PNG texts are left out")
     return found
