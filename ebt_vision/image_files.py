@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
@@ -24,6 +25,7 @@ __all__ = [
     "losses",
     "quantise",
     "read_image",
+    "without_suffix",
     "write_image",
 ]
 
@@ -97,14 +99,16 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     """Read a still PNG, JPEG, WebP, TIFF, BMP, GIF, PGM, PPM, AVIF or HEIC file; its content says what it is, not its name.
 
     HEIC needs the extra "heic". The orientation is applied to the pixels and the EXIF tag reset to 1, so that what is written
-    displays as what was read. Raises ImageFileError for a path that is missing or a folder, and for a file that is empty, no
-    image, damaged, animated, smaller than MIN_SIDE a side, larger than `max_pixels` (by its header, before it is decoded; the
+    displays as what was read. Raises ImageFileError for a path that is missing, a folder or a pipe, and for a file that is empty,
+    no image, damaged, animated, smaller than MIN_SIDE a side, larger than `max_pixels` (by its header, before it is decoded; the
     error's __cause__ is then a TooLargeError) or not finite.
     """
     if not str(path):
         raise ImageFileError("the name of the image is empty; name a file")
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe would wait for its writer
+            raise ImageFileError(f"{path} is a pipe or a device, not a file; save the image to a file first")
         decoded = decode_image(path.read_bytes(), max_pixels)
     except FileNotFoundError:
         raise ImageFileError(f"{path} does not exist; check the path") from None
@@ -212,6 +216,11 @@ def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:
     if image.metadata.text and not is_png:
         found.append("its PNG texts are left out")
     return found
+
+
+def without_suffix(path: Path) -> Path:
+    """The path without an image's suffix; one of another kind, as in IMG.2024, belongs to the name."""
+    return path.with_suffix("") if path.suffix.lower() in Image.registered_extensions() else path
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:

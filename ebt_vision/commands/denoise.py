@@ -192,15 +192,11 @@ def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]
 
 def _result_name(relative: Path, png: bool) -> Path:
     """The name of a result: with the suffix of its format, in the place of an image's suffix but not of any other."""
-    from PIL import Image
+    from ebt_vision.image_files import WRITABLE_SUFFIXES, without_suffix
 
-    from ebt_vision.image_files import WRITABLE_SUFFIXES
-
-    suffix = relative.suffix
-    if suffix.lower() in WRITABLE_SUFFIXES and not png:
+    if relative.suffix.lower() in WRITABLE_SUFFIXES and not png:
         return relative
-    is_images = suffix.lower() in Image.registered_extensions()
-    return relative.with_suffix(".png") if is_images else relative.with_name(relative.name + ".png")
+    return relative.with_name(without_suffix(relative).name + ".png")
 
 
 def _left_out(folder: Path, found: set[Path], output: Path) -> str:
