@@ -99,9 +99,9 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     """Read a still PNG, JPEG, WebP, TIFF, BMP, GIF, PGM, PPM, AVIF or HEIC file; its content says what it is, not its name.
 
     HEIC needs the extra "heic". The orientation is applied to the pixels and the EXIF tag reset to 1, so that what is written
-    displays as what was read. Raises ImageFileError for a path that is missing, a folder or a pipe, and for a file that is empty,
-    no image, damaged, animated, smaller than MIN_SIDE a side, larger than `max_pixels` (by its header, before it is decoded; the
-    error's __cause__ is then a TooLargeError) or not finite.
+    displays as what was read. Raises ImageFileError for a path that is missing, a folder or a pipe, and for a file that is
+    empty, no image, damaged, animated, smaller than MIN_SIDE a side, larger than `max_pixels` (by its header, before it is
+    decoded; the error's __cause__ is then a TooLargeError) or not finite.
     """
     if not str(path):
         raise ImageFileError("the name of the image is empty; name a file")
