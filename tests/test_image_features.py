@@ -110,3 +110,28 @@ def test_wrong_uses_are_one_line():
         model_of("dit").forward_features(x)
     with pytest.raises(ValueError, match="takes 1 context images, got 0"):
         model_of("context").forward_features(x)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_the_residual_stream_is_float32_under_autocast(case: str):
+    """bfloat16 would round what every block adds; DiT and trunk alike, so that a comparison in bfloat16 is one of networks."""
+    model, inputs = model_of(case), inputs_of(case)
+    blocks = model.get_submodule(model.blocks_name)
+    seen: list[torch.dtype] = []
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+        if i > 0 or case == "dit":  # what the first block of a trunk is given is its embedding, in bfloat16
+            block.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.forward_intermediates(*inputs)
+    assert len(seen) >= 7 and set(seen) == {torch.float32} and {x.dtype for x in tokens} == {torch.float32}
+    exact = model.forward_intermediates(*inputs)[-1]
+    assert not torch.equal(tokens[-1], exact)  # autocast was at work
+    torch.testing.assert_close(tokens[-1], exact, atol=0.05 * float(exact.std()), rtol=0.05)
+
+
+@torch.no_grad()
+def test_a_dit_in_half_precision_throughout_stays_there():
+    model, (x, t) = model_of("dit").bfloat16(), inputs_of("dit")
+    assert {tokens.dtype for tokens in model.forward_intermediates(x.bfloat16(), t)} == {torch.bfloat16}

@@ -124,8 +124,10 @@ class DiT(ImageFeatures):
     def _tokens(self, noisy: Tensor, timesteps: Tensor, indices: list[int]) -> tuple[list[Tensor], Tensor]:
         """Tokens after the blocks in `indices`, and the conditioning (B, embed_dim) of the final layer."""
         check_image_size(noisy, self.config.patch_size)
-        # Embed.
-        x = self.transformer.pos_embed(noisy)  # NCHW -> NLC
+        # Embed, without autocast: diffusers casts the sum with the positions, and so the whole residual stream, to what the
+        # convolution gives. In the weights' dtype the stream is as wide as PatchTrunk's.
+        with torch.autocast(noisy.device.type, enabled=False):
+            x = self.transformer.pos_embed(noisy.to(self.transformer.pos_embed.proj.weight.dtype))  # NCHW -> NLC
         labels = torch.zeros_like(timesteps)  # the one null class
         blocks = self.transformer.transformer_blocks
         embedder = blocks[0].norm1.emb if self.embedder is None else self.embedder
