@@ -22,7 +22,7 @@ from apps import figures
 from apps.sent_image import SentImage
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.sources import MAX_BYTES
-from ebt_vision.checkpoint import CheckpointError, list_pretrained, model_type_of, pick_device
+from ebt_vision.checkpoint import CheckpointError, list_pretrained, model_type_of, program_device
 from ebt_vision.denoiser import MAX_STRENGTH, Denoiser, load_denoiser
 from ebt_vision.noise import NOISE_KINDS
 from ebt_vision.thinking import ToleranceOf
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     args = parser.parse_args(argv)
     try:
-        device = pick_device(args.device)
+        device = program_device(args.device)
         load = functools.lru_cache(maxsize=8)(functools.partial(load_denoiser, device=device))
         models = find_models(args.checkpoint)
         if models:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from apps.sources import Request
+from ebt_vision.image_files import without_suffix
 
 UNFINISHED = "# The page's image was stopped early. This makes the finished one.\n"
 """Goes before both, in which it is a comment, where they do not make what the page shows."""
@@ -54,5 +55,5 @@ noise = {made}
 noisy = {noisy}
 denoiser = suited(load_denoiser({model!r}, device={device!r}), noise)
 result = denoise_tiled(denoiser, noisy, DenoiseOptions({given}){tile})
-write_image({path.stem + "-denoised.png"!r}, image.with_pixels(result.image[0]))
+write_image({without_suffix(path).name + "-denoised.png"!r}, image.with_pixels(result.image[0]))
 """

@@ -22,7 +22,7 @@ from apps.sources import Request, estimate, noise_seen
 from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision.checkpoint import list_pretrained, model_type_of
 from ebt_vision.denoiser import DenoiseOptions, Denoiser
-from ebt_vision.image_files import write_image
+from ebt_vision.image_files import without_suffix, write_image
 from ebt_vision.noise import NOISE_KINDS, Noise
 from ebt_vision.thinking import ThinkingError, ToleranceOf
 
@@ -85,7 +85,7 @@ class Service:
         folder = Path(tempfile.mkdtemp())
         try:
             *_, answer = self._guarded(think_aloud(request, self._denoiser(label), threading.Event()), image)
-            target = folder / f"{Path(image).stem}-denoised.png"
+            target = folder / f"{without_suffix(Path(image)).name}-denoised.png"
             write_image(target, answer.file)
             told = {name: getattr(answer, name) for name in ("energies", "psnrs", "num_steps", "num_forward", "seconds")}
             yield str(target), told  # a generator: the file is copied before it goes on
@@ -155,7 +155,7 @@ class Service:
         return methods | {"BM3D": functools.partial(self.load, "bm3d")}
 
     def _final(self, answer: Answer, request: Request, label: str, folder: Path) -> tuple:
-        target = folder / f"{Path(request.path).stem}-denoised.png"
+        target = folder / f"{without_suffix(Path(request.path)).name}-denoised.png"
         write_image(target, answer.file)
         heat, legend = figures.heat_map(answer.steps)
         model = self.models[label] if self.models[label] in list_pretrained() else label  # no folders of ours

@@ -28,7 +28,7 @@ def estimate_sigma(noisy: Tensor) -> list[float]:
 
 
 def _to_numpy(images: Tensor) -> np.ndarray:
-    return images.detach().double().cpu().permute(0, 2, 3, 1).numpy()  # NCHW -> NHWC
+    return images.detach().cpu().double().permute(0, 2, 3, 1).numpy()  # NCHW -> NHWC
 
 
 class ClassicalDenoiser(Denoiser):

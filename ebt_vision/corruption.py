@@ -74,7 +74,8 @@ def add_restoration_noise(clean: Tensor, sigma: float, seed: int = 0) -> Tensor:
         raise ValueError(f"sigma={sigma} is negative; the restoration papers use 15, 25 and 50")
     channels, height, width = clean.shape[1:]
     noise = np.random.RandomState(seed).normal(0.0, sigma / 255.0, (height, width, channels))
-    return (clean.double() + torch.from_numpy(noise).permute(2, 0, 1).to(clean.device)).to(clean.dtype)  # HWC -> CHW
+    noisy = clean.cpu().double() + torch.from_numpy(noise).permute(2, 0, 1)  # HWC -> CHW
+    return noisy.to(clean.dtype).to(clean.device)  # in this order: not every device has float64
 
 
 def sigma_to_timestep(sigma: float) -> int:

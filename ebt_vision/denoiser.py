@@ -190,7 +190,8 @@ class Denoiser(nn.Module, ABC):
 
         `image_ids` (B, default all 0) tell apart the random numbers of images: the same id and seed give the same ones
         in whatever batch. A callback hears of each step; of images in tiles see DenoiseStep.image_index.
-        Raises ValueError for an image or an option that cannot be used, and what the method itself raises.
+        Raises ValueError for an image or an option that cannot be used and for an image that is to get a gradient (no graph is
+        kept: see thinking.think), and what the method itself raises.
         """
         options = self.options_or_suggested(options)
         check_images(noisy)
@@ -438,9 +439,17 @@ def vp_input_scale(signal_scale: float, level: float) -> float:
 
 
 def check_images(noisy: Tensor) -> None:
-    """ValueError, in one line, unless `noisy` is a finite float (B, 3, H, W), about [0, 1], with sides of at least MIN_SIDE."""
+    """ValueError, in one line, unless `noisy` is a finite float (B, 3, H, W), about [0, 1], with sides of at least MIN_SIDE.
+
+    Denoising keeps no graph, so a `noisy` that is to get a gradient is refused too.
+    """
     if not isinstance(noisy, Tensor):
         raise ValueError(f"noisy is a {_kind(noisy)}, not a torch.Tensor; {_TO_TENSOR}")
+    if noisy.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "noisy requires a gradient, which a denoiser does not pass on; use thinking.think with create_graph=True, "
+            "differentiate_start=True and ThinkingConfig(detach_between_steps=False), or noisy.detach()"
+        )
     if noisy.ndim != 4:
         raise ValueError(f"noisy has shape {tuple(noisy.shape)}; give (B, 3, H, W), with noisy[None] for one image")
     if not noisy.is_floating_point():

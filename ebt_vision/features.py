@@ -41,6 +41,8 @@ PIXEL_SIDES = (4, 8, 16, 32)
 TIMM_PREFIX, RANDOM_PREFIX, PIXELS = "timm:", "random:", "pixels"
 
 _NOISE_STREAM = 0x70726F62
+_ROUNDING = 1e-3
+"""How far floats may lie outside [0, 1]: the rounding of half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,14 +280,15 @@ def choose_layers(extractor: FeatureExtractor, words: Sequence[str]) -> dict[str
 def extract(
     extractor: FeatureExtractor, images: Tensor, indices: Sequence[int], features: Sequence[Feature], *, seed: int = 0
 ) -> dict[Feature, Tensor]:
-    """Every one of `features`, float32 (B, D) or (B, N, D) on the CPU, of images uint8 (B, 3, H, W), in one pass.
+    """Every one of `features`, float32 (B, D) or (B, N, D) on the CPU, of images (B, 3, H, W), in one pass.
 
-    The noise of an image comes from (seed, timestep of the level, its index), so that all models see the same. Raises
-    ValueError for a layer or a condition that the network does not have, ThinkingError where thinking diverges.
+    Images are uint8, or floats in [0, 1] of any width, which become float32. The noise of an image comes from (seed, timestep
+    of the level, its index), so that all models see the same. Raises ValueError for images of another kind or range and for a
+    layer or a condition that the network does not have, ThinkingError where thinking diverges.
     """
     for feature in features:
         check_feature(extractor, feature)
-    clean = corruption.to_model_range(images.float() / 255.0)
+    clean = corruption.to_model_range(_unit_range(images))
     found: dict[Feature, Tensor] = {}
     with torch.no_grad():
         for level in sorted({feature.condition.noise_level for feature in features}):
@@ -299,6 +302,25 @@ def extract(
                 tokens = extractor.tokens(candidate, observation, condition.timestep, layers)
                 found |= {feature: pool_tokens(tokens[feature.layer], feature.pool).float().cpu() for feature in asked}
     return found
+
+
+def _unit_range(images: Tensor) -> Tensor:
+    """Images as float32 in [0, 1]; ValueError, in one line, for what extract does not take."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        kind = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise ValueError(f"images is {kind}; give a tensor (B, 3, H, W), uint8 or float in [0, 1]")
+    if images.dtype == torch.uint8:
+        return images.float() / 255.0
+    if not images.is_floating_point():
+        raise ValueError(f"images has dtype {images.dtype}; give uint8, or floats in [0, 1]")
+    unit = images.float()
+    if not bool(torch.isfinite(unit).all()):
+        raise ValueError("images holds NaN or infinite values; replace them first, say with torch.nan_to_num")
+    low, high = (float(value) for value in unit.aminmax()) if unit.numel() else (0.0, 0.0)
+    if low < -_ROUNDING or high > 1.0 + _ROUNDING:
+        remedy = "for 0..255 use images / 255, for -1..1 (images + 1) / 2, for noise images.clamp(0, 1)"
+        raise ValueError(f"images has values in [{low:.4g}, {high:.4g}]; give floats in [0, 1]: {remedy}")
+    return unit
 
 
 def check_feature(extractor: FeatureExtractor, feature: Feature) -> None:

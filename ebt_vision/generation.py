@@ -159,12 +159,12 @@ def predict_all(model: nn.Module, tokens: Tensor, options: GenerateOptions) -> G
 def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: GenerateOptions) -> Guess:
     """Best of N candidates at the last len(places) places of the cache."""
     weight = model.head.weight
-    shape = (model.config.vocab_size,)
+    device, shape = weight.device, (model.config.vocab_size,)
 
     def start(candidate: int) -> Tensor:
-        generators = (make_generator(options.seed, _START, place, candidate) for place in places)
-        drawn = torch.stack([torch.randn(shape, generator=g, dtype=weight.dtype) for g in generators])
-        return drawn[None].to(weight.device)  # (1, P, vocab_size)
+        generators = (make_generator(options.seed, _START, place, candidate, device=device) for place in places)
+        drawn = [torch.randn(shape, generator=g, device=g.device, dtype=weight.dtype) for g in generators]
+        return torch.stack(drawn)[None].to(device)  # (1, P, vocab_size)
 
     result = best_of(
         model,
@@ -172,7 +172,7 @@ def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: G
         options.thinking(),
         context=cache,
         step_size=model.step_size.detach(),
-        generator=make_generator(options.seed, _LANGEVIN, places[0]),
+        generator=make_generator(options.seed, _LANGEVIN, places[0], device=device),
     )
     return Guess(logits=result.final[0], energies=result.energies[:, 0], num_forward=int(result.num_forward[0]))
 
@@ -181,7 +181,7 @@ def choose_token(logits: Tensor, options: GenerateOptions, generator: torch.Gene
     """A token drawn from logits (vocab_size,) as the options say; `generator` is one of the CPU."""
     if options.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.double().cpu() / options.temperature).softmax(0)
+    probabilities = (logits.cpu().double() / options.temperature).softmax(0)
     ordered, tokens = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered  # what the likelier tokens hold together
     kept = ordered.where(before < options.top_p, torch.zeros_like(ordered))

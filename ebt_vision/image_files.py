@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
 from ebt_vision.data.decoding import MAX_PIXELS, MIN_SIDE, SUFFIXES, DecodeError, decode_image
-from ebt_vision.data.encoding import DEEP_SUFFIXES, encode
+from ebt_vision.data.encoding import DEEP_SUFFIXES, MAX_SEGMENT, encode
 from ebt_vision.data.metadata import Metadata
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "losses",
     "quantise",
     "read_image",
+    "without_suffix",
     "write_image",
 ]
 
@@ -53,7 +55,7 @@ class ImageFile:
     exif: bytes | None = None
     """EXIF block from b"Exif\\0\\0" on; its orientation is 1, since `pixels` are upright."""
     metadata: Metadata = field(default_factory=Metadata)
-    """Resolution, XMP, comment, PNG texts and colours: each is written where the format has a place for it."""
+    """Resolution, XMP, IPTC, comment, PNG texts and colours: each is written where the format has a place for it."""
     notes: tuple[str, ...] = ()
     """What was left out in reading, a clause each, such as "its EXIF fields Make cannot be read and are left out"."""
     path: Path | None = None
@@ -97,14 +99,16 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     """Read a still PNG, JPEG, WebP, TIFF, BMP, GIF, PGM, PPM, AVIF or HEIC file; its content says what it is, not its name.
 
     HEIC needs the extra "heic". The orientation is applied to the pixels and the EXIF tag reset to 1, so that what is written
-    displays as what was read. Raises ImageFileError for a path that is missing or a folder, and for a file that is empty, no
-    image, damaged, animated, smaller than MIN_SIDE a side, larger than `max_pixels` (by its header, before it is decoded; the
-    error's __cause__ is then a TooLargeError) or not finite.
+    displays as what was read. Raises ImageFileError for a path that is missing, a folder or a pipe, and for a file that is
+    empty, no image, damaged, animated, smaller than MIN_SIDE a side, larger than `max_pixels` (by its header, before it is
+    decoded; the error's __cause__ is then a TooLargeError) or not finite.
     """
     if not str(path):
         raise ImageFileError("the name of the image is empty; name a file")
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe would wait for its writer
+            raise ImageFileError(f"{path} is a pipe or a device, not a file; save the image to a file first")
         decoded = decode_image(path.read_bytes(), max_pixels)
     except FileNotFoundError:
         raise ImageFileError(f"{path} does not exist; check the path") from None
@@ -149,7 +153,7 @@ def quantise(values: Tensor, bit_depth: int = 8) -> np.ndarray:
         block = flat[start : start + QUANTISED_AT_ONCE]
         if not bool(torch.isfinite(block).all()):
             raise ValueError("the image has NaN or infinite pixels, which no file can hold")
-        scaled = block.to("cpu", torch.float64).clamp(0.0, 1.0).mul_(2**bit_depth - 1).round_()
+        scaled = block.cpu().double().clamp(0.0, 1.0).mul_(2**bit_depth - 1).round_()
         samples[start : start + len(scaled)] = scaled.numpy()
     return samples.reshape(values.shape)
 
@@ -196,7 +200,7 @@ def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:
     """What of `image` a file of this suffix cannot hold, a clause each, such as "its 16 bits become 8"."""
     suffix = Path(path).suffix.lower()
     is_jpeg, is_png = suffix in (".jpg", ".jpeg"), suffix == ".png"
-    kind = "JPEG" if is_jpeg else "WebP" if suffix == ".webp" else "TIFF"
+    kind = {".png": "PNG", ".webp": "WebP"}.get(suffix, "JPEG" if is_jpeg else "TIFF")
     found = []
     if image.bit_depth > _written_bits(suffix, image):
         found.append(f"its {image.bit_depth} bits become 8, because {kind} has no more")
@@ -204,9 +208,19 @@ def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:
         found.append("its transparency becomes white, because JPEG has none")
     if any(name != b"sRGB" for name, _ in image.metadata.png_colour) and not is_png:
         found.append(f"its description of colours (PNG's gAMA, cHRM or cICP) is left out, because {kind} has none")
+    if image.metadata.iptc and suffix in (".png", ".webp"):
+        found.append(f"its IPTC data (caption, author, keywords) are left out, because {kind} has none")
+    for name, block in (("XMP", image.metadata.xmp), ("IPTC", image.metadata.iptc)):
+        if is_jpeg and block and len(block) > MAX_SEGMENT:
+            found.append(f"its {name} data are left out, because JPEG holds {MAX_SEGMENT:,} bytes of them")
     if image.metadata.text and not is_png:
         found.append("its PNG texts are left out")
     return found
+
+
+def without_suffix(path: Path) -> Path:
+    """The path without an image's suffix; one of another kind, as in IMG.2024, belongs to the name."""
+    return path.with_suffix("") if path.suffix.lower() in Image.registered_extensions() else path
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:

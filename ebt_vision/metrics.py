@@ -1,4 +1,7 @@
-"""Image quality, per sample: float64 (B,), explicit data range, no average over the batch that is not named so."""
+"""Image quality, per sample: float64 (B,) on the CPU, explicit data range, no average over the batch that is not named so.
+
+Not every device has float64 (Apple's has not), so images come to the CPU first.
+"""
 
 import hashlib
 import math
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each image, (B, C, H, W) pairs -> float64 (B,), in the square of the images' unit."""
     _check_pair(prediction, target)
-    return (prediction.double() - target.double()).square().flatten(1).mean(1)
+    return (prediction.cpu().double() - target.cpu().double()).square().flatten(1).mean(1)
 
 
 def psnr(prediction: Tensor, target: Tensor, *, data_range: float) -> Tensor:
@@ -29,7 +32,7 @@ def psnr_from_mse(error: Tensor, *, data_range: float) -> Tensor:
     """10 log10(data_range^2 / error), any shape. The paper's PSNR is this, of the *mean* error of a batch."""
     if data_range <= 0:
         raise ValueError(f"data_range={data_range} must be positive: 1 for [0, 1] images")
-    return 20.0 * math.log10(data_range) - 10.0 * torch.log10(error.double())
+    return 20.0 * math.log10(data_range) - 10.0 * torch.log10(error.cpu().double())
 
 
 def ssim(prediction: Tensor, target: Tensor, *, data_range: float) -> Tensor:
@@ -42,7 +45,7 @@ def ssim(prediction: Tensor, target: Tensor, *, data_range: float) -> Tensor:
     _check_pair(prediction, target)
     if min(target.shape[-2:]) < 11:
         raise ValueError(f"SSIM's window is 11x11, the image is {tuple(target.shape[-2:])}; use an image of 11 or more")
-    values = ssim_map(prediction.double(), target.double(), 11, max_val=data_range, padding="valid")
+    values = ssim_map(prediction.cpu().double(), target.cpu().double(), 11, max_val=data_range, padding="valid")
     return values.flatten(1).mean(1)
 
 
@@ -95,7 +98,7 @@ class PerceptualDistance:
             return torch.full((len(target),), torch.nan, dtype=torch.float64)
         pair = (images.float().to(self._device) * 2.0 - 1.0 for images in (prediction, target))
         distances: Tensor = self._model(*pair)
-        return distances.flatten().double().cpu()
+        return distances.flatten().cpu().double()
 
 
 def _backbone_file(backbone: str | None, url: str) -> Path:

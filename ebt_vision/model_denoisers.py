@@ -145,7 +145,7 @@ class EBTDenoiser(ModelDenoiser):
             context=context,
             step_size=self.model.step_size.detach() * options.step_size_scale,
             observation_energy=None if proposed is None else proposed[1],
-            generator=sample_generators(options.seed, image_ids, LANGEVIN_STREAM),
+            generator=sample_generators(options.seed, image_ids, LANGEVIN_STREAM, device=x.device),
             callback=watch,
         )
         image = to_image_range(result.final)
@@ -203,7 +203,8 @@ class _Watch:
             if candidate == 0:
                 yield first
             else:
-                generators = sample_generators(self.options.seed, image_ids, JITTER_STREAM, candidate)
+                seed, device = self.options.seed, first.device
+                generators = sample_generators(seed, image_ids, JITTER_STREAM, candidate, device=device)
                 yield first + self.options.candidate_noise_std * randn_like(first, generators)
 
     def __call__(self, step: ThinkingStep) -> bool:

@@ -2,6 +2,10 @@
 
 A draw that is made for a training sample or an image gets a generator of its own: the value then depends on the seed and
 on the sample alone, not on its batch, its process or the step at which a run was resumed.
+
+Draws for candidates (start, Langevin noise, step size) are made on the device of the candidates. A CPU and a GPU draw different
+numbers from one seed, and so may two kinds of GPU. The noise of observations is drawn on the CPU, so that all
+devices see the same images.
 """
 
 from collections.abc import Sequence
@@ -23,7 +27,7 @@ def make_generator(seed: int, *stream: int, device: torch.device | str = "cpu") 
     if min((seed, *stream)) < 0:
         raise ValueError(f"seed and stream must not be negative, got {(seed, *stream)}")
     mixed = int(np.random.SeedSequence((seed, *stream)).generate_state(1, np.uint64)[0])
-    return torch.Generator(device=device).manual_seed(mixed >> 1)  # manual_seed takes 63 bits
+    return _seeded(mixed >> 1, device)  # manual_seed takes 63 bits
 
 
 def sample_generators(
@@ -31,6 +35,14 @@ def sample_generators(
 ) -> list[torch.Generator]:
     """One generator for each sample index: sample i gets the same one in whatever batch it stands."""
     return [make_generator(seed, *stream, index, device=device) for index in indices]
+
+
+def generators_on(generators: Sequence[torch.Generator], device: torch.device) -> list[torch.Generator]:
+    """Generators on `device`: those that are there already as they are, others anew from their seeds.
+
+    A new one starts at its beginning, whatever was drawn from the old one, and draws other numbers (see above).
+    """
+    return [g if g.device == device else _seeded(g.initial_seed(), device) for g in generators]
 
 
 def randn_like(tensor: Tensor, generator: Generators | None) -> Tensor:
@@ -41,6 +53,10 @@ def randn_like(tensor: Tensor, generator: Generators | None) -> Tensor:
 def rand_like(tensor: Tensor, generator: Generators | None) -> Tensor:
     """Uniform [0, 1) noise of the shape, dtype and device of `tensor` (B, ...), drawn per sample if given a list."""
     return _draw(torch.rand, tensor, generator)
+
+
+def _seeded(seed: int, device: torch.device | str) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
 
 
 def _draw(draw, tensor: Tensor, generator: Generators | None) -> Tensor:

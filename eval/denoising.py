@@ -35,7 +35,7 @@ from ebt_vision.benchmark.results import write_results
 from ebt_vision.benchmark.rows import Row, RowSettings, kind_of, rows_of, sweep_rows_of
 from ebt_vision.benchmark.summary import candidate_columns, combine, per_image_columns, summarise
 from ebt_vision.benchmark.verification import has_candidates, verify_candidates, verify_thinking
-from ebt_vision.checkpoint import checkpoint_hash, pick_device
+from ebt_vision.checkpoint import checkpoint_hash, program_device
 from ebt_vision.checks import named_path
 from ebt_vision.denoiser import Denoiser, load_denoiser
 from ebt_vision.provenance import provenance
@@ -74,7 +74,7 @@ def run(settings: argparse.Namespace) -> None:
     groups = _groups(settings.group)
     names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
     groups = {name: [names[model] for model in models] for name, models in groups.items()}
-    device = settings.device = pick_device(settings.device)
+    device = settings.device = program_device(settings.device)
     conditions, sweep = conditions_of(settings)
     row_settings = _row_settings(settings)
     subjects = {
@@ -211,7 +211,7 @@ def _strip(subject: Subject, row: Row, condition: Condition, bench: Bench, index
     pictures = [("noisy", noisy[0].clamp(0, 1))]
     for step in steps:
         image = result.image if result.trajectory is None else result.trajectory[step]
-        psnr = float(metrics.psnr(condition.measured(image.double()), clean.double(), data_range=255.0))
+        psnr = float(metrics.psnr(condition.measured(image.cpu().double()), clean.double(), data_range=255.0))
         pictures.append((f"{step} step{'s' * (step > 1)}\n{psnr:.1f} dB", image[0]))
     return plots.Strip(condition=condition.title, pictures=[*pictures, ("clean", clean[0].float() / 255.0)])
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.checkpoint import pick_device
+from ebt_vision.checkpoint import program_device
 from ebt_vision.checks import named_path
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.lazy_images import LazyImages
@@ -79,7 +79,7 @@ def run(settings: argparse.Namespace) -> None:
     extractor = load_extractor(
         settings.model,
         img_size=settings.img_size,
-        device=pick_device(settings.device),
+        device=program_device(settings.device),
         seed=settings.seed,
         timm_weights=settings.timm_weights,
     )
@@ -179,7 +179,7 @@ def _heads(settings: argparse.Namespace) -> list[Head]:
         if name == "logistic":
             heads.append(LogisticHead(settings.cs))
         elif name == "knn":
-            heads.append(KnnHead(device=pick_device(settings.device)))
+            heads.append(KnnHead(device=program_device(settings.device)))
         elif name == "torch":
             head = TorchHead(
                 optimizer=settings.optimizer,
@@ -187,7 +187,7 @@ def _heads(settings: argparse.Namespace) -> list[Head]:
                 epochs=settings.epochs,
                 batch_size=settings.probe_batch_size,
                 seed=settings.seed,
-                device=pick_device(settings.device),
+                device=program_device(settings.device),
             )
             heads.append(head)
         else:

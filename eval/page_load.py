@@ -24,7 +24,7 @@ from page_visitor import PROGRAM, PageError, Server, Visit, Visitor, served
 from PIL import Image
 
 from ebt_vision.benchmark.options import OneLineParser, number
-from ebt_vision.checkpoint import pick_device
+from ebt_vision.checkpoint import program_device
 from ebt_vision.checks import named_path
 from ebt_vision.provenance import provenance
 from ebt_vision.whole_files import write_text
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(settings: argparse.Namespace) -> None:
     """Measure every size, then the visitors; print and write the report after each, so that what is done stays."""
-    settings.device = pick_device(settings.device)
+    settings.device = program_device(settings.device)
     options = ["--device", settings.device]
     options += ["--checkpoint", settings.checkpoint] if settings.checkpoint else []
     about: dict[str, Any] = provenance("eval/page_load.py", settings.command, settings.device)

@@ -9,6 +9,8 @@ import sys
 import matplotlib.pyplot as plt
 
 from ebt_vision import corruption, metrics
+from ebt_vision.benchmark.options import OneLineParser
+from ebt_vision.checkpoint import program_device
 from ebt_vision.checks import named_path
 from ebt_vision.denoiser import DenoiseOptions, load_denoiser
 from ebt_vision.image_files import read_image
@@ -16,16 +18,32 @@ from ebt_vision.rng import make_generator
 from ebt_vision.tiling import denoise_tiled
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Draw one row a photograph and noise level; columns are the noisy image, some steps, the clean image."""
-    parser = argparse.ArgumentParser(description="Draw how an EBT thinks.")
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="picture", description="Draw how an EBT thinks.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--images", nargs="+", type=named_path, required=True)
     parser.add_argument("--levels", nargs="+", type=float, default=[0.1, 0.2])
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--output", type=named_path, required=True)
-    settings = parser.parse_args(arguments)
-    denoiser = load_denoiser(settings.model)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input."""
+    settings = _parser().parse(arguments)
+    try:
+        draw(settings)
+    except (ValueError, OSError) as error:
+        print(f"picture: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(settings.output)
+    return 0
+
+
+def draw(settings: argparse.Namespace) -> None:
+    """One row a photograph and noise level; columns are the noisy image, some steps, the clean image."""
+    denoiser = load_denoiser(settings.model, device=program_device(settings.device))
     rows = [(path, level) for path in settings.images for level in settings.levels]
     titles = ["noisy", *(f"{n} step{'s' * (n > 1)}" for n in settings.steps), "clean"]
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(2 * len(titles), 2.15 * len(rows)), squeeze=False)
@@ -46,8 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(settings.output, dpi=80)
     plt.close(figure)
-    print(settings.output)
-    return 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from speed_text import generation, text_training
 
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.time_profile import show_compiled_kernels
-from ebt_vision.checkpoint import pick_device
+from ebt_vision.checkpoint import program_device
 from ebt_vision.checks import named_path
 from ebt_vision.provenance import provenance
 from ebt_vision.whole_files import write_text
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(settings: argparse.Namespace) -> None:
     """Time every part; print and write the report after each, so that what is done stays."""
-    settings.device = pick_device(settings.device)
+    settings.device = program_device(settings.device)
     torch.manual_seed(settings.seed)
     if settings.profile:
         show_compiled_kernels()

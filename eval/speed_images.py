@@ -81,7 +81,7 @@ def _image_update(
     network = build_model(config).to(settings.device)
     objective = build_objective(network, config)
     optimizer = build_optimizer(network, config.optim, bfloat16=config.train.mixed_precision == "bf16")
-    generators = sample_generators(0, range(len(clean)))
+    generators = sample_generators(0, range(len(clean)), device=clean.device)
     batch = ImageBatch(clean=clean, noise=torch.randn_like(clean), generators=generators)
     return update_of(settings, lambda: objective(batch)["loss"], optimizer, network)
 

@@ -37,7 +37,7 @@ def text_training(settings: argparse.Namespace) -> dict:
     trunk = {name: getattr(settings, f"text_{name}") for name in ("embed_dim", "depth", "num_heads")}
     config = CausalTextEBTConfig(**{name: getattr(settings, name) for name in names}, **trunk)
     tokens = torch.randint(256, (settings.text_batch_size, config.context_length), device=settings.device)
-    generators = sample_generators(0, range(len(tokens)))
+    generators = sample_generators(0, range(len(tokens)), device=tokens.device)
     batch = TextBatch(
         tokens=tokens,
         targets=tokens.roll(-1, 1),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ebt_vision.benchmark.options import OneLineParser, number
-from ebt_vision.checkpoint import pick_device
+from ebt_vision.checkpoint import program_device
 from ebt_vision.data.images import DataConfig, load_image_set
 from ebt_vision.denoiser import DenoiseOptions, Denoiser, load_denoiser
 from ebt_vision.metrics import psnr
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit status 2 for bad input."""
     settings = _parser().parse(arguments)
     try:
-        denoiser = load_denoiser(settings.model, device=pick_device(settings.device))
+        denoiser = load_denoiser(settings.model, device=program_device(settings.device))
         if not denoiser.starts_from_proposal:
             raise ValueError(f"{settings.model} does not think from a proposal; its rule is eval/training_gain.py's")
         data = DataConfig(path=settings.data, split=settings.split, img_size=settings.img_size, limit=settings.limit)

@@ -19,7 +19,7 @@ from typing import Any
 import ebt_vision.thinking
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.text import SHIFTS, TextScores, score_text
-from ebt_vision.checkpoint import checkpoint_hash, load_pretrained, pick_device
+from ebt_vision.checkpoint import checkpoint_hash, load_pretrained, program_device
 from ebt_vision.checks import named_path
 from ebt_vision.data.text import TextDataConfig, TextSet, load_text_set
 from ebt_vision.generation import make_reader
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(settings: Any) -> None:
     """Score every model on every text; write and print the report."""
-    device = pick_device(settings.device)
+    device = program_device(settings.device)
     models = {name: load_pretrained(name, device=device) for name in dict.fromkeys(settings.models)}
     for model in models.values():
         make_reader(model)  # refuses other kinds of models, before the work

@@ -16,20 +16,27 @@ from ebt_vision.benchmark.measure import observed
 from ebt_vision.benchmark.options import OneLineParser, number
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.rows import Row, prepare
+from ebt_vision.checkpoint import program_device
 from ebt_vision.denoiser import load_denoiser
 from ebt_vision.model_denoisers import EBTDenoiser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input."""
+def _parser() -> OneLineParser:
     parser = OneLineParser(prog="training_gain", description="Measure an EBT's training_gain.")
     parser.add_argument("--model", required=True, help="a shipped name, a folder or hub:OWNER/NAME; an EBT for images")
     parser.add_argument("--data", required=True, help="images as it was trained on, better not those that it is tested on")
     parser.add_argument("--level", type=number(float, 0, 1), default=0.1, help="its training's VP noise level (default 0.1)")
     parser.add_argument("--limit", type=number(int, 1), default=512, help="images, spread evenly over the data")
-    settings = parser.parse(arguments)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input."""
+    settings = _parser().parse(arguments)
     try:
-        gains = measure(settings.model, settings.data, settings.level, settings.limit)
+        device = program_device(settings.device)
+        gains = measure(settings.model, settings.data, settings.level, settings.limit, device=device)
     except (ValueError, OSError) as error:
         print(f"training_gain: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -37,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(model: str, data: str, level: float, limit: int, *, batch_size: int = 32) -> torch.Tensor:
+def measure(model: str, data: str, level: float, limit: int, *, batch_size: int = 32, device: str = "cpu") -> torch.Tensor:
     """The fall of each image's energy in the first step, mean over patches, (N,). Raises ValueError for other models."""
-    denoiser = load_denoiser(model)
+    denoiser = load_denoiser(model, device=device)
     if not isinstance(denoiser, EBTDenoiser):
         raise ValueError(f"{model} is no EBT for images, so it has no energy to lower")
     images = load_images(data, img_size=denoiser.tile_size, limit=limit)
@@ -52,7 +59,7 @@ def measure(model: str, data: str, level: float, limit: int, *, batch_size: int 
         ready, noisy, options = prepare(denoiser, row, condition, noisy)
         energies = ready.denoise(noisy, options, image_ids=indices).energies
         assert energies is not None  # an EBT's result has them
-        falls.append(energies[0] - energies[1])
+        falls.append((energies[0] - energies[1]).cpu())
     return torch.cat(falls)
 
 

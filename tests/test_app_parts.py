@@ -243,6 +243,19 @@ def test_command_and_program_make_the_same_pixels(
     assert torch.equal(page, by_command) and torch.equal(page, by_program)
 
 
+def test_a_name_keeps_what_is_no_image_s_suffix(tiny: Denoiser, tiny_checkpoint: Path, photo: str) -> None:
+    """IMG.2024 becomes IMG.2024-denoised.png on the page, by the API and in the program, as the command line names it."""
+    named = Path(photo).rename(Path(photo).with_name("IMG.2024"))
+    assert "write_image('IMG.2024-denoised.png'," in recipes.program(Request(path=str(named)), "m", "cpu")
+    service = Service({"tiny": str(tiny_checkpoint)}, lambda name: tiny, "cpu")
+    download, _ = next(service.api_denoise(str(named), "none", 0, 0, 1, "tiny", 1, 0, 0, 1, 0))
+    assert Path(download).name == "IMG.2024-denoised.png"
+    request = Request(path=str(named), num_steps=1)
+    _, answer = run(request, tiny)
+    service._final(answer, request, "tiny", named.parent)
+    assert (named.parent / "IMG.2024-denoised.png").is_file()
+
+
 def test_bits_profile_and_exif_are_taken_away(tiny: Denoiser, tmp_path: Path) -> None:
     Image.fromarray(np.full((16, 24), 40_000, np.uint16)).save(tmp_path / "deep.png")
     exif = Image.Exif()

@@ -168,6 +168,22 @@ def test_options_that_cannot_be_used(name, value):
         DenoiseOptions(**{name: value})
 
 
+@pytest.mark.parametrize("size", [16, 40])  # whole, and in tiles
+def test_an_image_that_is_to_get_a_gradient_is_refused_and_think_gives_it(size: int):
+    denoiser = ebt()
+    noisy = torch.rand(1, 3, size, size, requires_grad=True)
+    with pytest.raises(ValueError, match=r"requires a gradient.*differentiate_start=True.*or noisy\.detach\(\)") as error:
+        denoiser(noisy)
+    assert "\n" not in str(error.value)
+    with torch.no_grad():
+        quiet = denoiser(noisy)  # nobody waits for a gradient here
+    assert torch.equal(quiet, denoiser(noisy.detach()))
+    config = ThinkingConfig(detach_between_steps=False)
+    result = think(denoiser.model, noisy, config, step_size=0.1, create_graph=True, differentiate_start=True)
+    (gradient,) = torch.autograd.grad(result.final.sum(), noisy)
+    assert gradient.shape == noisy.shape and gradient.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

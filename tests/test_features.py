@@ -250,3 +250,32 @@ def test_bad_names_sizes_and_conditions(folder: Path, tmp_path: Path):
             Condition(**bad)
     with pytest.raises(ValueError, match="pool='cls' is unknown; use one of mean, max, tokens"):
         feature("block0", "cls")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_floats_in_the_unit_range_are_the_same_images(dtype: torch.dtype, folder: Path, images: Tensor):
+    extractor = load_extractor(str(folder / "reg"))
+    expected = only(extractor, images, feature("final"))
+    found = only(extractor, (images.double() / 255).to(dtype), feature("final"))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-2 if dtype == torch.float16 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        (lambda x: x.float(), r"values in \[0, 255\].*use images / 255"),
+        (lambda x: x.float() / 127.5 - 1, r"values in \[-1, 1\].*for -1..1 \(images \+ 1\) / 2"),
+        (lambda x: x.long(), "dtype torch.int64; give uint8, or floats in"),
+        (lambda x: x.float().div(255).fill_(float("nan")), "NaN or infinite"),
+        (lambda x: x[0], r"of shape \(3, 16, 16\); give a tensor \(B, 3, H, W\)"),
+        (lambda x: x[:, :1], r"of shape \(5, 1, 16, 16\)"),
+        (lambda x: x.numpy(), "a ndarray; give a tensor"),
+    ],
+)
+def test_images_of_another_kind_or_range_are_refused_in_one_line(change, answer: str, folder: Path, images: Tensor):
+    whole = images.clone()
+    whole[0, 0, 0, 0], whole[0, 0, 0, 1] = 0, 255
+    with pytest.raises(ValueError, match=answer) as error:
+        extract(load_extractor(str(folder / "reg")), change(whole), range(5), [feature("final")])
+    assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, features
 
 from ebt_vision import image_files
-from ebt_vision.image_files import ImageFile, ImageFileError, find_images, quantise, read_image, write_image
+from ebt_vision.image_files import ImageFile, ImageFileError, find_images, quantise, read_image, without_suffix, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 HEIGHT, WIDTH = 11, 19
@@ -417,3 +418,21 @@ def test_a_name_as_long_as_a_name_can_be_is_written(tmp_path: Path):
     target.parent.mkdir()
     write_image(target, read_image(source))
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path):
+    """Reading it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    refused: list[str] = []
+    reader = threading.Thread(target=lambda: refused.append(read_error(tmp_path / "pipe.png")), daemon=True)
+    reader.start()
+    reader.join(20)
+    assert refused and "pipe.png is a pipe or a device" in refused[0] and "\n" not in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("a.png", "a"), ("a.JPG", "a"), ("IMG.2024", "IMG.2024"), ("a.b.tif", "a.b"), ("a", "a"), (".png", ".png")],
+)
+def test_only_an_image_s_suffix_is_taken_off(name: str, stem: str):
+    assert without_suffix(Path("in") / name) == Path("in") / stem

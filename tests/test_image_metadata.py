@@ -7,11 +7,12 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, IptcImagePlugin, PngImagePlugin
 from test_odd_files import noise, png_of
 
 from apps import sources
 from ebt_vision.data.decoding import decode_image, to_rgb8
+from ebt_vision.data.metadata import Metadata
 from ebt_vision.image_files import ImageFile, losses, read_image, write_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
@@ -159,6 +160,39 @@ def test_xmp_survives_with_its_orientation_reset(tmp_path, suffix, bit_depth):
     again = read_image(tmp_path / f"b{suffix}")
     assert again.pixels.shape == (3, 24, 16)
     assert again.metadata.xmp == XMP.replace(b'"6"', b'"1"')
+
+
+# Two records of IPTC: number 2:105 (headline) and 2:25 (keyword), an odd number of bytes together.
+IPTC = b"\x1c\x02\x69\x00\x08Headline" + b"\x1c\x02\x19\x00\x03key"
+
+
+@pytest.mark.parametrize("bit_depth", [8, 16])
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_iptc_of_a_jpeg_survives_beside_the_rest(tmp_path, suffix, bit_depth):
+    segment = b"Photoshop 3.0\0" + b"8BIM" + struct.pack(">HHI", 0x0404, 0, len(IPTC)) + IPTC + b"\0"
+    extra = b"\xff\xed" + struct.pack(">H", 2 + len(segment)) + segment
+    Image.fromarray(noise()).save(tmp_path / "a.jpg", extra=extra, comment=b"A comment", xmp=XMP)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.metadata.iptc == IPTC and image.notes == ()
+    write_image(tmp_path / f"b{suffix}", ImageFile(pixels=image.pixels, bit_depth=bit_depth, metadata=image.metadata))
+    again = read_image(tmp_path / f"b{suffix}")
+    assert again.metadata.iptc == IPTC and again.metadata.xmp == image.metadata.xmp
+    with Image.open(tmp_path / f"b{suffix}") as other:
+        assert IptcImagePlugin.getiptcinfo(other) == {(2, 105): b"Headline", (2, 25): b"key"}
+        assert suffix == ".tif" or other.info["comment"] == b"A comment"
+    assert losses(f"b{suffix}", image) == []
+
+
+def test_iptc_that_cannot_be_kept_is_said(tmp_path):
+    long = Metadata(iptc=IPTC * 4000, xmp=b"x" * 70_000)
+    image = ImageFile(pixels=torch.zeros(3, 16, 16), metadata=long)
+    for suffix, kind in ((".png", "PNG"), (".webp", "WebP")):
+        assert losses(f"a{suffix}", image) == [
+            f"its IPTC data (caption, author, keywords) are left out, because {kind} has none"
+        ]
+    assert [loss.split(" are ")[0] for loss in losses("a.jpg", image)] == ["its XMP data", "its IPTC data"]
+    write_image(tmp_path / "a.jpg", image)
+    assert read_image(tmp_path / "a.jpg").metadata == Metadata()
 
 
 def test_comments_and_texts_survive_in_their_own_format(tmp_path):

@@ -346,6 +346,20 @@ def test_avif_is_read_upright(tmp_path, orientation):
     assert len(found) == 1
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+@pytest.mark.parametrize(("flags", "bits"), [(0x40, 10), (0x60, 12)])
+def test_bits_of_an_avif_that_are_lost_are_said(tmp_path, flags, bits):
+    """Pillow writes 8 bits, so the header of such a file is made to say more."""
+    Image.fromarray(noise()).save(tmp_path / "a.avif")
+    assert read_image(tmp_path / "a.avif").notes == ()
+    data = bytearray((tmp_path / "a.avif").read_bytes())
+    configuration, channels = data.index(b"av1C") + 4, data.index(b"pixi") + 9
+    data[configuration + 2] |= flags
+    data[channels : channels + 3] = bytes([bits] * 3)
+    (tmp_path / "a.avif").write_bytes(data)
+    assert read_image(tmp_path / "a.avif").notes == (f"its {bits} bits are read as 8",)
+
+
 @pytest.mark.parametrize("words", [["", "--output", "o"], ["a.png", "--output", ""], ["a.png", "--output="]])
 def test_an_empty_argument_is_refused(tmp_path, monkeypatch, capsys, words):
     from ebt_vision.cli import main

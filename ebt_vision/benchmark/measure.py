@@ -157,10 +157,10 @@ class Bench:
         target = clean.double()
         trajectory = result.trajectory
         images = [result.image if trajectory is None else trajectory[step] for step in row.reported]
-        outputs = [condition.measured(image.double()) for image in images]
+        outputs = [condition.measured(image.cpu().double()) for image in images]
         nothing = torch.full((len(clean),), torch.nan, dtype=torch.float64)
         windowed = min(clean.shape[-2:]) >= 11
-        energies = [nothing if result.energies is None else result.energies[step].double() for step in row.reported]
+        energies = [nothing if result.energies is None else result.energies[step].cpu().double() for step in row.reported]
         columns = {
             "mse": [metrics.mse(output, target) for output in outputs],
             "ssim": [metrics.ssim(output, target, data_range=255.0) if windowed else nothing for output in outputs],
@@ -169,14 +169,14 @@ class Bench:
         }
         part = {name: torch.stack(values, dim=1).numpy() for name, values in columns.items()}  # (B, S)
         if result.candidate_images is not None and result.candidate_energies is not None:
-            errors = [metrics.mse(condition.measured(image.double()), target) for image in result.candidate_images]
+            errors = [metrics.mse(condition.measured(image.cpu().double()), target) for image in result.candidate_images]
             part["candidate_mse"] = torch.stack(errors, dim=1).numpy()  # (B, N)
-            part["candidate_energy"] = result.candidate_energies.T.double().numpy()
+            part["candidate_energy"] = result.candidate_energies.T.cpu().double().numpy()
         return part
 
     def _spent(self, denoiser: Denoiser, row: Row, result: DenoiseResult, size: Sequence[int], tiles: int) -> Part:
         """Passes for each pixel of the image (a tile's, where it is tiled), FLOPs of the whole image, and steps used."""
-        num_forward = result.num_forward.double().numpy() / tiles
+        num_forward = result.num_forward.cpu().double().numpy() / tiles
         if row.kind == "ebt" and not row.needs_final_energy:
             num_forward = num_forward - 1  # the last image's energy is for the table alone
         side = [min(length, (self.tile or denoiser.tile_size) if tiles > 1 else length) for length in size]
@@ -188,7 +188,7 @@ class Bench:
         return {
             "passes": np.outer(num_forward, shares),
             "flops": np.asarray(flops, dtype=np.float64),
-            "steps_used": result.num_steps.double().numpy(),
+            "steps_used": result.num_steps.cpu().double().numpy(),
         }
 
 

@@ -158,11 +158,11 @@ def _think(
         empty = torch.empty(*targets.shape, model.config.vocab_size, dtype=weight.dtype, device=weight.device)
         result = think(
             model,
-            randn_like(empty, sample_generators(seed, indices, _START, candidate)),
+            randn_like(empty, sample_generators(seed, indices, _START, candidate, device=weight.device)),
             ThinkingConfig(num_steps=num_steps, langevin_std=langevin_std),
             context=context,
             step_size=model.step_size.detach(),
-            generator=sample_generators(seed, indices, _LANGEVIN, candidate),
+            generator=sample_generators(seed, indices, _LANGEVIN, candidate, device=weight.device),
         )
         losses.append(torch.stack([token_losses(p, targets) for p in result.predictions]))
         energies.append(result.energies[1:])

@@ -204,15 +204,11 @@ def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]
 
 def _result_name(relative: Path, png: bool) -> Path:
     """The name of a result: with the suffix of its format, in the place of an image's suffix but not of any other."""
-    from PIL import Image
+    from ebt_vision.image_files import WRITABLE_SUFFIXES, without_suffix
 
-    from ebt_vision.image_files import WRITABLE_SUFFIXES
-
-    suffix = relative.suffix
-    if suffix.lower() in WRITABLE_SUFFIXES and not png:
+    if relative.suffix.lower() in WRITABLE_SUFFIXES and not png:
         return relative
-    is_images = suffix.lower() in Image.registered_extensions()
-    return relative.with_suffix(".png") if is_images else relative.with_name(relative.name + ".png")
+    return relative.with_name(without_suffix(relative).name + ".png")
 
 
 def _left_out(folder: Path, found: set[Path], output: Path) -> str:
@@ -241,12 +237,12 @@ def _make_folder(folder: Path) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
-    from ebt_vision.checkpoint import default_pretrained, pick_device
+    from ebt_vision.checkpoint import default_pretrained, program_device
     from ebt_vision.commands.pipeline import Share
     from ebt_vision.denoiser import DenoiseOptions, load_denoiser
     from ebt_vision.noise import suited
 
-    device = Share.of_environment().device(pick_device(args.device))
+    device = Share.of_environment().device(program_device(args.device))
     denoiser = load_denoiser(args.model or default_pretrained(), device=device, precision=args.precision)
     _check_options(denoiser, args)
     noise = args.add_noise

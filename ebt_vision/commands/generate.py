@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.checkpoint import default_pretrained, load_pretrained, pick_device
+    from ebt_vision.checkpoint import default_pretrained, load_pretrained, program_device
     from ebt_vision.data.tokenizer import load_tokenizer
     from ebt_vision.generation import GenerateOptions, generate
     from ebt_vision.thinking import ThinkingError
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     tokenizer = load_tokenizer(args.tokenizer)
-    model = load_pretrained(args.model or default_pretrained("causal_text_ebt"), device=pick_device(args.device))
+    model = load_pretrained(args.model or default_pretrained("causal_text_ebt"), device=program_device(args.device))
     start, num_tokens = time.perf_counter(), 0
     energies: list[float] = []
     try:

@@ -28,10 +28,12 @@ def _run(args: argparse.Namespace) -> int:
     for override in args.overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value")
+    from ebt_vision.checkpoint import program_device
     from ebt_vision.training.loop import TrainingDivergedError
     from ebt_vision.training.run import train
     from ebt_vision.training.stopping import TrainingInterrupted
 
+    program_device(args.device)
     try:
         folder = train(args.config, args.overrides, output=args.output, device=args.device, allow_changes=args.allow_changes)
     except TrainingDivergedError as error:

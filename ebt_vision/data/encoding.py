@@ -10,13 +10,13 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, PngImagePlugin
 
-from ebt_vision.data.metadata import PNG_SIGNATURE, TIFF_TAGS_KEPT, Metadata, tiff_directory
+from ebt_vision.data.metadata import IPTC_RESOURCE, IPTC_TAG, PNG_SIGNATURE, TIFF_TAGS_KEPT, Metadata, tiff_directory
 
 JPEG_QUALITY = 95
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats that hold 16 bits."""
 MAX_SEGMENT = 65_502
-"""Bytes of XMP that one segment of a JPEG holds."""
+"""Bytes of XMP, of IPTC or of a comment that one segment of a JPEG holds."""
 
 
 class Description(Protocol):
@@ -52,10 +52,19 @@ def encode(suffix: str, array: np.ndarray, image: Description) -> bytes:
     written |= {"comment": metadata.comment and metadata.comment[:MAX_SEGMENT]}
     if metadata.xmp and len(metadata.xmp) > MAX_SEGMENT:
         del written["xmp"]
+    if metadata.iptc and len(metadata.iptc) <= MAX_SEGMENT:
+        written["extra"] = _iptc_segment(metadata.iptc)
     options = {name: value for name, value in written.items() if value}
     picture = picture.convert("L" if array.shape[2] <= 2 else "RGB")
     picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, **options)
     return buffer.getvalue()
+
+
+def _iptc_segment(iptc: bytes) -> bytes:
+    """The segment APP13 of a JPEG that holds IPTC alone: one image resource without a name, padded to an even length."""
+    resource = b"8BIM" + struct.pack(">HHI", IPTC_RESOURCE, 0, len(iptc)) + iptc + b"\0" * (len(iptc) % 2)
+    content = b"Photoshop 3.0\0" + resource
+    return b"\xff\xed" + struct.pack(">H", 2 + len(content)) + content
 
 
 def _encode_png8(array: np.ndarray, image: Description) -> bytes:
@@ -116,6 +125,8 @@ def _encode_tiff(array: np.ndarray, image: Description) -> bytes:
     blocks = {int(ifd): fields for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo) if (fields := exif.get_ifd(ifd))}
     # tifffile writes no pointer to an EXIF block: the number before it holds the place until the block is there.
     tags += [(ifd - 1, "I", 1, 0, True) for ifd in blocks]
+    if image.metadata.iptc:
+        tags.append((IPTC_TAG, "B", len(image.metadata.iptc), image.metadata.iptc, True))
     if image.metadata.xmp:
         tags.append((700, "B", len(image.metadata.xmp), image.metadata.xmp, True))
     resolution, unit = image.metadata.dpi, 2

@@ -1,4 +1,4 @@
-"""What an image file says beside its pixels: EXIF, XMP, resolution, comments, and how PNG describes colours."""
+"""What an image file says beside its pixels: EXIF, XMP, IPTC, resolution, comments, and how PNG describes colours."""
 
 import re
 import struct
@@ -13,6 +13,10 @@ TIFF_TAGS_KEPT = (
     *("XResolution", "YResolution", "ResolutionUnit"),
 )
 ORIENTATION = ExifTags.Base.Orientation.value
+IPTC_RESOURCE = 0x0404
+"""Number of IPTC among Photoshop's image resources, which a JPEG has in its segment APP13."""
+IPTC_TAG = 33723
+"""Number of IPTC among a TIFF's tags."""
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 INTEROP = ExifTags.IFD.Interop
 EXIF_BLOCKS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
@@ -36,6 +40,8 @@ class Metadata:
     """Pixels per inch, horizontal and vertical."""
     xmp: bytes | None = None
     """XMP packet, its orientation reset to 1."""
+    iptc: bytes | None = None
+    """IPTC records (caption, author, keywords) of a JPEG or TIFF, as they are stored."""
     comment: bytes | None = None
     """Comment of a JPEG or GIF."""
     text: tuple[tuple[str, str], ...] = ()
@@ -231,7 +237,7 @@ def upright_xmp(xmp: bytes | str | None) -> bytes | None:
 
 
 def read_metadata(image: Image.Image, data: bytes) -> Metadata:
-    """Resolution, XMP, comment, texts and PNG colours of an image that Pillow has opened from `data`."""
+    """Resolution, XMP, IPTC, comment, texts and PNG colours of an image that Pillow has opened from `data`."""
     info = image.info
     dpi = info.get("dpi")
     if dpi == (72, 72) and info.get("jfif_unit") not in (1, 2) and image.format in ("JPEG", "MPO"):
@@ -243,6 +249,7 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
     return Metadata(
         dpi=usable_dpi(dpi),
         xmp=upright_xmp(info.get("xmp") or info.get("XML:com.adobe.xmp")),
+        iptc=info.get("photoshop", {}).get(IPTC_RESOURCE) or None,
         comment=comment.encode() if isinstance(comment, str) else comment or None,
         text=tuple((str(key), str(value)) for key, value in text.items()),
         png_colour=() if info.get("icc_profile") else colour,

@@ -25,6 +25,7 @@ from ebt_vision.data.decoded import (
     check_size,
 )
 from ebt_vision.data.metadata import (
+    IPTC_TAG,
     ORIENTATION,
     Metadata,
     TiffLayout,
@@ -128,7 +129,12 @@ def _metadata(page: tifffile.TiffPage) -> Metadata:
         dpi = None if per_inch is None else usable_dpi((a / b * per_inch, c / d * per_inch))
     except (TypeError, ValueError, ZeroDivisionError):
         dpi = None
-    return Metadata(dpi=dpi, xmp=upright_xmp(xmp if isinstance(xmp, bytes | str) else None))
+    iptc = page.tags.valueof(IPTC_TAG)
+    return Metadata(
+        dpi=dpi,
+        xmp=upright_xmp(xmp if isinstance(xmp, bytes | str) else None),
+        iptc=iptc if isinstance(iptc, bytes) and iptc else None,
+    )
 
 
 def _decode_page(page: tifffile.TiffPage, data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -21,8 +21,8 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 
 from ebt_vision.corruption import NUM_TRAIN_TIMESTEPS, alphas_cumprod
+from ebt_vision.models.image_features import ImageFeatures
 from ebt_vision.models.patch_trunk import check_image_size, unpatchify
-from ebt_vision.models.pretrained_model import PretrainedModel
 
 CLEAN = -1
 """The "timestep" below 0: the clean image, alpha_bar = 1."""
@@ -61,10 +61,11 @@ class DiTConfig:
             raise ValueError(f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}")
 
 
-class DiT(PretrainedModel):
+class DiT(ImageFeatures):
     """Predicts the noise in VP-noised images (B, in_chans, H, W) in [-1, 1] at timesteps 0..999 (see corruption)."""
 
     model_type = "dit"
+    blocks_name = "transformer.transformer_blocks"
     config_class = DiTConfig
 
     def __init__(self, config: DiTConfig):
@@ -110,19 +111,23 @@ class DiT(PretrainedModel):
         eps, variance_values = output.chunk(2, dim=1)
         return eps, variance_values
 
-    def forward_features(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Tokens (B, N, embed_dim) after the last block, layer-normed without modulation."""
-        return self.transformer.norm_out(self._tokens(noisy, timesteps, [self.config.depth - 1])[0][0])
+    def block_tokens(self, *inputs: Tensor, indices: list[int]) -> list[Tensor]:
+        """See ImageFeatures; the inputs are the noisy images and their timesteps, int64 (B,)."""
+        if len(inputs) != 2:
+            raise ValueError(f"a DiT takes images and their timesteps, got {len(inputs)} inputs; give model(images, timesteps)")
+        return self._tokens(inputs[0], inputs[1], indices)[0]
 
-    def forward_intermediates(self, noisy: Tensor, timesteps: Tensor, *, indices: list[int] | None = None) -> list[Tensor]:
-        """Tokens (B, N, embed_dim) after the blocks in `indices` (default all)."""
-        return self._tokens(noisy, timesteps, list(range(self.config.depth)) if indices is None else indices)[0]
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """See ImageFeatures; without the modulation of the final layer."""
+        return self.transformer.norm_out(tokens)
 
     def _tokens(self, noisy: Tensor, timesteps: Tensor, indices: list[int]) -> tuple[list[Tensor], Tensor]:
         """Tokens after the blocks in `indices`, and the conditioning (B, embed_dim) of the final layer."""
         check_image_size(noisy, self.config.patch_size)
-        # Embed.
-        x = self.transformer.pos_embed(noisy)  # NCHW -> NLC
+        # Embed, without autocast: diffusers casts the sum with the positions, and so the whole residual stream, to what the
+        # convolution gives. In the weights' dtype the stream is as wide as PatchTrunk's.
+        with torch.autocast(noisy.device.type, enabled=False):
+            x = self.transformer.pos_embed(noisy.to(self.transformer.pos_embed.proj.weight.dtype))  # NCHW -> NLC
         labels = torch.zeros_like(timesteps)  # the one null class
         blocks = self.transformer.transformer_blocks
         embedder = blocks[0].norm1.emb if self.embedder is None else self.embedder

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.models.energy_model import EnergyModel, check_energies
+from ebt_vision.models.image_features import ImageFeatures
 from ebt_vision.models.patch_trunk import TrunkConfig, build_trunk, check_image_size, patchify, unpatchify
 
 
@@ -68,10 +69,11 @@ class PatchEBTConfig(TrunkConfig):
 _SUGGESTIONS = ("suggested_start", "suggested_steps", "suggested_tolerance", "suggested_tolerance_of")
 
 
-class PatchEBT(EnergyModel):
+class PatchEBT(ImageFeatures, EnergyModel):
     """Energy of candidate images (B, in_chans, H, W) in [-1, 1], H and W multiples of patch_size, as (B,)."""
 
     model_type = "patch_ebt"
+    blocks_name = "trunk.blocks"
     config_class = PatchEBTConfig
     usage_fields = (*EnergyModel.usage_fields, *_SUGGESTIONS, "training_gain")
 
@@ -129,13 +131,14 @@ class PatchEBT(EnergyModel):
                 f"observation_context={self.config.observation_context} takes {wanted} context images, got {len(context)}"
             )
 
-    def forward_features(self, candidate: Tensor, *context: Tensor) -> Tensor:
-        """Final normed tokens (B, N, embed_dim)."""
-        return self.trunk(candidate, *context)
+    def block_tokens(self, *inputs: Tensor, indices: list[int]) -> list[Tensor]:
+        """See ImageFeatures; the inputs are the candidate and its context."""
+        self._check_context(inputs[1:])
+        return self.trunk.forward_intermediates(*inputs, indices=indices)
 
-    def forward_intermediates(self, candidate: Tensor, *context: Tensor, indices: list[int] | None = None) -> list[Tensor]:
-        """Tokens (B, N, embed_dim) after the blocks in `indices` (default all)."""
-        return self.trunk.forward_intermediates(candidate, *context, indices=indices)
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """See ImageFeatures."""
+        return self.trunk.norm(tokens)
 
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a PatchEBT without observation_context for one with it: the observation's share of the embedding is zero,

@@ -1,5 +1,6 @@
 """The patch transformer that PatchEBT and the regressor share: image in, tokens out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ebt_vision.models.blocks import Block, axial_rope
 from ebt_vision.models.checkpointing import checkpoint_block
+from ebt_vision.models.image_features import take_indices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,8 +147,8 @@ class PatchTrunk(nn.Module):
         """The network's reconstruction of the first of the images, as patches (B, N, patch_dim), by a head of make_head."""
         return head(self(*images))
 
-    def forward_intermediates(self, *images: Tensor, indices: list[int] | None = None) -> list[Tensor]:
-        """Tokens (B, N, embed_dim) after the blocks in `indices` (default all), before the final norm."""
+    def forward_intermediates(self, *images: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """Tokens (B, N, embed_dim) after the blocks of take_indices (default all), before the final norm."""
         grid = check_image_size(images[0], self.config.patch_size)
         # Embed. The patches of a candidate and of its context lie on the channels.
         x = self._embed(torch.cat(images, dim=1))  # (B, N, embed_dim)
@@ -156,11 +158,11 @@ class PatchTrunk(nn.Module):
         """Stacked images (B, num_inputs * in_chans, H, W) -> tokens (B, N, embed_dim)."""
         return self.embed(patchify(images, self.config.patch_size))
 
-    def _run_blocks(self, x: Tensor, grid: tuple[int, int], indices: list[int] | None) -> list[Tensor]:
+    def _run_blocks(self, x: Tensor, grid: tuple[int, int], indices: int | Sequence[int] | None) -> list[Tensor]:
         rope = axial_rope(*grid, self.config.embed_dim // self.config.num_heads, device=x.device)
-        wanted = range(len(self.blocks)) if indices is None else indices
+        wanted = take_indices(len(self.blocks), indices)
         outputs = []
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for i, block in enumerate(self.blocks[: wanted[-1] + 1]):
             x = checkpoint_block(block, x, rope) if self.checkpoint_blocks else block(x, rope)
             if i in wanted:
                 outputs.append(x)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ebt_vision.models.image_features import ImageFeatures
 from ebt_vision.models.patch_trunk import TrunkConfig, build_trunk, unpatchify
-from ebt_vision.models.pretrained_model import PretrainedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,10 +16,11 @@ class PatchRegressorConfig(TrunkConfig):
     """A patch transformer with a linear head of one patch; nothing beside the trunk's own fields."""
 
 
-class PatchRegressor(PretrainedModel):
+class PatchRegressor(ImageFeatures):
     """Noisy images (B, in_chans, H, W) in [-1, 1] -> clean ones, same shape; H and W multiples of patch_size."""
 
     model_type = "patch_regressor"
+    blocks_name = "trunk.blocks"
     config_class = PatchRegressorConfig
 
     def __init__(self, config: PatchRegressorConfig):
@@ -32,6 +33,10 @@ class PatchRegressor(PretrainedModel):
         patches = self.trunk.reconstruct_patches(self.head, noisy).float()  # (B, N, patch_dim)
         return unpatchify(patches, self.config.patch_size, *noisy.shape[-2:])
 
-    def forward_intermediates(self, noisy: Tensor, *, indices: list[int] | None = None) -> list[Tensor]:
-        """Tokens (B, N, embed_dim) after the blocks in `indices` (default all)."""
-        return self.trunk.forward_intermediates(noisy, indices=indices)
+    def block_tokens(self, *inputs: Tensor, indices: list[int]) -> list[Tensor]:
+        """See ImageFeatures; the one input is the noisy images."""
+        return self.trunk.forward_intermediates(*inputs, indices=indices)
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """See ImageFeatures."""
+        return self.trunk.norm(tokens)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ebt_vision.data.order import BatchIndices, BatchStream
+from ebt_vision.rng import generators_on
 
 
 class BatchLoader:
-    """Hands out the parts of each step's batch on the device; with threads, those of the next steps are under way.
+    """Hands out the parts of each step's batch on the device, with generators of the device; with threads, those of the next
+    steps are under way.
 
     `make(indices, epochs)` makes a part on the CPU. Without threads a part is made when it is asked for. Reading and decoding
     release Python's lock, so threads do what worker processes would, on one copy of the decoded images.
@@ -52,7 +54,8 @@ class BatchLoader:
     def _moved(self, batch: Any) -> Any:
         if self._device.type == "cpu":
             return batch
-        return _each_tensor(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+        moved = _each_tensor(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+        return replace(moved, generators=generators_on(moved.generators, self._device))
 
 
 def _each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

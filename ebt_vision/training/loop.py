@@ -19,7 +19,7 @@ from ebt_vision.config import ConfigError, ExperimentConfig, config_to_dict
 from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.objectives import Objective
-from ebt_vision.rng import make_generator
+from ebt_vision.rng import generators_on, make_generator
 from ebt_vision.thinking import NonFiniteGradientError
 from ebt_vision.training.batch_loader import BatchLoader
 from ebt_vision.training.build import build_model, build_objective, build_task
@@ -237,12 +237,14 @@ class Trainer:
         settings = self.config.replay
         if not settings.renoise_std or self.step < settings.renoise_start:
             return candidates
+        device = candidates.device
+        (generator,) = generators_on([generator], device)
         each = [len(candidates), *[1] * (candidates.ndim - 1)]
-        std = settings.renoise_std * torch.rand(each, generator=generator)
-        noise = std * torch.randn(candidates.shape, generator=generator)
-        young = ages <= (settings.renoise_max_age or settings.max_age)
-        chosen = (torch.rand(each, generator=generator) < 0.5) & young.view(each)
-        return candidates + to_device(chosen * noise, candidates.device).to(candidates)
+        std = settings.renoise_std * torch.rand(each, generator=generator, device=device)
+        noise = std * torch.randn(candidates.shape, generator=generator, device=device)
+        young = to_device(ages <= (settings.renoise_max_age or settings.max_age), device)
+        chosen = (torch.rand(each, generator=generator, device=device) < 0.5) & young.view(each)
+        return candidates + (chosen * noise).to(candidates)
 
     @property
     def _replays(self) -> bool:

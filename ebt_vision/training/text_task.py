@@ -85,14 +85,14 @@ class TextTask(Task):
         num_sequences = min(held_out.num_windows, self._validation.num_sequences)
         for first in range(0, num_sequences, size):
             part = held_out.all_sequences(first, min(first + size, num_sequences))
-            generators = sample_generators(self.config.seed, range(first, first + len(part.tokens)), VALIDATION_STREAM)
-            batch = text_batch(part, generators, device)
+            sequences = range(first, first + len(part.tokens))
+            batch = text_batch(part, sample_generators(self.config.seed, sequences, VALIDATION_STREAM, device=device), device)
             prediction = objective.predict(model, batch, self._validation.num_steps)
-            losses.append(torch.stack([token_losses(p, batch.targets).double().sum() for p in prediction.logits]))
-            scored = batch.targets != IGNORED
+            losses.append(torch.stack([token_losses(p, batch.targets).cpu().double().sum() for p in prediction.logits]))
+            scored = part.targets != IGNORED
             num_tokens += int(scored.sum())
             if prediction.energies is not None:
-                energies.append(prediction.energies.double()[:, scored].sum(1))
+                energies.append(prediction.energies.cpu().double()[:, scored].sum(1))
         model.train(was_training)
         nats = (torch.stack(losses).sum(0) / num_tokens).tolist()
         return TextValidation(
@@ -130,7 +130,7 @@ class TextTask(Task):
 
 
 def text_batch(sequences: TokenBatch, generators: list[torch.Generator], device: torch.device) -> TextBatch:
-    """Packed sequences and their generators, on the device."""
+    """Packed sequences on the device, and their generators as they are."""
     return TextBatch(
         tokens=sequences.tokens.to(device),
         targets=sequences.targets.to(device),

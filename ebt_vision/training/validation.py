@@ -82,7 +82,7 @@ def validate_images(model: nn.Module, clean: Tensor, config: ExperimentConfig, d
             images = [noisy, *(image.cpu().clamp(-1.0, 1.0) for image in prediction.images)]
             sums.append(torch.stack([metrics.psnr(image, part, data_range=2.0).sum() for image in images]))
             if prediction.energies is not None:
-                energy_sums.append(prediction.energies.double().cpu().sum(1))
+                energy_sums.append(prediction.energies.cpu().double().sum(1))
             if strength == strengths[0] and start == 0:
                 rows = [*images, part]
         psnr[strength] = (torch.stack(sums).sum(0) / len(clean)).tolist()
