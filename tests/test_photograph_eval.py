@@ -14,6 +14,7 @@ from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import graphics
+import sheet
 import stopping
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, stem_widths=(4, 8), noise_process="awgn")
@@ -70,3 +71,16 @@ def test_graphics_are_drawn_and_have_flat_colours(tmp_path: Path, capsys: pytest
     (tmp_path / "file").touch()
     assert graphics.main(["--output", str(tmp_path / "file")]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_the_sheet_shows_every_photograph(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    arguments = ["--data", str(tmp_path / "photos"), "--models", str(model), "--size", "16", "--dpi", "50"]
+    assert sheet.main([*arguments, "--output", str(tmp_path / "out" / "sheet.png")]) == 0
+    assert Image.open(tmp_path / "out" / "sheet.png").size == (340, 185)  # 2 x 2 squares side by side, in 2 lines
+    assert sheet.middle(torch.arange(48.0).view(3, 4, 4), 2)[0].tolist() == [[5.0, 6.0], [9.0, 10.0]]
+    assert sheet.main(["--data", str(tmp_path / "none"), "--models", str(model), "--output", "x.png"]) == 2
+    assert "none" in capsys.readouterr().err
