@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(settings: argparse.Namespace) -> None:
     """Measure every row and write everything into settings.output."""
+    _check_together(settings)
     groups = _groups(settings.group)
     names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
     groups = {name: [names[model] for model in models] for name, models in groups.items()}
@@ -295,6 +296,34 @@ def _row_settings(settings: argparse.Namespace) -> RowSettings:
         passes=tuple(sorted(set(settings.passes))),
         loops=settings.loops,
     )
+
+
+OPTIONS_OF = {
+    "levels": ("paper",),
+    "sweep": ("paper",),
+    "sweep_limit": ("paper",),
+    "sigmas": ("awgn",),
+    "corruptions": ("ood",),
+    "clipped": ("awgn", "ood"),
+}
+"""The protocols that an option has an effect on."""
+
+
+def _check_together(settings: argparse.Namespace) -> None:
+    """ValueError for an option that has no effect with the others."""
+    parser = _parser()
+    for name, protocols in OPTIONS_OF.items():
+        value = getattr(settings, name)
+        if value and value != parser.get_default(name) and settings.protocol not in protocols:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} has no effect on --protocol {settings.protocol}, only on {' and '.join(protocols)}")
+    if settings.tolerance_of != parser.get_default("tolerance_of") and not settings.tolerances:
+        raise ValueError(
+            f"--tolerance-of {settings.tolerance_of} has no effect without --tolerances; give some, or leave it out"
+        )
+    for name in ("candidate_steps", "candidate_noise", "langevin"):
+        if not settings.candidates and getattr(settings, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --candidates 0; leave it out")
 
 
 def _groups(texts: Sequence[str]) -> dict[str, list[str]]:

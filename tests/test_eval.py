@@ -209,6 +209,22 @@ def test_parts_of_other_settings_are_refused(photos: Path, tmp_path: Path, capsy
     assert "neither a shipped checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sigmas", "5"], "--sigmas has no effect on --protocol paper, only on awgn"),
+        (["--protocol", "awgn", "--levels", "0.3"], "--levels has no effect on --protocol awgn, only on paper"),
+        (["--clipped"], "--clipped has no effect on --protocol paper, only on awgn and ood"),
+        (["--tolerance-of", "previous"], "--tolerance-of previous has no effect without --tolerances"),
+        (["--langevin", "0.1"], "--langevin has no effect with --candidates 0"),
+    ],
+)
+def test_options_without_an_effect_are_refused(photos: Path, tmp_path: Path, capsys, options: list[str], message: str):
+    assert denoising.main(arguments(photos, tmp_path, ["identity"], *options)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def edit_config(folder: Path, **fields) -> None:
     path = folder / "config.json"
     stored = json.loads(path.read_text())

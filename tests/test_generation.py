@@ -145,6 +145,14 @@ def test_the_command_answers_bad_input_in_one_line(
         assert cli.main(["generate", *words]) == 2
         err = capsys.readouterr().err
         assert answer in err and err.count("\n") == 1 and "Traceback" not in err
+    model_of("transformer").save_pretrained(tmp_path / "transformer")
+    for options, answer in {
+        ("--steps", "3"): "--steps has no effect on a causal_transformer",
+        ("--candidates", "2"): "--candidates has no effect",
+        ("--temperature", "0", "--top-p", "0.9"): "--top-p has no effect at --temperature 0",
+    }.items():
+        assert cli.main(["generate", "x", "--model", str(tmp_path / "transformer"), *options]) == 2
+        assert answer in capsys.readouterr().err
     for steps in ("0", "many"):
         with pytest.raises(SystemExit) as left:
             cli.main(["generate", "x", "--model", checkpoint, "--steps", steps])

@@ -1,4 +1,4 @@
-"""`ebt-vision generate`: go on with a text, token by token."""
+"""`ebt-vision generate`: continue a text, token by token."""
 
 import argparse
 import time
@@ -6,21 +6,23 @@ import time
 from ebt_vision.commands.console import duration, say
 from ebt_vision.commands.numbers import count, name, not_negative, whole_number
 
+STEPS = 2
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.description = "Go on with PROMPT by a text model; an EBT thinks about every token."
+    parser.description = "Continue PROMPT by a text model; an EBT thinks about every token."
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
     parser.add_argument("--tokens", metavar="N", type=count, default=200, help="tokens to add at most (default 200)")
-    parser.add_argument("--steps", metavar="N", type=count, default=2, help="thinking steps a token (default 2)")
+    parser.add_argument("--steps", metavar="N", type=count, help=f"thinking steps a token (default {STEPS})")
     parser.add_argument(
         "--candidates", metavar="N", type=count, default=1, help="think N times a token, keep the lowest energy"
     )
     parser.add_argument("--tolerance", metavar="T", type=not_negative, help="stop when a step gains less than this share")
     parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise on the logits at every step")
     parser.add_argument("--temperature", metavar="T", type=not_negative, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", metavar="P", type=not_negative, default=1.0, help="draw from this share of the probability")
+    parser.add_argument("--top-p", metavar="P", type=not_negative, help="draw from this share of the probability (default 1)")
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all draws (default 0)")
     parser.add_argument("--tokenizer", metavar="FILE", type=name, default="bytes", help="a tokenizer.json (default: bytes)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -35,16 +37,17 @@ def _run(args: argparse.Namespace) -> int:
 
     options = GenerateOptions(
         num_tokens=args.tokens,
-        num_steps=args.steps,
+        num_steps=args.steps or STEPS,
         num_candidates=args.candidates,
         tolerance=args.tolerance,
         langevin_std=args.langevin,
         temperature=args.temperature,
-        top_p=args.top_p,
+        top_p=1.0 if args.top_p is None else args.top_p,
         seed=args.seed,
     )
     tokenizer = load_tokenizer(args.tokenizer)
     model = load_pretrained(args.model or default_pretrained("causal_text_ebt"), device=program_device(args.device))
+    _check_options(model.model_type, args)
     start, num_tokens = time.perf_counter(), 0
     energies: list[float] = []
     try:
@@ -63,3 +66,16 @@ def _run(args: argparse.Namespace) -> int:
     energy = f", mean energy {sum(energies) / len(energies):.3f}" if energies else ""
     say(f"{num_tokens} tokens in {duration(time.perf_counter() - start)}{energy}")
     return 0
+
+
+def _check_options(model_type: str, args: argparse.Namespace) -> None:
+    """ValueError for an option that has no effect with the model or with another option."""
+    if args.temperature == 0 and args.top_p is not None:
+        raise ValueError("--top-p has no effect at --temperature 0, which takes the likeliest token; leave one out")
+    if model_type != "causal_transformer":
+        return
+    thinking = {"--steps": args.steps, "--tolerance": args.tolerance, "--langevin": args.langevin}
+    thinking["--candidates"] = args.candidates - 1
+    for option, value in thinking.items():
+        if value:
+            raise ValueError(f"{option} has no effect on a {model_type}, which does not think; leave it out")
