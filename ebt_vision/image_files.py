@@ -213,6 +213,8 @@ def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:
     for name, block in (("XMP", image.metadata.xmp), ("IPTC", image.metadata.iptc)):
         if is_jpeg and block and len(block) > MAX_SEGMENT:
             found.append(f"its {name} data are left out, because JPEG holds {MAX_SEGMENT:,} bytes of them")
+    if image.metadata.comment and not is_jpeg:
+        found.append(f"its comment is left out, because {kind} has no place for it")
     if image.metadata.text and not is_png:
         found.append("its PNG texts are left out")
     return found
