@@ -46,7 +46,7 @@ class Condition:
                 raise ValueError("--clipped is a track of awgn and ood; the paper's noise is never clipped")
         if self.protocol == "real" and self.clipped:
             raise ValueError("--clipped is a track of awgn and ood; the noisy images of pairs are 8-bit files")
-        if self.protocol == "awgn" and not 0 < self.strength <= 255:
+        if self.protocol == "awgn" and not 0 <= self.strength <= 255:
             raise ValueError(f"sigma={self.strength:g} is out of range; use 0..255, the papers' are 15, 25 and 50")
         if self.protocol == "ood" and self.kind not in OOD_STRENGTHS:
             raise ValueError(f"corruption {self.kind!r} is unknown; use some of {', '.join(OOD_STRENGTHS)}")
