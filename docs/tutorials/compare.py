@@ -24,7 +24,7 @@ def psnr_of(name: str, level: float, num_steps: int) -> float:
     return metrics.psnr(result.image, clean, data_range=1.0).mean().item()
 
 
-print(f"{len(images)} images of {size} px; PSNR in dB at level 0.1 (trained on) and 0.2 (never seen)")
+print(f"{len(images)} images of {size} px; PSNR in dB at levels 0.1 and 0.2")
 for name, steps in ((ebt, (1, 2, 4, 8)), (dit, (1, 2, 10, 50))):
     for num_steps in steps:
         known, unseen = psnr_of(name, 0.1, num_steps), psnr_of(name, 0.2, num_steps)

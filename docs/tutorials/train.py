@@ -11,7 +11,8 @@ from ebt_vision.training.run import train
 CONFIG = Path(__file__).parents[2] / "configs" / "tutorial_ebt.yaml"
 
 config = load_config(CONFIG, sys.argv[1:])
-print(f"{config.train.num_updates} updates of {config.train.batch_size} images of {config.data.img_size} px")
+length, batch = config.train.num_updates, config.train.batch_size
+print(f"{length} updates of {batch} images of {config.data.img_size} px")
 weights = train(CONFIG, sys.argv[1:])
 
 # What validation said in the end: PSNR of the noisy images, then after each thinking step.
