@@ -1,6 +1,7 @@
 # make demo     set everything up and open the Gradio page (ARGS="--port 8000 --share" and the like are handed on)
 # make test     set everything up and run the checks and all tests
-# make check    ruff and mypy                 make format   mend what ruff can mend
+# make check    ruff, mypy, the docs' links   make format   mend what ruff can mend
+# make docs     serve the documentation at http://127.0.0.1:8000 (ARGS="--dev-addr 0.0.0.0:8001" and the like)
 # make setup    the virtual environment .venv with everything a developer needs
 # make clean    remove .venv and the caches
 #
@@ -9,7 +10,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test check format setup clean
+.PHONY: demo test check docs format setup clean
 
 # The first interpreter that is new enough; python3 if none is, for the message below.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -28,6 +29,10 @@ check: .venv/ready-dev
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check --quiet . || { echo "make check: run 'make format' and commit" >&2; exit 1; }
 	@.venv/bin/mypy
+	@said=$$(NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict 2>&1) || { echo "$$said" >&2; exit 1; } # --quiet would let warnings pass
+
+docs: .venv/ready-dev
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve $(ARGS)
 
 format: .venv/ready-dev
 	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .

@@ -21,12 +21,12 @@ BETA_START, BETA_END = 1e-4, 0.02
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1]; values outside map outside."""
+    """[0, 1] -> [-1, 1], any shape; values outside map outside."""
     return images * 2.0 - 1.0
 
 
 def to_image_range(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1]; values outside map outside."""
+    """[-1, 1] -> [0, 1], any shape; values outside map outside."""
     return (images + 1.0) / 2.0
 
 
@@ -52,13 +52,16 @@ def signal_and_noise_scale(level: float) -> tuple[float, float]:
 
 
 def add_vp_noise(clean: Tensor, level: float, generator: Generators | None = None) -> Tensor:
-    """DDPM's forward process on images in [-1, 1]: sqrt(a) * clean + sqrt(1 - a) * N(0, 1) (Ho et al. 2020, eq. 4)."""
+    """DDPM's forward process on images (B, C, H, W) in [-1, 1]: sqrt(a) * clean + sqrt(1 - a) * N(0, 1).
+
+    Ho et al. 2020, eq. 4.
+    """
     signal, noise = signal_and_noise_scale(level)
     return signal * clean + noise * randn_like(clean, generator)
 
 
 def add_gaussian_noise(clean: Tensor, sigma: float, generator: Generators | None = None) -> Tensor:
-    """AWGN on images in [0, 1], `sigma` in the usual 0..255 units; not clipped."""
+    """AWGN on images (B, C, H, W) in [0, 1], `sigma` in the usual 0..255 units; not clipped."""
     if sigma < 0:
         raise ValueError(f"sigma={sigma} is negative; the restoration papers use 15, 25 and 50")
     return clean + (sigma / 255.0) * randn_like(clean, generator)
@@ -86,7 +89,10 @@ def sigma_to_timestep(sigma: float) -> int:
 
 
 def add_salt_and_pepper(clean: Tensor, amount: float, generator: Generators | None = None) -> Tensor:
-    """Set a share `amount` (0..1) of the pixels of images in [0, 1] to black or white, half each, all channels alike."""
+    """Set a share `amount` (0..1) of the pixels of images (B, C, H, W) in [0, 1] to black or white, half each.
+
+    All channels of a pixel are alike.
+    """
     if not 0.0 <= amount <= 1.0:
         raise ValueError(f"amount={amount} is not in [0, 1]")
     draw = rand_like(clean[:, :1], generator)  # (B, 1, H, W)
@@ -95,7 +101,10 @@ def add_salt_and_pepper(clean: Tensor, amount: float, generator: Generators | No
 
 
 def add_poisson_noise(clean: Tensor, peak: float, generator: Generators | None = None) -> Tensor:
-    """Photon noise on images in [0, 1]: Poisson(clean * peak) / peak, `peak` photons at white; not clipped above."""
+    """Photon noise on images (B, C, H, W) in [0, 1]: Poisson(clean * peak) / peak, `peak` photons at white.
+
+    The result is not clipped above.
+    """
     if peak <= 0:
         raise ValueError(f"peak={peak} must be positive: the number of photons at white")
     rate = clean.clamp(min=0.0).cpu() * peak
@@ -107,12 +116,12 @@ def add_poisson_noise(clean: Tensor, peak: float, generator: Generators | None =
 
 
 def add_speckle(clean: Tensor, std: float, generator: Generators | None = None) -> Tensor:
-    """Multiplicative noise on images in [0, 1]: clean * (1 + std * N(0, 1)); not clipped."""
+    """Multiplicative noise on images (B, C, H, W) in [0, 1]: clean * (1 + std * N(0, 1)); not clipped."""
     return clean + clean * std * randn_like(clean, generator)
 
 
 def add_jpeg(clean: Tensor, quality: int) -> Tensor:
-    """Images in [0, 1], rounded to 8 bits, through a JPEG file of `quality` 1..100 and back; no random draw."""
+    """Images (B, 3, H, W) in [0, 1], rounded to 8 bits, through a JPEG file of `quality` 1..100 and back; no random draw."""
     from PIL import Image
 
     if not 1 <= quality <= 100:
@@ -126,7 +135,10 @@ def add_jpeg(clean: Tensor, quality: int) -> Tensor:
 
 
 def add_motion_blur(clean: Tensor, length: int, angle: float = 45.0) -> Tensor:
-    """The mean over a straight path of `length` pixels at `angle` degrees, reflected at the border; no random draw."""
+    """The mean of images (B, C, H, W) over a straight path of `length` pixels at `angle` degrees; no random draw.
+
+    Borders are reflected.
+    """
     if length < 1 or length // 2 >= min(clean.shape[-2:]):
         raise ValueError(f"length={length} must be 1 or more and fit the image of {tuple(clean.shape[-2:])}")
     radius = length // 2
@@ -147,5 +159,5 @@ def _line_kernel(length: int, angle: float) -> Tensor:
 
 
 def to_8_bit(images: Tensor) -> Tensor:
-    """[0, 1] -> whole numbers 0..255, clipped and rounded, in the dtype of `images`."""
+    """[0, 1] -> whole numbers 0..255, any shape, clipped and rounded, in the dtype of `images`."""
     return (images.clamp(0.0, 1.0) * 255.0).round()

@@ -210,7 +210,9 @@ class Denoiser(nn.Module, ABC):
         image_ids: Sequence[int] | Tensor | None = None,
         callback: Callback | None = None,
     ) -> DenoiseResult:
-        """The same as `denoise` on whole images, whatever their size: a network may do badly far from its training's size.
+        """The same as `denoise` on whole images (B, 3, H, W), whatever their size.
+
+        A network may do badly far from its training's size.
 
         Sides that patch_size does not divide are reflect-padded, and the padding is cut off again.
         """
@@ -286,7 +288,7 @@ class Denoiser(nn.Module, ABC):
         """The work itself, on a checked and padded batch, under no_grad; the images of the result need no clamping."""
 
     def to_network(self, noisy: Tensor) -> Tensor:
-        """The images on the device and in the dtype that the work is done in; results come back on the caller's device."""
+        """The images (B, 3, H, W) on the device and in the dtype of the work; results come back on the caller's device."""
         return noisy
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -354,7 +356,7 @@ def _seen(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def working(images: Tensor) -> Tensor:
-    """The images in float32 or, where they have it, float64, in which sums of tiles and estimates of noise are accurate."""
+    """The images, any shape, in float32 or, where they have it, float64, so that sums of tiles are accurate."""
     return images if images.dtype == torch.float64 else images.float()
 
 
@@ -409,7 +411,7 @@ def noise_from_energy(energy: float, patch_size: int) -> float:
 
 
 def no_network_result(image: Tensor, noisy: Tensor, options: DenoiseOptions) -> DenoiseResult:
-    """The result of a method in one step without a network or an energy."""
+    """The result (B, 3, H, W) of a method in one step without a network or an energy."""
     ones = torch.ones(len(noisy), dtype=torch.int64, device=noisy.device)
     trajectory = (noisy, *[image] * options.num_steps) if options.keep_trajectory else None
     return DenoiseResult(image=image, num_steps=ones, num_forward=torch.zeros_like(ones), trajectory=trajectory)
@@ -485,7 +487,7 @@ def _check_range(noisy: Tensor) -> None:
 
 
 def checked_ids(image_ids: Sequence[int] | Tensor | None, count: int) -> list[int]:
-    """One whole number for each of `count` images, all 0 for None; ValueError for what is not that."""
+    """One whole number for each of `count` images, from (count,) or None, which is all 0; ValueError for anything else."""
     if image_ids is None:
         return [0] * count
     try:

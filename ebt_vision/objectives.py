@@ -175,7 +175,10 @@ def put_last(tensor: Tensor, rows: Tensor | None) -> Tensor:
 def thinking_output(
     result: ThinkingResult, step_size: Tensor, loss_steps: str, loss_of: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """What an energy-based objective returns: the mean of `loss_of` over the steps that train, and what to log or to replay."""
+    """What an energy-based objective returns: the mean loss () over the steps that train, and what to log or to replay.
+
+    `loss_of` gives the losses (B,) or (B, S) of a prediction.
+    """
     # Only steps that the graph reaches can train; truncation leaves the last few.
     predictions = [p for p in result.predictions if p.requires_grad]
     if loss_steps == "last":
@@ -299,7 +302,7 @@ class EBTObjective(ImageObjective):
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
-        """With suggested_start "proposal" the first image is the proposal, and thinking goes on from there."""
+        """num_steps images (B, 3, H, W). With suggested_start "proposal" the first is the proposal; thinking starts there."""
         assert isinstance(model, PatchEBT)
         context, alpha = model.context_of(noisy), model.step_size.detach()
         if model.config.suggested_start == "observation":
@@ -339,7 +342,7 @@ class DiTObjective(ImageObjective):
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
-        """The one-call x0 first, then DDIM with 2..num_steps passes."""
+        """num_steps images (B, 3, H, W): the one-call x0 first, then DDIM with 2..num_steps passes."""
         assert level is not None, "a DiT is trained on the VP process"
         dit = cast("DiT", model)
         timestep = corruption.level_to_timestep(level)

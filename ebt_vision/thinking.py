@@ -44,6 +44,8 @@ class SteppedEnergy(Protocol):
 class CompiledEnergy:
     """An energy function whose value and gradient come from one graph compiled by torch.compile, for long training.
 
+    Candidate (B, ...) and context (B, ...) -> energies (B,) or (B, S).
+
     torch.compile cannot differentiate a compiled forward pass twice. It can compile the gradient (torch.func.grad) as a
     function of its own, whose backward is then the second order. Same values to rounding; needs a C++ compiler on the CPU.
     Where compiling fails it says so once, as a warning, and goes on without it.
@@ -58,7 +60,7 @@ class CompiledEnergy:
         return self.energy_fn(candidate, *context)
 
     def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """(energies, gradient of their sum), both part of the graph where one is recorded."""
+        """(energies (B,) or (B, S), gradient (B, ...) of their sum), both part of the graph where one is recorded."""
         try:
             gradient, energy = self._energy_and_gradient(candidate, *context)
         except torch._dynamo.exc.TorchDynamoException as error:  # without a C++ compiler, say

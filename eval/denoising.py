@@ -1,7 +1,7 @@
 """The denoising benchmark: every way of using every model, on the same images with the same noise.
 
     python eval/denoising.py --models tiny_imagenet_ebt tiny_imagenet_dit bm3d --data "validation-*.parquet" --output results/
-    python eval/denoising.py --protocol awgn --models tiny_imagenet_ebt bm3d --data ../shared/data/cbsd68 --output results/
+    python eval/denoising.py --protocol awgn --models tiny_imagenet_ebt bm3d --data data/cbsd68 --output results/
     python eval/denoising.py --protocol real --pairs "*_noisy*:*_clean*" --models photographs_ebt --data FOLDER
     python eval/denoising.py --config benchmark.yaml
 

@@ -1,6 +1,6 @@
 """Linear probes: how well classes can be read from a frozen network's features.
 
-    python eval/linear_probe.py --model tiny_imagenet_ebt --data ../shared/data/tiny-imagenet-200 --output results/probe-ebt
+    python eval/linear_probe.py --model tiny_imagenet_ebt --data data/tiny-imagenet-200 --output results/probe-ebt
     python eval/linear_probe.py --model tiny_imagenet_dit --timesteps 0 25 50 99 --noise-levels 0 matched --data ...
 
 Every layer, pooling, noise level, timestep and number of thinking steps that is asked for is tried on held-out images of the

@@ -1,6 +1,6 @@
 """A sheet of noisy photographs and what models make of them, with default settings, for noise that nobody knows.
 
-    python eval/sheet.py --data ../shared/data/rni15 --models photographs_ebt --output docs/rni15.jpg
+    python eval/sheet.py --data data/rni15 --models photographs_ebt --output docs/rni15.jpg
 
 It shows a square from the middle of each photograph, noisy, and the same square of each model's result. The whole photograph is
 denoised.

@@ -1,6 +1,6 @@
 """Choose a photograph EBT's stopping rule: PSNR after each step, and where a tolerance of the observation's energy would stop.
 
-    python eval/stopping.py --model runs/photographs_ebt/model --data ../shared/data/imagenet-photos --split train
+    python eval/stopping.py --model runs/photographs_ebt/model --data data/imagenet-photos --split train
 
 Measure it on images of the training, not on those of a benchmark. Every photograph is used at each sigma, and once with
 realistic noise. The table has a row for each noise: the PSNR in dB after 1..N steps, and for each tolerance the PSNR and the

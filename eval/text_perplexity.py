@@ -1,7 +1,7 @@
 """Perplexity of text models against thinking steps and candidates, on held-out and on shifted text.
 
     python eval/text_perplexity.py --models runs/text_shakespeare_ebt/model runs/text_shakespeare_transformer/model \\
-        --data ../shared/data/tinyshakespeare/input.txt --share 0.9 1.0 --output results/text
+        --data data/tinyshakespeare/input.txt --share 0.9 1.0 --output results/text
 
 The same text is scored as it is, with its case swapped and with typos; --texts NAME=FILE adds others, such as another language,
 and program code (this library's own) is always there. Writes results.json and report.md. Bits per byte compare models

@@ -1,12 +1,14 @@
-"""What README.md and docs/*.md tell people to type: every block of code runs, every command is run or at least parsed.
+"""What the documentation tells people to type: every block of code runs, every command is run or at least parsed.
 
-A command that is in neither list below is run, in a folder with the files that it names.
+A command that is in neither list below is run, in a folder with the files that it names. The results' appendix is left out: it
+says what was typed, with options that later versions may not have. Tutorials run in test_tutorials.py.
 """
 
 import argparse
 import importlib
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,17 +24,33 @@ from ebt_vision.config import load_config
 from ebt_vision.data.images import DataConfig, load_image_set
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [page for page in PAGES if page.parent.name != "benchmark" and page.parent != DOCS / "results"]
+PAGES += [DOCS / "results" / "index.md", DOCS / "results" / "data.md"]
 NEEDS_DATA = (
     "python eval/denoising.py",
     "python eval/linear_probe.py",
     "python eval/text_perplexity.py",
     "python eval/compare.py",
+    "python eval/training_gain.py",
+    "python eval/results_page.py",
 )
-NEEDS_TIME = ("python eval/speed.py", "python eval/scale.py", "ebt-vision train", "make test", "make demo")
+NEEDS_TIME = ("python eval/speed.py", "python eval/scale.py", "python -m pytest", "ebt-vision train", "make ")
 NEEDS_HARDWARE = ("accelerate launch",)
 PARSED = NEEDS_DATA + NEEDS_TIME + NEEDS_HARDWARE
+OF_A_RUN = "runs/"  # weights that an earlier command of the page would have made
+TUTORIAL = "python docs/tutorials/"
 PROGRAMS = ("ebt-vision ", "python ", "make ", "accelerate ", "source ")
+
+
+WITH_CODE = {
+    "README.md": 1,
+    "docs/scaling.md": 1,
+    "docs/how-to/benchmark.md": 1,
+    "docs/how-to/data.md": 2,
+    "docs/how-to/export.md": 1,
+}
 
 
 class Parsed(Exception):
@@ -56,7 +74,7 @@ ALL = [pytest.param(command, id=f"{page.stem}: {command[:60]}") for page in PAGE
 RUN = [
     pytest.param(*param.values, id=param.id, marks=pytest.mark.slow if " generate " in str(param.values[0]) else ())
     for param in ALL
-    if not str(param.values[0]).startswith((*PARSED, "source"))
+    if not str(param.values[0]).startswith((*PARSED, "source", TUTORIAL)) and OF_A_RUN not in str(param.values[0])
 ]
 
 
@@ -67,7 +85,9 @@ def test_the_pages_are_read():
     assert "ebt-vision denoise photo.jpg --steps 10 --tolerance 0.1 --output out/" in found
     assert any(word.startswith("accelerate") and word.endswith("optim.lr=5.0e-4") for word in found)
     assert 'make demo ARGS="--port 8000 --share --checkpoint runs/mine --device cuda"' in found
-    assert [len(code_blocks(page, "python")) for page in PAGES if page.stem in ("README", "scaling")] == [1, 1]
+    with_code = {page.relative_to(ROOT).as_posix(): len(code_blocks(page, "python")) for page in PAGES}
+    with_code = {name: count for name, count in with_code.items() if count and "tutorials/" not in name}
+    assert with_code == WITH_CODE  # each of them is run below
     every_block = sum(page.read_text().count("\n```") // 2 for page in PAGES)
     assert every_block == sum(len(code_blocks(page, language)) for page in PAGES for language in ("python", "yaml"))
 
@@ -85,6 +105,10 @@ def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPat
         understand_launch(words)
     elif program == "ebt-vision":
         understand_cli(words)
+    elif words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+    elif command.startswith(TUTORIAL):
+        assert (ROOT / words[0]).with_suffix(".md").exists()  # so test_tutorials.py runs it
     else:
         understand_program(words, monkeypatch)
 
@@ -107,6 +131,8 @@ def understand_make(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     target, *variables = words
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for variable in variables:
+        if variable.startswith("PYTHON="):
+            continue
         assert variable.startswith("ARGS=")
         understand_program(["apps/denoise.py", *shlex.split(variable.removeprefix("ARGS="))], monkeypatch)
 
@@ -115,7 +141,7 @@ def understand_program(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
     path, *options = words
     monkeypatch.syspath_prepend(str((ROOT / path).parent))
     # Options that the page leaves to the reader ("...") are those of the same program's first command on it.
-    options = options[:-1] + ["--data", "FOLDER", "--output", "results"] if options[-1] == "..." else options
+    options = options[:-1] + ["--data", "FOLDER", "--output", "results"] if options[-1:] == ["..."] else options
     parse = argparse.ArgumentParser.parse_args
 
     def understood(parser: argparse.ArgumentParser, given: list[str] | None = None, *rest: object):
@@ -135,6 +161,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random = np.random.default_rng(0)
     for name, size in (("photo.jpg", (40, 56)), ("small.png", (37, 31))):
         Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    shutil.copy(tmp_path / "small.png", tmp_path / "photos")
+    shutil.copy(tmp_path / "photo.jpg", tmp_path / "photos" / "more")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -145,7 +174,8 @@ def test_every_command_that_needs_no_data_runs(command: str, folder: Path, capsy
     assert program == "ebt-vision", f"{command} is neither run here nor listed as one that cannot be"
     assert cli.main(words) == 0, capsys.readouterr().err
     if words[0] == "denoise":
-        assert [path.stem for path in (folder / "out").iterdir()] == [Path(words[1]).stem]
+        stems = ["photo", "small"] if words[1] == "photos" else [Path(words[1]).stem]
+        assert sorted(path.stem for path in (folder / "out").rglob("*.*")) == stems
     else:
         assert capsys.readouterr().out.strip()
 
@@ -186,3 +216,67 @@ def test_the_benchmark_s_config_is_understood(tmp_path: Path, monkeypatch: pytes
     assert settings.models == given["models"] and settings.seeds == given["seeds"] and settings.data == given["data"]
     assert denoising._groups(settings.group) == given["group"]
     assert sys.modules["denoising"] is denoising
+
+
+def test_a_peer_of_one_s_own_is_a_denoiser(capsys: pytest.CaptureFixture[str]):
+    (program,) = code_blocks(DOCS / "how-to" / "benchmark.md", "python")
+    exec(compile(program, "benchmark.md", "exec"), {})
+    noisy, denoised = (float(value) for value in re.findall(r"([\d.]+) dB", capsys.readouterr().out))
+    assert noisy == pytest.approx(20.17, abs=0.2) and denoised == pytest.approx(noisy + 9.5, abs=0.5)  # 10 log10(9) = 9.54
+
+
+def test_data_is_laid_out_as_the_page_says(folder: Path):
+    """The validation images of Tiny ImageNet get class folders, and ImageNet becomes small photographs."""
+    classes, photographs = code_blocks(DOCS / "how-to" / "data.md", "python")
+    source = folder / "data" / "tiny-imagenet-200" / "val"
+    (source / "images").mkdir(parents=True)
+    shutil.copy(folder / "photo.jpg", source / "images" / "val_0.JPEG")
+    (source / "val_annotations.txt").write_text("val_0.JPEG\tn01443537\t0\t32\t44\t62\n")
+    exec(compile(classes, "data.md", "exec"), {})
+    images = load_image_set(DataConfig(path=str(folder / "data" / "tiny-imagenet-200" / "validation"), img_size=32))
+    assert images.class_names == ["n01443537"] and images.labels == [0]
+
+    for number in range(10):
+        made = folder / "data" / "imagenet" / "train" / f"n{number:08d}" / "x.JPEG"
+        made.parent.mkdir(parents=True)
+        shutil.copy(folder / "photo.jpg", made)
+    exec(compile(photographs, "data.md", "exec"), {})
+    found = sorted((folder / "data" / "imagenet-photos").rglob("*.png"))
+    assert [path.parent.name for path in found] == ["train"] * 9 + ["validation"]
+    with Image.open(found[0]) as image:
+        assert image.size == (224, 160)
+
+
+def test_an_exported_program_runs_without_the_package(folder: Path):
+    assert cli.main(["export", "photographs_ebt", "--output", "photographs.pt2"]) == 0
+    (program,) = code_blocks(DOCS / "how-to" / "export.md", "python")
+    assert "ebt_vision" not in program
+    names: dict = {}
+    exec(compile(program, "export.md", "exec"), names)
+    assert names["clean"].shape == (1, 3, 64, 64) and 0 <= float(names["clean"].min()) <= float(names["clean"].max()) <= 1
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_outside_the_site_lead_somewhere(page: Path):
+    """The site's own links are checked by its strict build."""
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_no_line_needs_a_wide_screen():
+    """Code of at most 100 characters, tables of at most eight columns, nine in the results' appendix."""
+    for page in PAGES:
+        text = page.read_text()
+        code = [line[4:] for line in text.splitlines() if line.startswith("    ") and not line.lstrip().startswith("- ")]
+        code += [
+            line for language in ("python", "yaml") for block in code_blocks(page, language) for line in block.splitlines()
+        ]
+        assert not (long := [line for line in code if len(line) > 100]), f"{page.name}: {long[0]}"
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert not (wide := [row for row in rows if row.replace("\\|", "").count("|") > 9]), f"{page.name}: {wide[0][:60]}"
+    for page in (DOCS / "results").glob("*.md"):
+        assert all(row.count("|") <= 10 for row in page.read_text().splitlines() if row.startswith("|")), page.name
+
+
+def test_pictures_of_pages_are_small():
+    assert all(path.stat().st_size < 400_000 for path in DOCS.glob("*.png"))

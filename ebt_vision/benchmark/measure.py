@@ -72,7 +72,7 @@ class Measured:
 
 
 def psnr_of(mse: np.ndarray) -> np.ndarray:
-    """PSNR in dB of mean squared errors on 0..255. An image without any error counts as 100 dB, so that means exist."""
+    """PSNR in dB of mean squared errors on 0..255, any shape; one without error counts as 100 dB, so that means exist."""
     return np.minimum(metrics.psnr_from_mse(torch.from_numpy(np.asarray(mse)), data_range=255.0).numpy(), 100.0)
 
 

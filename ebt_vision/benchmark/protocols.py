@@ -94,7 +94,10 @@ class Condition:
         return corruption.to_8_bit(noisy) / 255.0 if self.clipped else noisy
 
     def measured(self, image: Tensor) -> Tensor:
-        """An output in [0, 1], clamped, as it is compared with the clean pixels: on 0..255, rounded but for the paper's."""
+        """An output (B, 3, H, W) in [0, 1], clamped, as it is compared with the clean pixels.
+
+        It is on 0..255, rounded but for the paper's protocol.
+        """
         return 255.0 * image if self.protocol == "paper" else corruption.to_8_bit(image)
 
     @property
@@ -120,7 +123,7 @@ def _corrupted(images: Tensor, kind: str, strength: float, generators: Generator
 
 
 def same_shapes(images: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of `images` in groups of neighbours of one shape, so that each group can be a batch."""
+    """Positions of `images` (3, H, W) in groups of neighbours of one shape, so that each group can be a batch."""
     groups: list[list[int]] = []
     for position, image in enumerate(images):
         if groups and images[groups[-1][-1]].shape == image.shape:

@@ -160,7 +160,7 @@ def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterato
 
 
 def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -> tuple[Denoiser, Tensor, DenoiseOptions]:
-    """The denoiser as the row uses it, the images at the scale that it expects, and what it is told.
+    """The denoiser as the row uses it, the images (B, 3, H, W) at the scale that it expects, and what it is told.
 
     Input of the paper's protocol goes to networks trained on the VP process as it is; classical methods get it divided by its
     signal scale, with the sigma that it then has. Under the other protocols such a network gets the image times its training's

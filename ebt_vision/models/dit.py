@@ -237,7 +237,10 @@ def ddim_timesteps(timestep: int, num_steps: int) -> list[int]:
 
 
 def ddim_step(sample: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_next: float) -> Tensor:
-    """Song et al. 2021, eq. 12 with sigma = 0: from alpha_bar to alpha_bar_next along the noise estimate `eps`."""
+    """A step of DDIM on samples (B, C, H, W), from alpha_bar to alpha_bar_next along the noise estimate `eps`.
+
+    Song et al. 2021, eq. 12 with sigma = 0.
+    """
     clean = (sample - math.sqrt(1.0 - alpha_bar) * eps) / math.sqrt(alpha_bar)
     return math.sqrt(alpha_bar_next) * clean + math.sqrt(1.0 - alpha_bar_next) * eps
 

@@ -43,7 +43,7 @@ class EnergyModel(PretrainedModel):
 
 
 def check_energies(energies: Tensor, expected_shape: tuple[int, ...]) -> Tensor:
-    """The energies themselves if they keep the contract's shape; ValueError says which shape is wanted."""
+    """The energies themselves if they keep the contract's shape, (B,) or (B, S); ValueError says which one is wanted."""
     if tuple(energies.shape) != expected_shape:
         raise ValueError(f"an energy of shape {expected_shape} is wanted, got {tuple(energies.shape)}")
     return energies

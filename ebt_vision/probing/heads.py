@@ -61,7 +61,7 @@ class Head(ABC):
 
     @abstractmethod
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
-        """A trial for each setting, fitted on the images `fit` and measured on `held_out`."""
+        """A trial for each setting, fitted on the images `fit` (n,) and measured on `held_out` (m,): indices."""
 
     @abstractmethod
     def predict(self, data: ProbeSet, fit: np.ndarray, hyper: dict, queries: FeatureRows, indices: np.ndarray) -> np.ndarray:

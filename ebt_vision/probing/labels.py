@@ -57,8 +57,11 @@ def agree(
 def stratified_split(
     labels: np.ndarray, usable: np.ndarray, share: float, seed: int, class_names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(indices to fit on, indices held out), sorted, of the `usable` (bool) images: about `share` of each class is held out,
-    at least one image and never all. Raises DataError for a class that has fewer than two usable images.
+    """(indices to fit on, indices held out), sorted, of the images that are `usable`, bool (N,).
+
+    About `share` of each class is held out, at least one image and never all.
+
+    Raises DataError for a class that has fewer than two usable images.
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"held-out share {share:g} is not between 0 and 1; use 0.1")

@@ -77,7 +77,10 @@ def report(about: dict, swept: Sequence[Swept], rows: Sequence[dict]) -> str:
 
 
 def write_classes(folder: Path, head: str, measured: Measured, labels: np.ndarray, class_names: Sequence[str]) -> None:
-    """per_class-HEAD.csv, confusion-HEAD.npz and confusion-HEAD.png; the .npz has the predictions too, for other statistics."""
+    """per_class-HEAD.csv, confusion-HEAD.npz and confusion-HEAD.png for the true `labels` (N,).
+
+    The .npz has the predictions too, for other statistics.
+    """
     with (folder / f"per_class-{head}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "images", "correct", "top1", "low", "high", "most often taken for"])

@@ -14,7 +14,10 @@ def top_k_classes(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of the rows, in [0, 1], whose label is among the k highest; nan rows count as wrong."""
+    """Share in [0, 1] of the rows of `scores` (N, num_classes) whose label (N,) is among the k highest.
+
+    Rows of nan count as wrong.
+    """
     hits = (top_k_classes(scores, k) == labels[:, None]).any(1) & np.isfinite(scores).all(1)
     return float(hits.mean())
 

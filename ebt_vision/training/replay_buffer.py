@@ -136,5 +136,5 @@ class ReplayBuffer:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for a GPU's earlier work."""
+    """A CPU tensor, any shape, on the device, without waiting for a GPU's earlier work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,402 @@
+"""The page of the headline results, made from committed results.json files and nothing else.
+
+    python eval/results_page.py --readme README.md
+
+reads docs/results/data/ and writes docs/results/index.md, docs/results/headline.png and the README's table:
+
+    paper.json          of eval/denoising.py: the paper's protocol, levels 0.1 and 0.2
+    photographs.json    of eval/denoising.py --protocol awgn, sigma 25
+    probe-MODEL.json    of eval/linear_probe.py, one a model
+    speed.json          of eval/speed.py --parts inference
+
+A figure whose file is missing is "n/a". So is a figure of weights that are not the shipped ones any more.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from ebt_vision.benchmark.results import read_results
+from ebt_vision.benchmark.tables import markdown
+from ebt_vision.checkpoint import checkpoint_hash, list_pretrained
+from ebt_vision.checks import named_path
+from ebt_vision.features import load_extractor
+from ebt_vision.whole_files import write_text
+
+DOCS = Path(__file__).parents[1] / "docs" / "results"
+EBT, DIT, REGRESSOR, BM3D = "tiny_imagenet_ebt", "tiny_imagenet_dit", "tiny_imagenet_regressor", "bm3d"
+PHOTOGRAPHS = "photographs_ebt"
+LEVELS, SIGMA = (0.1, 0.2), 25.0
+MISSING = "n/a"
+MARKS = ("<!-- headline -->", "<!-- end -->")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What the committed files say of the shipped weights; a missing file is empty."""
+
+    paper: Sequence[Mapping]
+    """Rows of paper.json."""
+    photographs: Sequence[Mapping]
+    """Rows of photographs.json."""
+    probes: Mapping[str, Mapping]
+    """Model -> its best row by logistic regression."""
+    rates: Mapping[str, float]
+    """Row of speed.json -> images a second."""
+    sources: Mapping[str, Mapping]
+    """File -> how it came about."""
+    left_out: Sequence[str]
+    """What was measured on weights that are not shipped any more."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page; returns the exit status: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="results_page", description="Make the page of the headline results.")
+    parser.add_argument("--data", type=named_path, default=DOCS / "data", help="folder of the results.json files")
+    parser.add_argument("--output", type=named_path, default=DOCS, help="folder of the page")
+    parser.add_argument("--readme", type=named_path, help="put the table into this file, between its two marks")
+    settings = parser.parse_args(arguments)
+    try:
+        evidence = read_evidence(settings.data)
+        settings.output.mkdir(parents=True, exist_ok=True)
+        write_text(settings.output / "index.md", page(evidence))
+        draw(evidence, settings.output / "headline.png")
+        if settings.readme:
+            write_text(settings.readme, with_headline(settings.readme.read_text(), evidence))
+    except (ValueError, OSError) as error:
+        print(f"results_page: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(settings.output / "index.md")
+    return 0
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """Read the files that there are. Raises ValueError for one that is no results.json."""
+    sources: dict[str, Mapping] = {}
+    left_out: list[str] = []
+    tables: dict[str, list[Mapping]] = {"paper": [], "photographs": []}
+    for name in tables:
+        if (folder / f"{name}.json").exists():
+            results = read_results(folder / f"{name}.json")
+            sources[f"{name}.json"] = results["about"] | {"images": results["protocol"]["num_images"]}
+            rows = [row for row in results["rows"] if not row["sweep"]]
+            shipped = {model: _is_shipped(model, weights) for model, weights in {(r["model"], r["hash"]) for r in rows}}
+            tables[name] = [row for row in rows if shipped[row["model"]]]
+            _check_one_rule(f"{name}.json", tables[name])
+            left_out += [f"{model} in {name}.json" for model, same in sorted(shipped.items()) if not same]
+    probes: dict[str, Mapping] = {}
+    for path in sorted(folder.glob("probe-*.json")):
+        results = _read_json(path, "about", "validation")
+        model = results["about"]["model"]
+        if load_extractor(model).identity != results["about"]["weights"]:
+            left_out.append(f"{model} in {path.name}")
+            continue
+        sources[path.name] = results["about"] | {"images": results["about"]["num_val"]}
+        logistic = [row for row in results["validation"] if row["head"] == "logistic"]
+        probes[model] = max(logistic, key=lambda row: row["held_out_top1"])
+    rates: dict[str, float] = {}
+    if (folder / "speed.json").exists():
+        results = _read_json(folder / "speed.json", "about", "parts")
+        sources["speed.json"] = results["about"]
+        rates = {row["name"]: row["rate"] for row in results["parts"].get("inference", {}).get("rows", [])}
+    return Evidence(
+        paper=tables["paper"],
+        photographs=tables["photographs"],
+        probes=probes,
+        rates=rates,
+        sources=sources,
+        left_out=left_out,
+    )
+
+
+def _check_one_rule(file: str, rows: Sequence[Mapping]) -> None:
+    """ValueError unless each model has one stopping rule at most, its own: a choice among several is none of the page's."""
+    rules: dict[str, set[str]] = {}
+    for row in rows:
+        if _ruled(row["method"]):
+            rules.setdefault(row["model"], set()).add(row["method"])
+    for model, methods in rules.items():
+        if len(methods) > 1:
+            raise ValueError(
+                f"{file} has {len(methods)} stopping rules of {model}; run it with the model's own tolerance alone"
+            )
+
+
+def _read_json(path: Path, *fields: str) -> dict:
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON; copy the results.json of the program again") from error
+    if missing := [name for name in fields if name not in results]:
+        raise ValueError(f"{path} has no {', '.join(missing)}: it is of another program; copy the right results.json")
+    return results
+
+
+def _is_shipped(model: str, weights: str | None) -> bool:
+    """Whether these are today's weights; methods without weights always are."""
+    return weights is None or (model in list_pretrained() and checkpoint_hash(model) == weights)
+
+
+def rows_of(rows: Sequence[Mapping], model: str, strength: float, method: Callable[[str], bool]) -> list[Mapping]:
+    """The rows of a model under one noise by some methods, by number of steps."""
+    found = [r for r in rows if r["model"] == model and r["strength"] == strength and method(r["method"])]
+    return sorted(found, key=lambda row: row["steps"])
+
+
+def best(rows: Sequence[Mapping]) -> Mapping | None:
+    """The row of highest PSNR, or None."""
+    return max(rows, key=lambda row: row["psnr_image"], default=None)
+
+
+def _thinking(method: str) -> bool:
+    return method == "thinking"
+
+
+def _ruled(method: str) -> bool:
+    return method.startswith("thinking, tolerance")
+
+
+def _sampled(method: str) -> bool:
+    return method in ("x0", "ddim")
+
+
+def _applied(method: str) -> bool:
+    return method == "applied"
+
+
+def _told(method: str) -> bool:
+    return method == "told sigma"
+
+
+def _noisy(method: str) -> bool:
+    return method == "noisy input"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """A line of the table: a model, and which of its rows count."""
+
+    title: str
+    model: str
+    method: Callable[[str], bool]
+    steps: int | None = None
+    """This number of steps alone; None takes the best number for each noise."""
+    probed: str | None = None
+    rate: str | None = None
+    """The row of speed.json."""
+    photographs: str | None = None
+    """The model that is measured on photographs in its place."""
+
+
+LINES = (
+    Line(title="**EBT, stops by itself**", model=EBT, method=_ruled, probed=EBT, photographs=PHOTOGRAPHS),
+    Line(title="EBT, 1 step", model=EBT, method=_thinking, steps=1, rate="EBT, 1 step", photographs=PHOTOGRAPHS),
+    Line(title="EBT, best of 1 to 10 steps", model=EBT, method=_thinking, photographs=PHOTOGRAPHS),
+    Line(title="DiT, DDIM, 100 passes", model=DIT, method=_sampled, steps=100, probed=DIT, rate="DiT, DDIM, 100 passes"),
+    Line(title="DiT, best number of passes", model=DIT, method=_sampled),
+    Line(title="regressor, once", model=REGRESSOR, method=_applied, steps=1, probed=REGRESSOR, rate="regressor, once"),
+    Line(title="regressor, best of 1 to 3 times", model=REGRESSOR, method=_applied),
+    Line(title="BM3D, told the noise", model=BM3D, method=_told, photographs=BM3D),
+    Line(title="noisy input", model="identity", method=_noisy, photographs="identity"),
+)
+
+
+def row_for(rows: Sequence[Mapping], line: Line, strength: float, model: str) -> Mapping | None:
+    """The row that a line of the table stands for, or None."""
+    found = rows_of(rows, model, strength, line.method)
+    return best([row for row in found if line.steps in (None, row["steps"])])
+
+
+def table(evidence: Evidence, *, short: bool = False) -> str:
+    """The headline table, Markdown. A short one leaves out columns without a figure."""
+
+    def psnr(strength: float) -> Callable[[Mapping], str]:
+        return lambda record: _psnr(row_for(evidence.paper, record["line"], strength, record["line"].model))
+
+    def photographs(record: Mapping) -> str:
+        line: Line = record["line"]
+        if line.photographs is None:
+            return ""
+        return _psnr(row_for(evidence.photographs, line, SIGMA, line.photographs))
+
+    def probe(record: Mapping) -> str:
+        line: Line = record["line"]
+        if line.probed is None:
+            return ""
+        return f"{100 * evidence.probes[line.probed]['top1']:.1f} %" if line.probed in evidence.probes else MISSING
+
+    def flops(record: Mapping) -> str:
+        row = row_for(evidence.paper, record["line"], LEVELS[0], record["line"].model)
+        return "" if row is None or not row["flops"] else f"{row['flops'] / 1e9:.2g}"
+
+    def rate(record: Mapping) -> str:
+        line: Line = record["line"]
+        if line.rate is None:
+            return ""
+        return f"{evidence.rates[line.rate]:.0f}" if line.rate in evidence.rates else MISSING
+
+    columns: list[tuple[str, Callable[[Mapping], str]]] = [
+        ("", lambda record: record["line"].title),
+        ("ID", psnr(LEVELS[0])),
+        ("OOD", psnr(LEVELS[1])),
+        ("photographs", photographs),
+        ("probe", probe),
+        ("GFLOPs", flops),
+        ("images/s", rate),
+    ]
+    records = [{"line": line} for line in LINES]
+    if short:
+        columns = [(t, show) for t, show in columns if not t or any(show(r) not in ("", MISSING) for r in records)]
+    return markdown(columns, records)
+
+
+def _psnr(row: Mapping | None) -> str:
+    return MISSING if row is None else f"{row['psnr_image']:.2f}"
+
+
+def sentences(evidence: Evidence) -> list[str]:
+    """Three sentences: in distribution, out of distribution, and what the regressor says of both."""
+    known, unseen = ({line.title: row_for(evidence.paper, line, x, line.model) for line in LINES} for x in LEVELS)
+    one, rule, most = "EBT, 1 step", "**EBT, stops by itself**", "EBT, best of 1 to 10 steps"
+    dit, regressor, bm3d = "DiT, best number of passes", "regressor, best of 1 to 3 times", "BM3D, told the noise"
+    needed = [known[one], unseen[one], *(rows[title] for rows in (known, unseen) for title in (rule, most, dit, regressor))]
+    if None in needed:
+        return ["**Not available**: paper.json is missing, or has no rows of the shipped weights for every model."]
+    value = {title: (known[title], unseen[title]) for title in known if known[title] and unseen[title]}
+
+    def at(title: str, level: int) -> float:
+        row = value[title][level]
+        assert row is not None
+        return row["psnr_image"]
+
+    told = f", and {_against(at(one, 0), at(bm3d, 0))} BM3D, which is told the noise" if bm3d in value else ""
+    loss = max(at(most, level) - at(rule, level) for level in (0, 1))
+    return [
+        f"**In distribution** (level 0.1) one thinking step has {at(one, 0):.2f} dB, {_against(at(one, 0), at(dit, 0))} the "
+        f"DiT's best row{told}.",
+        f"**Out of distribution** (level 0.2, which no model was trained on) thinking rises from {at(one, 1):.2f} dB after "
+        f"one step to {at(most, 1):.2f}, {_against(at(most, 1), at(dit, 1))} the DiT's best row, and the model's own stopping "
+        f"rule, told nothing of the noise, is within {_up(loss)} dB of the best number of steps at both levels.",
+        f"**What does not hold**: an energy is not needed for these figures, since the regressor on the same trunk is "
+        f"{_against(at(regressor, 0), at(most, 0))} the EBT's best at level 0.1 and "
+        f"{_against(at(regressor, 1), at(most, 1))} it at 0.2, where it is applied as often as is best; it has no rule for "
+        "when to stop.",
+    ]
+
+
+def _against(a: float, b: float) -> str:
+    """How a compares with b, both in dB: "0.10 dB above", "level with"."""
+    difference = round(a - b, 2)
+    if abs(difference) < 0.05:
+        return f"level with ({difference:+.2f} dB)"
+    return f"{abs(difference):.2f} dB {'above' if difference > 0 else 'below'}"
+
+
+def _up(value: float) -> str:
+    return f"{max(value, 0.005):.2f}"
+
+
+def page(evidence: Evidence) -> str:
+    """The whole page, Markdown."""
+    said = [f"{number}. {text}" for number, text in enumerate(sentences(evidence), 1)]
+    parts = [
+        "# Results",
+        "",
+        "<!-- Made by `python eval/results_page.py` from docs/results/data; edits are lost. -->",
+        "",
+        "Denoising by the shipped weights, PSNR in dB:",
+        "",
+        table(evidence),
+        *said,
+        "",
+    ]
+    if evidence.paper:
+        parts += ["![PSNR against the number of steps or passes, at both noise levels](headline.png)", ""]
+    parts += [_legend(evidence), "## Where the figures come from", ""]
+    for name, about in evidence.sources.items():
+        images = f", {about['images']:,} images" if "images" in about else ""
+        made = f"commit {about['commit']}, {about['hardware']}, torch {about['torch']}, {about['date']}{images}"
+        parts += [f"**{name}**: {made}.", "", f"    {_wrapped(about['command'])}", ""]
+    if not evidence.sources:
+        parts += ["No results.json is committed.", ""]
+    missing = [name for name in ("paper.json", "photographs.json", "speed.json") if name not in evidence.sources]
+    missing += [f"probe-{name}.json" for name in (EBT, DIT, REGRESSOR) if name not in evidence.probes]
+    if missing:
+        parts += [f"Not available: {', '.join(missing)}. See [how a figure is made](data.md).", ""]
+    if evidence.left_out:
+        parts += [f"Left out, since the weights have changed: {', '.join(evidence.left_out)}.", ""]
+    return "\n".join(parts)
+
+
+def with_headline(text: str, evidence: Evidence) -> str:
+    """The text with the table and the sentences between its marks. Raises ValueError where there are no marks."""
+    before, start, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not start or not end:
+        raise ValueError(f"the file has no marks {MARKS[0]} and {MARKS[1]}; add them where the table belongs")
+    said = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences(evidence), 1))
+    title = "PSNR in dB by the shipped weights; ID is noise as in training, OOD twice its level:"
+    return f"{before}{start}\n{title}\n\n{table(evidence, short=True)}\n{said}\n{end}{after}"
+
+
+def _legend(evidence: Evidence) -> str:
+    told = ["| column | what |", "|---|---|"]
+    images = evidence.sources.get("paper.json", {}).get("images")
+    number = f", {images:,} validation images" if images else ""
+    told += [
+        f"| ID | Tiny ImageNet at 64 px{number}; VP noise of level 0.1, which all models were trained on |",
+        "| OOD | the same images at level 0.2, which none was trained on |",
+        f"| photographs | CBSD68, Gaussian noise of sigma {SIGMA:g}; the EBT is `{PHOTOGRAPHS}` |",
+        "| probe | top-1 accuracy of logistic regression on frozen features, Tiny ImageNet's 200 classes |",
+        "| GFLOPs | of matrix products and convolutions for one image of 64 px at level 0.1 |",
+        "| images/s | throughput on an idle machine, from speed.json |",
+        "| best | the best number for each noise on these very images, which nobody knows beforehand: an upper bound |",
+        f"| {MISSING} | not available: no committed file has this figure for the shipped weights |",
+    ]
+    if row := row_for(evidence.paper, LINES[0], LEVELS[0], EBT):
+        low, high = row["psnr_image_ci95"]
+        told.append(f"| interval | over images, 95 %: the first ID figure is within {low:.2f} to {high:.2f} dB |")
+    return "\n".join(told) + "\n"
+
+
+def _wrapped(command: str) -> str:
+    """A command on lines that fit a narrow screen, indented as code."""
+    lines, line = [], ""
+    for word in command.split():
+        word = f'"{word}"' if "*" in word else word
+        if line and len(line) + len(word) > 84:
+            lines.append(line)
+            line = ""
+        line += f" {word}" if line else word
+    return " \\\n        ".join([*lines, line])
+
+
+def draw(evidence: Evidence, path: Path) -> None:
+    """PSNR against steps or passes, one panel a level; nothing is drawn without rows."""
+    if not evidence.paper:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
+    for axis, level in zip(axes, LEVELS, strict=True):
+        series = (("EBT", EBT, _thinking), ("regressor", REGRESSOR, _applied), ("DiT, DDIM", DIT, lambda m: m == "ddim"))
+        for label, model, method in series:
+            rows = rows_of(evidence.paper, model, level, method)
+            axis.plot([r["steps"] for r in rows], [r["psnr_image"] for r in rows], marker="o", markersize=3, label=label)
+        if ruled := best(rows_of(evidence.paper, EBT, level, _ruled)):
+            axis.plot(ruled["steps_used"], ruled["psnr_image"], "*", color="black", markersize=10, label="EBT, own rule")
+        if bm3d := best(rows_of(evidence.paper, BM3D, level, _told)):
+            axis.axhline(bm3d["psnr_image"], color="gray", linestyle="--", linewidth=1, label="BM3D, told the noise")
+        axis.set(xscale="log", xlabel="steps, applications or passes", title=f"level {level:g}")
+    axes[0].set_ylabel("PSNR, dB")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
