@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebt_vision.checkpoint import load_pretrained
-from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig, energy_of
 from ebt_vision.models.patch_trunk import TrunkConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.thinking import CompiledEnergy, think
@@ -112,6 +112,20 @@ def test_an_energy_that_sees_the_observation_can_begin_with_one_that_does_not(st
     seeing(y, x).sum().backward()
     gradient = seeing.trunk.stem.input.weight.grad  # type: ignore[union-attr]
     assert gradient[:, gradient.shape[1] // 2 :].abs().max() > 0  # it can learn to see
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_regressor_is_the_reconstruction_of_an_energy(stem: dict, tmp_path: Path):
+    regressor = PatchRegressor(PatchRegressorConfig(**(TINY | stem)))  # type: ignore[arg-type]
+    model = energy_of(regressor, suggested_start="proposal", suggested_steps=1, init_step_size=0.25)
+    x = images(2, 3, 8, 12)
+    torch.testing.assert_close(model.reconstruct(x), regressor(x))
+    torch.testing.assert_close(model(x), 0.5 * (x - regressor(x)).square().flatten(1).sum(1))
+    assert model.step_size.item() == pytest.approx(0.25) and model.config.suggested_start == "proposal"
+    model.half().save_pretrained(tmp_path / "half")
+    loaded = load_pretrained(str(tmp_path / "half"))
+    assert next(loaded.parameters()).dtype == torch.float32
+    torch.testing.assert_close(loaded.reconstruct(x), regressor(x), rtol=1e-2, atol=1e-2)  # type: ignore[operator]
 
 
 def test_a_stem_that_does_not_reach_the_patch_is_refused():

@@ -108,14 +108,26 @@ def test_the_baselines_denoise(name: str, steps: int, clean: Tensor):
 
 
 def test_what_load_denoiser_gives_is_what_the_command_line_gives(clean: Tensor):
-    """On images larger than those of the training: see the figures of README.md."""
+    """On images larger than those of the training, whole or in tiles."""
     image = torch.cat([torch.cat(list(clean[:3]), dim=2), torch.cat(list(clean[3:6]), dim=2)], dim=1)[None, :, :96, :160]
     start = corruption.add_gaussian_noise(image, 25.0, torch.Generator().manual_seed(0))
     denoiser = load_denoiser(PHOTO_NAME)
     result = denoiser.denoise(start)
     assert torch.equal(result.image, denoise_tiled(denoiser, start, denoiser.suggested_options).image)
     whole = denoiser.denoise(start, DenoiseOptions(num_steps=denoiser.suggested_steps, tile_size=0))
-    assert psnr(result.image, image) > psnr(whole.image, image) + 0.5
+    assert abs(psnr(result.image, image) - psnr(whole.image, image)) < 0.1
+    assert psnr(result.image, image) > psnr(start.clamp(0, 1), image) + 7.0
+
+
+def test_the_photograph_ebt_leaves_clean_images_and_drawings_alone(clean: Tensor):
+    denoiser = load_denoiser(PHOTO_NAME)
+    assert psnr(denoiser.denoise(clean).image, clean) > 45.0
+    squares = torch.zeros(1, 3, 64, 64)
+    squares[:, 0] = 1.0  # pure red
+    squares[:, :, 16:40, 8:30] = 1.0
+    assert psnr(denoiser.denoise(squares).image, squares) > 38.0
+    faint = corruption.add_gaussian_noise(clean, 2.55, torch.Generator().manual_seed(0))
+    assert psnr(denoiser.denoise(faint).image, clean) > psnr(faint.clamp(0, 1), clean) + 0.5
 
 
 # --- From a name to a model, and from a model to a folder

@@ -1,7 +1,7 @@
 """PatchEBT: the bidirectional, patch-based energy-based transformer for images (Gladstone et al. 2025)."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ebt_vision.models.energy_model import EnergyModel, check_energies
 from ebt_vision.models.image_features import ImageFeatures
 from ebt_vision.models.patch_trunk import TrunkConfig, build_trunk, check_image_size, patchify, unpatchify
+from ebt_vision.models.regressor import PatchRegressor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +151,17 @@ class PatchEBT(ImageFeatures, EnergyModel):
     def context_of(self, noisy: Tensor) -> tuple[Tensor, ...]:
         """What think() is given as context for noisy images (B, in_chans, H, W) in [-1, 1]."""
         return (noisy,) if self.config.observation_context else ()
+
+
+def energy_of(regressor: PatchRegressor, **settings: Any) -> PatchEBT:
+    """The PatchEBT whose reconstruction N is what `regressor` predicts: E(y) = |y - N(y)|^2 / 2, on the same weights.
+
+    `settings` are fields of PatchEBTConfig beside the trunk's, such as suggested_start or init_step_size. The energy is honest
+    as far as N is, but nothing has trained its gradient: see docs/results/photographs.md.
+    """
+    model = PatchEBT(PatchEBTConfig(**asdict(regressor.config), energy_head="quadratic", **settings))
+    model.load_state_dict(model.state_dict() | regressor.state_dict())
+    return model.eval()
 
 
 def _wide(output: Tensor) -> Tensor:
