@@ -18,7 +18,9 @@ NEEDED = {
     "linear_probe": ["--model", "some", "--data", "photos"],
     "page_load": [],
     "picture": ["--model", "some", "--images", "photo.png", "--output", "picture.png"],
+    "sheet": ["--data", "photos", "--models", "some", "--output", "sheet.png"],
     "speed": [],
+    "stopping": ["--model", "some", "--data", "photos"],
     "training_gain": ["--model", "some", "--data", "photos"],
     "text_perplexity": ["--models", "some", "--data", "book.txt"],
 }
@@ -44,7 +46,7 @@ def test_without_the_option_a_program_names_no_device(program: str):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_refuses_a_device_that_is_not_there(program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main = importlib.import_module(program).main
-    output = [] if program == "training_gain" else ["--output", str(tmp_path)]  # it prints one number
+    output = [] if program in ("stopping", "training_gain") else ["--output", str(tmp_path)]  # these print
     assert main([*NEEDED[program], "--device", "abacus", *output]) == 2
     assert "device='abacus' is not on this machine; use one of: cpu" in capsys.readouterr().err.splitlines()[-1]
 
