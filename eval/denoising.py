@@ -304,9 +304,8 @@ OPTIONS_OF = {
     "sweep_limit": ("paper",),
     "sigmas": ("awgn",),
     "corruptions": ("ood",),
-    "clipped": ("awgn", "ood"),
 }
-"""The protocols that an option has an effect on."""
+"""The protocols that an option has an effect on; a Condition judges --clipped itself."""
 
 
 def _check_together(settings: argparse.Namespace) -> None:

@@ -122,7 +122,7 @@ def randomised(model: PretrainedModel) -> PretrainedModel:
 
 
 @pytest.mark.slow
-@on_every_device
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])  # on a CPU compiling takes 80 seconds
 def test_a_compiled_bfloat16_run_with_replay_follows_the_eager_one(photos: Path, tmp_path: Path, device: str):
     for name, compiled in (("eager", False), ("compiled", True)):
         trainer = trainer_of(image_run(photos, mixed_precision="bf16", compile=compiled), tmp_path / name, device)

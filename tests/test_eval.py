@@ -214,7 +214,7 @@ def test_parts_of_other_settings_are_refused(photos: Path, tmp_path: Path, capsy
     [
         (["--sigmas", "5"], "--sigmas has no effect on --protocol paper, only on awgn"),
         (["--protocol", "awgn", "--levels", "0.3"], "--levels has no effect on --protocol awgn, only on paper"),
-        (["--clipped"], "--clipped has no effect on --protocol paper, only on awgn and ood"),
+        (["--clipped"], "--clipped is a track of awgn and ood"),
         (["--tolerance-of", "previous"], "--tolerance-of previous has no effect without --tolerances"),
         (["--langevin", "0.1"], "--langevin has no effect with --candidates 0"),
     ],
