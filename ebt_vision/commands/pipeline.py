@@ -133,10 +133,7 @@ class Pipeline(Generic[Read, Done]):
 
     def _end(self, job: Job, claim: BaseFileLock | None, error: Exception | None = None) -> Outcome[Done]:
         """Give the claim back; the outcome of a job that has no value. An error counts for nothing if another did the job."""
-        if claim is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(claim.lock_file)
-            claim.release()
+        _release(claim)
         return Outcome(job=job, error=None if error is not None and self._is_done(job) else error)
 
     def _claim_and_read(self, job: Job) -> tuple[BaseFileLock | None, Read | Exception | None]:
@@ -168,11 +165,14 @@ class Pipeline(Generic[Read, Done]):
     def _drop(self, reading: Future[tuple[BaseFileLock | None, Read | Exception | None]]) -> None:
         """Give back the claim of an image that was read ahead for nothing."""
         with contextlib.suppress(BaseException):
-            claim, _ = reading.result()
-            if claim is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(claim.lock_file)
-                claim.release()
+            _release(reading.result()[0])
+
+
+def _release(claim: BaseFileLock | None) -> None:
+    if claim is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(claim.lock_file)
+        claim.release()
 
 
 def _finished(outcome: Outcome[Done]) -> Future[Outcome[Done]]:
