@@ -150,6 +150,12 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_path_that_is_not_there_is_said_to_be_missing_whatever_the_split(tmp_path):
+    for split in (None, "train"):
+        with pytest.raises(DataError, match="no images at .*nowhere: it is not there"):
+            load_image_set(DataConfig(path=str(tmp_path / "nowhere"), split=split))
+
+
 def test_the_hub_is_asked_for_the_name_and_the_split(monkeypatch):
     asked = []
 

@@ -1,5 +1,6 @@
 """Many images: order, reading ahead, claims between processes, and shares of accelerate launch."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from ebt_vision.commands.pipeline import CLAIMS, Job, Pipeline, Share
+from ebt_vision.commands.pipeline import CLAIMS, Job, Pipeline, Share, shared_folder
 
 
 def jobs_in(folder: Path, count: int) -> list[Job]:
@@ -102,6 +103,30 @@ def test_what_another_process_has_or_has_done_is_left_to_it(tmp_path: Path):
     assert [(outcome.value, outcome.error) for outcome in outcomes] == [("in0", None), (None, None), (None, None)]
     assert jobs[2].target.read_text() == "another's" and not jobs[1].target.exists()
     held[0].release()
+
+
+def test_the_folder_of_claims_stays_while_a_process_is_in_it(tmp_path: Path):
+    first, second = shared_folder(tmp_path / "claims"), shared_folder(tmp_path / "claims")
+    with first:
+        with second:
+            pass
+        assert (tmp_path / "claims").is_dir()
+    assert not (tmp_path / "claims").exists()
+
+
+def test_a_folder_that_is_removed_while_a_process_enters_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    folder, flock, removed = tmp_path / "claims", fcntl.flock, []
+
+    def remove_then_lock(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_SH and len(removed) < 3:
+            folder.rmdir()
+            removed.append(True)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_then_lock)
+    with shared_folder(folder):
+        assert folder.is_dir() and len(removed) == 3
+    assert not folder.exists()
 
 
 def test_shares_are_whole_and_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from filelock import BaseFileLock, FileLock, Timeout
+
+if sys.platform != "win32":
+    import fcntl
 
 Read = TypeVar("Read")
 Done = TypeVar("Done")
@@ -64,6 +68,45 @@ class Share:
         return f"cuda:{self.local_index}" if name == "cuda" and self.count > 1 else name
 
 
+@contextlib.contextmanager
+def shared_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and keep it while any process is in this context; the last one to leave removes it if it is empty.
+
+    Each process holds a shared lock on the folder itself. Where the system cannot lock a folder, the folder stays.
+    """
+    entered = _enter(folder)
+    try:
+        yield
+    finally:
+        if entered is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(entered, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                folder.rmdir()
+            os.close(entered)
+
+
+def _enter(folder: Path) -> int | None:
+    """A descriptor of the folder that holds a shared lock on it; None where it cannot be made or locked."""
+    if sys.platform == "win32":
+        return None
+    while True:
+        descriptor = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        except FileNotFoundError:  # another process has left it meanwhile, as the last one
+            pass
+        except OSError:
+            if descriptor is not None:
+                os.close(descriptor)
+            return None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 class Pipeline(Generic[Read, Done]):
     """Reads with one thread, works in the caller's, writes with another; outcomes come in the order of the jobs.
 
@@ -84,25 +127,22 @@ class Pipeline(Generic[Read, Done]):
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome[Done]]:
         """The outcome of every job; KeyboardInterrupt and its like are raised after the outcomes before them."""
         writing: deque[tuple[Job, Future[Outcome[Done]]]] = deque()
-        try:
-            with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-                ahead = deque(jobs)
-                reading = reader.submit(self._claim_and_read, ahead[0]) if ahead else None
-                try:
-                    while ahead and reading is not None:
-                        job = ahead.popleft()
-                        claim, read = reading.result()
-                        reading = reader.submit(self._claim_and_read, ahead[0]) if ahead else None
-                        writing.append((job, self._start(job, claim, read, writer)))
-                        while writing and (writing[0][1].done() or len(writing) > 2):
-                            yield writing.popleft()[1].result()
-                finally:
-                    if reading is not None and not reading.cancel():
-                        self._drop(reading)
-                    yield from self._rest(writing)
-        finally:
-            with contextlib.suppress(OSError):
-                (self._output / CLAIMS).rmdir()
+        claims = shared_folder(self._output / CLAIMS)
+        with claims, ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+            ahead = deque(jobs)
+            reading = reader.submit(self._claim_and_read, ahead[0]) if ahead else None
+            try:
+                while ahead and reading is not None:
+                    job = ahead.popleft()
+                    claim, read = reading.result()
+                    reading = reader.submit(self._claim_and_read, ahead[0]) if ahead else None
+                    writing.append((job, self._start(job, claim, read, writer)))
+                    while writing and (writing[0][1].done() or len(writing) > 2):
+                        yield writing.popleft()[1].result()
+            finally:
+                if reading is not None and not reading.cancel():
+                    self._drop(reading)
+                yield from self._rest(writing)
 
     def _rest(self, writing: deque[tuple[Job, Future[Outcome[Done]]]]) -> Iterator[Outcome[Done]]:
         while writing:
@@ -152,10 +192,8 @@ class Pipeline(Generic[Read, Done]):
             raise
 
     def _claim(self, job: Job) -> BaseFileLock | None:
-        folder = self._output / CLAIMS
-        folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(os.fsencode(job.target)).hexdigest()[:24]
-        lock = FileLock(folder / f"{name}.lock", thread_local=False)
+        lock = FileLock(self._output / CLAIMS / f"{name}.lock", thread_local=False)
         try:
             lock.acquire(timeout=0)
         except Timeout:

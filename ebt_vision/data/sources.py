@@ -64,10 +64,10 @@ def open_source(path: str, split: str | None, image_column: str, label_column: s
     if root.is_dir():
         root, files = _files_of_folder(root, split)
     else:
-        if split is not None:
-            raise DataError(f"split={split!r} goes with a folder or {HUB_PREFIX}OWNER/NAME, not with {path}; leave it out")
         patterns = [str(root)] if root.is_file() else expand_braces(str(root))
         files = sorted({Path(match) for pattern in patterns for match in _matches(pattern)})
+        if split is not None and files:
+            raise DataError(f"split={split!r} goes with a folder or {HUB_PREFIX}OWNER/NAME, not with {path}; leave it out")
         root = Path(os.path.commonpath([file.parent for file in files])) if files else root
     by_suffix = {suffix: [file for file in files if file.suffix.lower() == suffix] for suffix in (".parquet", ".tar")}
     if by_suffix[".parquet"]:
