@@ -152,7 +152,7 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path):
 
 def test_a_path_that_is_not_there_is_said_to_be_missing_whatever_the_split(tmp_path):
     for split in (None, "train"):
-        with pytest.raises(DataError, match="no images at .*nowhere: it is not there"):
+        with pytest.raises(DataError, match="no file at .*nowhere; check the path"):
             load_image_set(DataConfig(path=str(tmp_path / "nowhere"), split=split))
 
 
