@@ -45,7 +45,7 @@ clean:
 # The stamps: made again only when pyproject.toml changes.
 .venv/ready-demo: pyproject.toml | .venv/bin/python
 	@echo "Setting up .venv: this downloads PyTorch and takes some minutes, once."
-	@$(PIP) --editable . && touch $@
+	@$(PIP) --editable '.[app]' && touch $@
 
 .venv/ready-dev: pyproject.toml | .venv/bin/python
 	@echo "Setting up .venv for development: this downloads PyTorch and takes some minutes, once."

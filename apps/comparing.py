@@ -12,9 +12,9 @@ import numpy as np
 
 from apps.background import in_thread
 from apps.sources import Request, Source, open_source, to_bytes
-from ebt_vision.denoiser import DenoiseOptions, Denoiser
-from ebt_vision.noise import suited
-from ebt_vision.tiling import denoise_tiled, num_tiles
+from ebt_vision.denoising.base import Denoiser, adapt_to_noise
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
 
 COMPARED = 512
 """Longest side in pixels of what is compared."""
@@ -63,7 +63,7 @@ def _column(
     post: Callable[[Column], None],
 ) -> Column:
     try:
-        denoiser = suited(load(), request.noise)
+        denoiser = adapt_to_noise(load(), request.noise)
         if "regressor" in name.lower():
             options = replace(options, num_steps=1)
         start = time.perf_counter()

@@ -22,10 +22,12 @@ from apps import figures
 from apps.sent_image import SentImage
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.sources import MAX_BYTES
-from ebt_vision.checkpoint import CheckpointError, list_pretrained, model_type_of, program_device
-from ebt_vision.denoiser import MAX_STRENGTH, Denoiser, load_denoiser
-from ebt_vision.noise import NOISE_KINDS
-from ebt_vision.thinking import ToleranceOf
+from ebt_vision.core.thinking import ToleranceOf
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.options import MAX_STRENGTH
+from ebt_vision.models.checkpoint import CheckpointError, list_pretrained, model_type_of, program_device
+from ebt_vision.noise.named import NOISE_KINDS
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 ACCESS = Path(__file__).resolve().parent / "access.js"

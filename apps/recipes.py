@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 from apps.sources import Request
-from ebt_vision.image_files import without_suffix
+from ebt_vision.data.image_files import without_suffix
+from ebt_vision.denoising.options import DenoiseOptions
 
 UNFINISHED = "# The page's image was stopped early. This makes the finished one.\n"
 """Goes before both, in which it is a comment, where they do not make what the page shows."""
@@ -38,22 +40,21 @@ def command(request: Request, model: str, device: str) -> str:
 def program(request: Request, model: str, device: str) -> str:
     """The same as a Python program."""
     path = Path(request.path)
-    options = {field: getattr(request.options(), field) for field in request.options().__slots__}
-    plain = {field: getattr(type(request.options())(), field) for field in options}
+    options, plain = asdict(request.options()), asdict(DenoiseOptions())
     given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value != plain[name] or name == "num_steps")
     noise = request.noise
     made = "None" if noise is None else f"Noise(kind={noise.kind!r}, amount={noise.amount!r})"
     noisy = "image.visible_pixels()[None]" if noise is None else f"noise.add(image.visible_pixels()[None], seed={request.seed})"
     tile = "" if request.tile_size is None else f", tile_size={request.tile_size}"
-    return f"""from ebt_vision.denoiser import DenoiseOptions, load_denoiser
-from ebt_vision.image_files import read_image, write_image
-from ebt_vision.noise import Noise, suited
-from ebt_vision.tiling import denoise_tiled
+    return f"""from ebt_vision import DenoiseOptions, denoise_tiled, load_denoiser
+from ebt_vision.data.image_files import read_image, write_image
+from ebt_vision.denoising.base import adapt_to_noise
+from ebt_vision.noise.named import Noise
 
 image = read_image({path.name!r})
 noise = {made}
 noisy = {noisy}
-denoiser = suited(load_denoiser({model!r}, device={device!r}), noise)
+denoiser = adapt_to_noise(load_denoiser({model!r}, device={device!r}), noise)
 result = denoise_tiled(denoiser, noisy, DenoiseOptions({given}){tile})
 write_image({without_suffix(path).name + "-denoised.png"!r}, image.with_pixels(result.image[0]))
 """

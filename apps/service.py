@@ -20,11 +20,12 @@ from apps.background import free_memory
 from apps.comparing import compare
 from apps.sources import Request, estimate, noise_seen
 from apps.thinking_aloud import Answer, Update, think_aloud
-from ebt_vision.checkpoint import list_pretrained, model_type_of
-from ebt_vision.denoiser import DenoiseOptions, Denoiser
-from ebt_vision.image_files import without_suffix, write_image
-from ebt_vision.noise import NOISE_KINDS, Noise
-from ebt_vision.thinking import ThinkingError, ToleranceOf
+from ebt_vision.core.thinking import ThinkingError, ToleranceOf
+from ebt_vision.data.image_files import without_suffix, write_image
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.models.checkpoint import list_pretrained, model_type_of
+from ebt_vision.noise.named import NOISE_KINDS, Noise
 
 MAX_STEPS, MAX_CANDIDATES = 32, 8
 MAX_SEED = 2**53

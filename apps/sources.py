@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,33 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_vision.classical import estimate_sigma
+from ebt_vision.core.metrics import mse, psnr_from_mse
+from ebt_vision.core.thinking_options import ThinkingOptions
 from ebt_vision.data.decoding import TooLargeError
-from ebt_vision.denoiser import DenoiseOptions, Denoiser, noise_from_energy
-from ebt_vision.image_files import ImageFile, ImageFileError, quantise, read_image
-from ebt_vision.metrics import mse, psnr_from_mse
-from ebt_vision.noise import Noise, suited
-from ebt_vision.thinking import ToleranceOf
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.data.image_files import ImageFile, ImageFileError, quantise, read_image
+from ebt_vision.denoising.base import Denoiser, adapt_to_noise, noise_from_energy
+from ebt_vision.denoising.classical import estimate_sigma
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled
+from ebt_vision.noise.named import Noise
 
 MAX_PIXELS = 24_000_000
 MAX_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class Request(ThinkingOptions):
     """What a visitor asks for."""
 
     path: str
     noise: Noise | None = None
     """Noise to add first; None for a photograph that is noisy already."""
-    seed: int = 0
     num_steps: int = 4
-    step_size_scale: float = 1.0
-    tolerance: float | None = None
-    tolerance_of: ToleranceOf = "first"
-    langevin_std: float = 0.0
-    num_candidates: int = 1
     tile_size: int | None = None
     """None for the model's own."""
     strength: float = 1.0
@@ -51,14 +46,8 @@ class Request:
     def options(self) -> DenoiseOptions:
         """The same for a denoiser; ValueError for what is out of range."""
         return DenoiseOptions(
-            num_steps=self.num_steps,
-            num_candidates=self.num_candidates,
-            tolerance=self.tolerance,
-            tolerance_of=self.tolerance_of,
-            langevin_std=self.langevin_std,
-            step_size_scale=self.step_size_scale,
+            **{field.name: getattr(self, field.name) for field in fields(ThinkingOptions)},
             strength=self.strength,
-            seed=self.seed,
             sigma=None if self.noise is None else self.noise.sigma,
             noise_level=None if self.noise is None else self.noise.noise_level,
         )
@@ -117,7 +106,7 @@ def noise_seen(path: str, denoiser: Denoiser) -> float | None:
     """
     if not denoiser.starts_from_proposal:
         return None
-    denoiser = suited(denoiser, None)
+    denoiser = adapt_to_noise(denoiser, None)
     result = denoise_tiled(denoiser, open_source(Request(path=path)).middle(256).noisy, DenoiseOptions(num_steps=1))
     if result.energies is None:
         return None

@@ -11,10 +11,10 @@ import numpy as np
 
 from apps.background import in_thread
 from apps.sources import Request, Source, open_source, reduced, to_bytes
-from ebt_vision.denoiser import Denoiser, DenoiseResult
-from ebt_vision.image_files import ImageFile
-from ebt_vision.noise import suited
-from ebt_vision.tiling import TiledStep, denoise_tiled, energy_map_tiled
+from ebt_vision.data.image_files import ImageFile
+from ebt_vision.denoising.base import Denoiser, adapt_to_noise
+from ebt_vision.denoising.results import DenoiseResult
+from ebt_vision.denoising.tiling import TiledStep, denoise_tiled, energy_map_tiled
 
 CLOSE_UP_ABOVE = 1_000_000
 """Pixels above which the steps are shown of a close-up: an image of every step of the whole would not fit into memory."""
@@ -105,7 +105,7 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
     options = request.options()
     source = open_source(request)
     start = time.perf_counter()
-    denoiser = suited(denoiser, request.noise)
+    denoiser = adapt_to_noise(denoiser, request.noise)
     options = denoiser.resolve_options(source.noisy, options)
     kept = replace(options, keep_trajectory=True, keep_candidates=request.num_candidates > 1)
     height, width = source.noisy.shape[-2:]

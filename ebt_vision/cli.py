@@ -18,7 +18,7 @@ from ebt_vision.commands.console import (
     one_line,
     say,
 )
-from ebt_vision.terminal import escape_unprintable
+from ebt_vision.core.names import escape_unprintable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

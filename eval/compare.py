@@ -11,13 +11,13 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
-from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.report import by_condition
 from ebt_vision.benchmark.results import MergeError, merge_rows, read_results, select
 from ebt_vision.benchmark.summary import combine
 from ebt_vision.benchmark.tables import comma_separated, latex, markdown, row_columns, spread_columns
-from ebt_vision.checks import named_path
-from ebt_vision.whole_files import write_text
+from ebt_vision.core.arguments import named_path, number
+from ebt_vision.core.atomic_files import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

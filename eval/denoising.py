@@ -22,12 +22,11 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.progress import track
 
-from ebt_vision import metrics
 from ebt_vision.benchmark import plots
 from ebt_vision.benchmark.flops import CostMeter
 from ebt_vision.benchmark.images import BenchmarkImages, load_images
 from ebt_vision.benchmark.measure import Bench, Measured, Subject, observed
-from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.pairs import load_pairs
 from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition
 from ebt_vision.benchmark.report import report
@@ -35,12 +34,15 @@ from ebt_vision.benchmark.results import write_results
 from ebt_vision.benchmark.rows import Row, RowSettings, kind_of, rows_of, sweep_rows_of
 from ebt_vision.benchmark.summary import candidate_columns, combine, per_image_columns, summarise
 from ebt_vision.benchmark.verification import has_candidates, verify_candidates, verify_thinking
-from ebt_vision.checkpoint import checkpoint_hash, program_device
-from ebt_vision.checks import named_path
-from ebt_vision.denoiser import Denoiser, load_denoiser
-from ebt_vision.provenance import provenance
-from ebt_vision.thinking import ToleranceOf
-from ebt_vision.whole_files import write_text
+from ebt_vision.core import metrics
+from ebt_vision.core.arguments import named_path, number
+from ebt_vision.core.atomic_files import write_text
+from ebt_vision.core.names import file_name
+from ebt_vision.core.provenance import provenance
+from ebt_vision.core.thinking import ToleranceOf
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.models.checkpoint import checkpoint_hash, program_device
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 Protocol = Literal["paper", "awgn", "ood", "real"]
@@ -268,7 +270,7 @@ def _write(folder: Path, results: dict, bench: Bench, collected: _Collected) -> 
         plots.plot_energy(thinking, folder / "energy.png")
         drawn.append("energy.png")
     for name, strips in collected.strips.items():
-        file = "strip-" + "".join(c if c.isalnum() or c in "-._" else "_" for c in name) + ".png"
+        file = f"strip-{file_name(name)}.png"
         plots.plot_strips(strips, folder / file)
         drawn.append(file)
     write_text(folder / "report.md", report(results, drawn))

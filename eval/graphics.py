@@ -14,14 +14,14 @@ from pathlib import Path
 
 import matplotlib
 
+from ebt_vision.core.arguments import named_path
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Rectangle
 from skimage import data
-
-from ebt_vision.checks import named_path
 
 WIDTH, HEIGHT, DPI = 480, 320, 100
 

@@ -8,8 +8,8 @@ Every layer, pooling, noise level, timestep and number of thinking steps that is
 then are features of the validation set made, and measured once. --sweep-limit bounds the images that choices are made on.
 
 What was done is kept, features in --cache and trials in --output: the same command goes on where it was interrupted. Other
-processes with the same command and --extract-only help to make the training features. See ebt_vision/feature_cache.py for the
-disk and memory that large sets take.
+processes with the same command and --extract-only help to make the training features. The disk and memory that large sets take
+are in ebt_vision/probing/feature_cache.py.
 """
 
 import argparse
@@ -26,15 +26,18 @@ import numpy as np
 import torch
 
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.checkpoint import program_device
-from ebt_vision.checks import named_path
+from ebt_vision.core.arguments import named_path, number, one_of, positive
+from ebt_vision.core.atomic_files import write_text
+from ebt_vision.core.provenance import provenance
+from ebt_vision.core.thinking import ThinkingError
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.lazy_images import LazyImages
 from ebt_vision.data.sources import HUB_PREFIX, DataError, MissingSplitError
-from ebt_vision.features import Condition, FeatureExtractor, check_feature, choose_layers, load_extractor
+from ebt_vision.models.checkpoint import program_device
 from ebt_vision.probing.extraction import FeatureMaker
+from ebt_vision.probing.features import FeatureCondition, FeatureExtractor, check_feature, choose_layers, load_extractor
 from ebt_vision.probing.heads import Head, KnnHead, LogisticHead
-from ebt_vision.probing.labels import agree
+from ebt_vision.probing.labels import align_labels
 from ebt_vision.probing.report import draw_sweep, report, write_classes
 from ebt_vision.probing.selection import (
     Candidate,
@@ -50,9 +53,6 @@ from ebt_vision.probing.selection import (
     validate,
 )
 from ebt_vision.probing.torch_head import LEARNING_RATES, TorchHead
-from ebt_vision.provenance import provenance
-from ebt_vision.thinking import ThinkingError
-from ebt_vision.whole_files import write_text
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
 MATCHED = "matched"
@@ -161,7 +161,7 @@ def _candidates(extractor: FeatureExtractor, settings: argparse.Namespace) -> li
             if timestep is None:
                 raise ValueError(f"--noise-levels {MATCHED} is the noise of a timestep, and {extractor.name} takes none")
             level = (timestep + 1) / 1000
-        conditions.append(Condition(noise_level=float(level), timestep=timestep, thinking_steps=steps))
+        conditions.append(FeatureCondition(noise_level=float(level), timestep=timestep, thinking_steps=steps))
     layers = choose_layers(extractor, settings.layers)
     candidates = [
         Candidate(condition=condition, layer=layer, layers=stored, pool=pool)
@@ -215,7 +215,7 @@ def _open_sets(settings: argparse.Namespace, img_size: int) -> tuple[LabelledIma
     else:
         train = open_one(settings.data, settings.train_split or "train", settings.limit_train)
         val = _first_split(lambda name: open_one(settings.data, name, settings.limit_val), settings.val_split, settings.data)
-    labels = agree(train.labels, train.class_names, val.labels, val.class_names)
+    labels = align_labels(train.labels, train.class_names, val.labels, val.class_names)
     return (
         LabelledImages(images=train, labels=labels.train, class_names=labels.class_names),
         LabelledImages(images=val, labels=labels.val, class_names=labels.class_names),
@@ -313,7 +313,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache", type=named_path, default=Path(".cache/features"), help="folder for the features")
     parser.add_argument("--extract-only", action="store_true", help="make the training features, beside other processes")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="of noise, crops, the held-out split and random weights")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of noise, crops, the held-out split and random weights")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     settings = parser.parse(arguments)
     for name, value in vars(settings).items():
@@ -332,52 +332,35 @@ def _add_inputs(parser: _Parser) -> None:
     parser.add_argument("--val-split", help=f"that of the validation images (default: the first of {', '.join(VAL_SPLITS)})")
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--img-size", type=_whole(1), help="for timm and pixels (default 64); a checkpoint has its own")
-    parser.add_argument("--limit-train", type=_whole(1), help="use so many training images, spread evenly over the set")
-    parser.add_argument("--limit-val", type=_whole(1), help="use so many validation images, spread evenly over the set")
+    parser.add_argument("--img-size", type=number(int, 1), help="for timm and pixels (default 64); a checkpoint has its own")
+    parser.add_argument("--limit-train", type=number(int, 1), help="use so many training images, spread evenly over the set")
+    parser.add_argument("--limit-val", type=number(int, 1), help="use so many validation images, spread evenly over the set")
 
 
 def _add_features(parser: _Parser) -> None:
     parser.add_list("--layers", str, ["all"], "all, numbers, lastK (side by side), final, gradient (EBT), sideS (pixels)")
-    parser.add_list("--pool", _one_of("mean", "max", "attention"), ["mean"], "mean, max, attention (trained, torch head only)")
+    parser.add_list("--pool", one_of("mean", "max", "attention"), ["mean"], "mean, max, attention (trained, torch head only)")
     parser.add_list("--noise-levels", _level, [0.0], f"VP noise of the input, 0..1, or {MATCHED}: that of the timestep")
-    parser.add_list("--timesteps", _whole(0), [], "that a DiT is told, 0..999 (default 0, as in the paper)")
-    parser.add_list("--thinking-steps", _whole(0), [0], "of an EBT, before its tokens are taken")
-    parser.add_argument("--views", type=_whole(0), default=0, help="random crops of each training image for the torch head")
+    parser.add_list("--timesteps", number(int, 0), [], "that a DiT is told, 0..999 (default 0, as in the paper)")
+    parser.add_list("--thinking-steps", number(int, 0), [0], "of an EBT, before its tokens are taken")
+    parser.add_argument(
+        "--views", type=number(int, 0), default=0, help="random crops of each training image for the torch head"
+    )
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the features on disk")
-    parser.add_argument("--batch-size", type=_whole(1), default=128, help="images fed to the network at once")
+    parser.add_argument("--batch-size", type=number(int, 1), default=128, help="images fed to the network at once")
 
 
 def _add_heads(parser: _Parser) -> None:
-    parser.add_list("--heads", _one_of("logistic", "knn", "torch"), ["logistic", "knn"], "logistic, knn, torch")
-    parser.add_list("--cs", _positive, [1e-4, 1e-3, 1e-2, 1e-1], "C of logistic regression, inverse to its L2 penalty")
-    parser.add_list("--learning-rates", _positive, [], "of the torch head, for a batch of 256 (default: a grid)")
+    parser.add_list("--heads", one_of("logistic", "knn", "torch"), ["logistic", "knn"], "logistic, knn, torch")
+    parser.add_list("--cs", positive, [1e-4, 1e-3, 1e-2, 1e-1], "C of logistic regression, inverse to its L2 penalty")
+    parser.add_list("--learning-rates", positive, [], "of the torch head, for a batch of 256 (default: a grid)")
     parser.add_argument("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="of the torch head")
-    parser.add_argument("--epochs", type=_whole(1), default=30, help="of the torch head")
-    parser.add_argument("--probe-batch-size", type=_whole(2), default=1024, help="of the torch head")
+    parser.add_argument("--epochs", type=number(int, 1), default=30, help="of the torch head")
+    parser.add_argument("--probe-batch-size", type=number(int, 2), default=1024, help="of the torch head")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the training images that choices are made on")
     parser.add_argument(
-        "--sweep-limit", type=_whole(4), default=20_000, help="training images of the sweep; the choice is fitted on all"
+        "--sweep-limit", type=number(int, 4), default=20_000, help="training images of the sweep; the choice is fitted on all"
     )
-
-
-def _whole(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not valid; use a whole number, {low} or more")
-        return int(text)
-
-    return number
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid; use a number above 0")
-    return value
 
 
 def _level(text: str) -> float | str:
@@ -387,15 +370,6 @@ def _level(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid; use numbers in 0..1 or {MATCHED}") from None
-
-
-def _one_of(*words: str) -> Callable[[str], str]:
-    def word(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}")
-        return text
-
-    return word
 
 
 if __name__ == "__main__":

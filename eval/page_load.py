@@ -23,11 +23,11 @@ from typing import Any
 from page_visitor import PROGRAM, PageError, Server, Visit, Visitor, served
 from PIL import Image
 
-from ebt_vision.benchmark.options import OneLineParser, number
-from ebt_vision.checkpoint import program_device
-from ebt_vision.checks import named_path
-from ebt_vision.provenance import provenance
-from ebt_vision.whole_files import write_text
+from ebt_vision.benchmark.options import OneLineParser
+from ebt_vision.core.arguments import named_path, number
+from ebt_vision.core.atomic_files import write_text
+from ebt_vision.core.provenance import provenance
+from ebt_vision.models.checkpoint import program_device
 
 EXAMPLE = PROGRAM.parent / "examples" / "chelsea.png"
 

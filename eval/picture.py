@@ -9,14 +9,16 @@ import sys
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from ebt_vision import corruption, metrics
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.checkpoint import program_device
-from ebt_vision.checks import named_path
-from ebt_vision.denoiser import DenoiseOptions, load_denoiser
-from ebt_vision.image_files import read_image
-from ebt_vision.rng import make_generator
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.core import metrics
+from ebt_vision.core.arguments import named_path
+from ebt_vision.core.rng import make_generator
+from ebt_vision.data.image_files import read_image
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled
+from ebt_vision.models.checkpoint import program_device
+from ebt_vision.noise import processes
 
 
 def _parser() -> OneLineParser:
@@ -50,8 +52,8 @@ def draw(settings: argparse.Namespace) -> None:
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(2 * len(titles), 2.15 * len(rows)), squeeze=False)
     for (path, level), line in zip(rows, axes, strict=True):
         clean = read_image(path).visible_pixels()[None]  # (1, 3, H, W)
-        noisy = corruption.to_image_range(
-            corruption.add_vp_noise(corruption.to_model_range(clean), level, make_generator(0, int(1000 * level)))
+        noisy = processes.to_image_range(
+            processes.add_vp_noise(processes.to_model_range(clean), level, make_generator(0, int(1000 * level)))
         )
         images = [noisy.clamp(0, 1)]
         images += [denoise_tiled(denoiser, noisy, DenoiseOptions(num_steps=n, noise_level=level)).image for n in settings.steps]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ebt_vision.models.causal_blocks import rope_1d
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
-from ebt_vision.models.patch_trunk import TrunkConfig, patchify
+from ebt_vision.models.patches import patchify
+from ebt_vision.models.trunk_config import TrunkConfig
 
 
 class PlainBlock(nn.Module):

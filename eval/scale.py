@@ -11,9 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.training_cost import TrainingCost, training_cost
-from ebt_vision.config import ExperimentConfig, load_config
+from ebt_vision.core.arguments import number
+from ebt_vision.training.config import ExperimentConfig, load_config
 
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4
 """float32 weights, gradients, AdamW's two moments, averaged weights, DDP's buckets."""

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ebt_vision.benchmark.options import OneLineParser, number
-from ebt_vision.checkpoint import program_device
-from ebt_vision.checks import named_path
-from ebt_vision.denoiser import Denoiser, load_denoiser
-from ebt_vision.image_files import find_images, read_image
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.benchmark.options import OneLineParser
+from ebt_vision.core.arguments import named_path, number
+from ebt_vision.data.image_files import find_images, read_image
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.tiling import denoise_tiled
+from ebt_vision.models.checkpoint import program_device
 
 
 def middle(image: Tensor, size: int) -> Tensor:

@@ -27,12 +27,12 @@ from speed_report import report
 from speed_rounds import PeakFound
 from speed_text import generation, text_training
 
-from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.time_profile import show_compiled_kernels
-from ebt_vision.checkpoint import program_device
-from ebt_vision.checks import named_path
-from ebt_vision.provenance import provenance
-from ebt_vision.whole_files import write_text
+from ebt_vision.core.arguments import named_path, number
+from ebt_vision.core.atomic_files import write_text
+from ebt_vision.core.provenance import provenance
+from ebt_vision.models.checkpoint import program_device
 
 PARTS = ("image", "inference", "photographs", "tokens", "loader", "text", "generation")
 

@@ -17,14 +17,15 @@ from speed_rounds import timed, update_of
 from torch import Tensor
 
 from ebt_vision.benchmark.timing import Version
-from ebt_vision.config import build_config
-from ebt_vision.denoiser import DenoiseOptions, Denoiser
-from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models import blocks
-from ebt_vision.models.patch_trunk import TrunkConfig
-from ebt_vision.objectives import ImageBatch
-from ebt_vision.rng import sample_generators
+from ebt_vision.models.trunk_config import TrunkConfig
+from ebt_vision.objectives.image import ImageBatch
 from ebt_vision.training.build import build_model, build_objective
+from ebt_vision.training.config import build_config
 from ebt_vision.training.image_task import ImageTask
 from ebt_vision.training.optim import build_optimizer
 

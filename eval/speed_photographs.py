@@ -8,9 +8,9 @@ from speed_rounds import timed
 from torch import Tensor, nn
 
 from ebt_vision.benchmark.timing import Version
-from ebt_vision.checkpoint import default_pretrained
-from ebt_vision.denoiser import load_denoiser
-from ebt_vision.precision import autocast, has_fast_bfloat16
+from ebt_vision.core.precision import autocast, has_fast_bfloat16
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.models.checkpoint import default_pretrained
 
 
 def dncnn() -> nn.Module:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebt_vision.benchmark.timing import Version
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.core.thinking import ThinkingConfig, think
 from ebt_vision.data.tokenizer import ByteTokenizer
-from ebt_vision.generation import GenerateOptions, generate
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransformerConfig
-from ebt_vision.rng import sample_generators
-from ebt_vision.text_objectives import (
+from ebt_vision.objectives.text import (
     LanguageModelObjective,
     TextBatch,
     TextEBTObjective,
@@ -25,7 +25,7 @@ from ebt_vision.text_objectives import (
     batch_loss,
     draw_candidates,
 )
-from ebt_vision.thinking import ThinkingConfig, think
+from ebt_vision.text.generation import GenerateOptions, generate
 
 
 def text_training(settings: argparse.Namespace) -> dict:

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ebt_vision.benchmark.options import OneLineParser, number
-from ebt_vision.checkpoint import program_device
+from ebt_vision.benchmark.options import OneLineParser
+from ebt_vision.core.arguments import number
+from ebt_vision.core.metrics import psnr
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.denoiser import DenoiseOptions, Denoiser, load_denoiser
-from ebt_vision.metrics import psnr
-from ebt_vision.realistic_noise import RealisticNoiseConfig, add_realistic_noise
-from ebt_vision.rng import sample_generators
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.models.checkpoint import program_device
+from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise
 
 TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 1.0)
 

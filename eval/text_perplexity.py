@@ -16,15 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ebt_vision.thinking
-from ebt_vision.benchmark.options import OneLineParser, number
+import ebt_vision.core.thinking
+from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.text import SHIFTS, TextScores, score_text
-from ebt_vision.checkpoint import checkpoint_hash, load_pretrained, program_device
-from ebt_vision.checks import named_path
+from ebt_vision.core.arguments import named_path, number
+from ebt_vision.core.atomic_files import write_text
+from ebt_vision.core.provenance import provenance
 from ebt_vision.data.text import TextDataConfig, TextSet, load_text_set
-from ebt_vision.generation import make_reader
-from ebt_vision.provenance import provenance
-from ebt_vision.whole_files import write_text
+from ebt_vision.models.checkpoint import checkpoint_hash, load_pretrained, program_device
+from ebt_vision.text.generation import make_reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +101,7 @@ def load_texts(settings: Any, length: int) -> dict[str, TextSet]:
             file = Path(folder) / f"{name}.txt"
             file.write_text(shift(text, settings.seed))
             texts[name] = load_text_set(replace(base, path=str(file), share=(0.0, 1.0)))
-    others = {"code": str(Path(ebt_vision.thinking.__file__))}
+    others = {"code": str(Path(ebt_vision.core.thinking.__file__))}
     for word in settings.texts:
         name, equals, path = word.partition("=")
         if not equals or not name or not path:

@@ -13,12 +13,13 @@ import torch
 
 from ebt_vision.benchmark.images import load_images
 from ebt_vision.benchmark.measure import observed
-from ebt_vision.benchmark.options import OneLineParser, number
+from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.rows import Row, prepare
-from ebt_vision.checkpoint import program_device
-from ebt_vision.denoiser import load_denoiser
-from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.core.arguments import number
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.models.checkpoint import program_device
 
 
 def _parser() -> OneLineParser:

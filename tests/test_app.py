@@ -18,11 +18,13 @@ from PIL import Image
 from apps import denoise as app
 from apps import recipes, service
 from ebt_vision import cli
-from ebt_vision.denoiser import Denoiser, load_denoiser
-from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.noise import NOISE_KINDS
+from ebt_vision.noise.named import NOISE_KINDS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "apps" / "examples" / "coffee.png"

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from apps import denoise as app
 from apps.service import Service
-from ebt_vision.denoiser import DenoiseResult, IdentityDenoiser, load_denoiser
+from ebt_vision.denoising.base import IdentityDenoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.results import DenoiseResult
 
 ROOT = Path(__file__).parent.parent
 

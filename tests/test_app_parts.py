@@ -18,11 +18,12 @@ from apps.service import Service
 from apps.sources import Request
 from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision import cli
-from ebt_vision.denoiser import Denoiser, IdentityDenoiser, for_photographs, load_denoiser
-from ebt_vision.image_files import read_image, write_image
-from ebt_vision.model_denoisers import EBTDenoiser
-from ebt_vision.noise import Noise
-from ebt_vision.tiling import num_tiles
+from ebt_vision.data.image_files import read_image, write_image
+from ebt_vision.denoising.base import Denoiser, IdentityDenoiser, for_photographs
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.tiling import num_tiles
+from ebt_vision.noise.named import Noise
 
 ROOT = Path(__file__).parent.parent
 GAUSSIAN = Noise.parse("25")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_training import REPLAY, assert_bit_equal, experiment, photos, train  # noqa: F401  (a fixture)
 
-from ebt_vision.config import ConfigError, build_config
+from ebt_vision.core.rng import randn_like, sample_generators
 from ebt_vision.data.order import BatchStream
-from ebt_vision.rng import randn_like, sample_generators
-from ebt_vision.text_objectives import TextBatch
+from ebt_vision.objectives.text import TextBatch
 from ebt_vision.training.batch_loader import BatchLoader
+from ebt_vision.training.config import ConfigError, build_config
 
 
 def test_a_run_with_threads_ends_with_bit_equal_weights(photos: Path, tmp_path: Path):  # noqa: F811

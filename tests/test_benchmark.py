@@ -9,18 +9,19 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from ebt_vision.benchmark.flops import Cost, CostMeter
-from ebt_vision.benchmark.options import OneLineParser, config_to_arguments, number
+from ebt_vision.benchmark.options import OneLineParser, config_to_arguments
 from ebt_vision.benchmark.protocols import OOD_STRENGTHS, Condition, same_shapes
 from ebt_vision.benchmark.rows import Row, RowSettings, prepare, rows_of
 from ebt_vision.benchmark.statistics import auroc, bootstrap_means, intervals, mean_and_spread, spearman
 from ebt_vision.benchmark.tables import latex, markdown
-from ebt_vision.classical import NonLocalMeansDenoiser
-from ebt_vision.corruption import alphas_cumprod, to_image_range, to_model_range
-from ebt_vision.denoiser import DenoiseOptions
-from ebt_vision.model_denoisers import EBTDenoiser, RegressorDenoiser
+from ebt_vision.core.arguments import number
+from ebt_vision.denoising.classical import NonLocalMeansDenoiser
+from ebt_vision.denoising.networks import EBTDenoiser, RegressorDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.tiling import denoise_tiled, num_tiles
+from ebt_vision.noise.processes import alphas_cumprod, to_image_range, to_model_range
 
 # --- statistics
 

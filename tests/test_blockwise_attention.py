@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, think
 from ebt_vision.models import blocks, blockwise_attention
 from ebt_vision.models.blockwise_attention import blockwise_attention as attend
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.objectives import EBTObjective, ImageBatch, ObjectiveConfig
-from ebt_vision.thinking import CompiledEnergy, ThinkingConfig, think
+from ebt_vision.objectives.image import EBTObjective, ImageBatch, ObjectiveConfig
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_vision.checkpoint import load_pretrained
+from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, think
 from ebt_vision.models.blocks import apply_rope
 from ebt_vision.models.causal_blocks import rope_1d
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransformerConfig
-from ebt_vision.thinking import CompiledEnergy, ThinkingConfig, think
+from ebt_vision.models.checkpoint import load_pretrained
 
 SIZE = dict(vocab_size=11, context_length=16, embed_dim=16, depth=2, num_heads=2)
 HEADS = ["linear", "quadratic", "quadratic, last token, gate"]

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ebt_vision.benchmark.training_cost import held_bytes
-from ebt_vision.config import ConfigError, build_config
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.core.thinking import ThinkingConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.objectives import EBTObjective, ImageBatch, ObjectiveConfig
-from ebt_vision.rng import sample_generators
-from ebt_vision.thinking import ThinkingConfig
+from ebt_vision.objectives.image import EBTObjective, ImageBatch, ObjectiveConfig
 from ebt_vision.training.build import build_model, build_objective
+from ebt_vision.training.config import ConfigError, build_config
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=2, mlp_ratio=2.0)
 

@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_one_line(good: Path, tmp_path: Path, capsys: py
 
 
 def test_an_interrupt_keeps_what_is_done(run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ebt_vision import image_files
+    from ebt_vision.data import image_files
 
     second, read_image = photo(tmp_path / "second.png"), image_files.read_image
 
@@ -367,7 +367,7 @@ def test_a_pipe_is_refused_at_once(run, good: Path, tmp_path: Path) -> None:
 
 def test_another_run_into_the_same_folder(run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another run has written since the work was planned is kept, and is no failure."""
-    from ebt_vision import image_files
+    from ebt_vision.data import image_files
 
     second, third, read_image = photo(tmp_path / "second.png"), photo(tmp_path / "third.png"), image_files.read_image
 

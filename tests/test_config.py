@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from ebt_vision.config import ConfigError, build_config, config_to_dict, load_config
 from ebt_vision.training.build import build_model
+from ebt_vision.training.config import ConfigError, build_config, config_to_dict, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

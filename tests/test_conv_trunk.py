@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebt_vision.checkpoint import load_pretrained
+from ebt_vision.core.thinking import CompiledEnergy, think
+from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig, energy_of
-from ebt_vision.models.patch_trunk import TrunkConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.thinking import CompiledEnergy, think
+from ebt_vision.models.trunk_config import TrunkConfig
 
 TINY = dict(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0, noise_process="awgn")
 STEMS = [dict(stem_widths=(4, 8)), dict(stem_widths=(8,), stem_unshuffle=2, stem_blocks=2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ebt_vision.corruption import add_jpeg, add_motion_blur, add_restoration_noise
+from ebt_vision.noise.processes import add_jpeg, add_motion_blur, add_restoration_noise
 
 
 def gradient(height: int = 37, width: int = 31) -> torch.Tensor:

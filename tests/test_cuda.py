@@ -12,22 +12,23 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
-from ebt_vision.checkpoint import program_device
-from ebt_vision.config import build_config
+from ebt_vision.core.rng import generators_on, sample_generators
+from ebt_vision.core.thinking import ThinkingConfig, think
 from ebt_vision.data.tokenizer import ByteTokenizer
-from ebt_vision.denoiser import DenoiseOptions
-from ebt_vision.features import Condition, Feature, extract, load_extractor
-from ebt_vision.generation import GenerateOptions, generate, make_reader, predict_all
-from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransformerConfig
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.models.checkpoint import program_device
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.rng import generators_on, sample_generators
-from ebt_vision.thinking import ThinkingConfig, think
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.probing.features import Feature, FeatureCondition, extract, load_extractor
+from ebt_vision.text.generation import GenerateOptions, generate, make_reader, predict_all
+from ebt_vision.training.config import build_config
 from ebt_vision.training.loop import Trainer
 from ebt_vision.training.stopping import TrainingInterrupted
 
@@ -307,7 +308,7 @@ def test_features_are_those_of_the_cpu(tmp_path: Path, kind: str, device: str):
     if kind in ("ebt", "context"):
         conditions.append(dict(noise_level=0.1, thinking_steps=2))
     layers = ["block0", "final", *(["gradient"] if kind in ("ebt", "context") else [])]
-    asked = [Feature(condition=Condition(**c), layer=layer, pool="mean") for c in conditions for layer in layers]
+    asked = [Feature(condition=FeatureCondition(**c), layer=layer, pool="mean") for c in conditions for layer in layers]
     found, expected = (
         extract(load_extractor(str(tmp_path / kind), device=place), images, range(4), asked, seed=3)
         for place in (device, "cpu")

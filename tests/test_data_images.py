@@ -10,11 +10,11 @@ import tifffile
 import torch
 from PIL import Image
 
+from ebt_vision.core.rng import make_generator
 from ebt_vision.data.graphics import draw_graphic
+from ebt_vision.data.image_files import ImageFile, write_image
 from ebt_vision.data.images import DataConfig, DataError, load_image_set
 from ebt_vision.data.sources import expand_braces
-from ebt_vision.image_files import ImageFile, write_image
-from ebt_vision.rng import make_generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 

@@ -1,7 +1,7 @@
 """The Denoiser interface with real models at a tiny size, and the classical methods on an image with structure."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,25 +11,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from ebt_vision.checkpoint import CheckpointError
-from ebt_vision.classical import BM3DDenoiser, MissingExtraError, NonLocalMeansDenoiser, estimate_sigma
-from ebt_vision.corruption import add_gaussian_noise, alphas_cumprod, sigma_to_timestep, to_image_range, to_model_range
-from ebt_vision.denoiser import (
-    DenoiseOptions,
-    IdentityDenoiser,
-    crop,
-    for_photographs,
-    for_vp_images,
-    load_denoiser,
-    pad_to_multiple,
-)
-from ebt_vision.metrics import psnr
-from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser, denoiser_for
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.core.checks import MissingExtraError
+from ebt_vision.core.metrics import psnr
+from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.denoising.base import IdentityDenoiser, for_photographs, for_vp_images
+from ebt_vision.denoising.classical import BM3DDenoiser, NonLocalMeansDenoiser, estimate_sigma
+from ebt_vision.denoising.inputs import crop, pad_to_multiple
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser, denoiser_for
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled
+from ebt_vision.models.checkpoint import CheckpointError
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.thinking import ThinkingConfig, think
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.noise.processes import add_gaussian_noise, alphas_cumprod, sigma_to_timestep, to_image_range, to_model_range
 
 SIZE = dict(img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=2)
 
@@ -118,7 +115,7 @@ def test_alone_or_in_a_batch(kind):
 
 def test_trajectory_ends_with_the_image(kind):
     denoiser, options = kind
-    fields = {name: getattr(options, name) for name in DenoiseOptions.__slots__}
+    fields = asdict(options)
     result = denoiser.denoise(noisy_images(2, 16, 12), DenoiseOptions(**{**fields, "keep_trajectory": True}))
     assert all(image.shape == (2, 3, 16, 12) for image in result.trajectory)
     assert torch.equal(result.trajectory[-1], result.image)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ebt_vision import checkpoint, cli
-from ebt_vision.checkpoint import pick_device, program_device
-from ebt_vision.config import load_config
+from ebt_vision import cli
+from ebt_vision.models import checkpoint
+from ebt_vision.models.checkpoint import pick_device, program_device
+from ebt_vision.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path.stem for path in (ROOT / "eval").glob("*.py") if '"--device"' in path.read_text())

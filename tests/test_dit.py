@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from ebt_vision.corruption import alphas_cumprod
-from ebt_vision.models.dit import CLEAN, DiT, DiTConfig, ddim_step, ddim_timesteps, size_for
+from ebt_vision.models.dit import CLEAN, DiT, ddim_step, ddim_timesteps
+from ebt_vision.models.dit_config import DiTConfig
+from ebt_vision.noise.processes import alphas_cumprod
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 
@@ -295,14 +296,3 @@ def test_a_few_updates_lower_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-
-
-# --- Sizes
-
-
-def test_size_for_a_number_of_parameters():
-    config = size_for(50_000, depth=2, img_size=16, patch_size=4)
-    assert config.depth == 2
-    assert DiT(config).num_parameters == pytest.approx(50_000, rel=0.1)
-    with pytest.raises(ValueError, match="out of reach"):
-        size_for(1_000, depth=2, img_size=16, patch_size=4)

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ebt_vision import cli
 from ebt_vision.benchmark.options import OneLineParser, config_to_arguments
-from ebt_vision.config import load_config
 from ebt_vision.data.images import DataConfig, load_image_set
+from ebt_vision.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

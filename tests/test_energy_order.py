@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ebt_vision.config import ConfigError, build_config
-from ebt_vision.energy_order import energy_as_error, energy_order_loss
+from ebt_vision.core.thinking import ThinkingConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.objectives import EBTObjective, ImageBatch, ObjectiveConfig
-from ebt_vision.thinking import ThinkingConfig
+from ebt_vision.objectives.energy_order import energy_as_error, energy_order_loss
+from ebt_vision.objectives.image import EBTObjective, ImageBatch, ObjectiveConfig
 from ebt_vision.training.build import build_model, build_objective
+from ebt_vision.training.config import ConfigError, build_config
 
 
 def model(**options) -> PatchEBT:
@@ -103,7 +103,7 @@ def test_langevin_noise_is_not_part_of_the_start(monkeypatch):
     """The start's energy is that of the start itself, whose error it is compared with."""
     seen = {}
     monkeypatch.setattr(
-        "ebt_vision.objectives.energy_order_loss",
+        "ebt_vision.objectives.image.energy_order_loss",
         lambda energies, errors, scale: seen.update(e=energies, r=errors) or energies.sum(),
     )
     ebt = model()

@@ -12,13 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ebt_vision import corruption, metrics
 from ebt_vision.benchmark import parts
 from ebt_vision.benchmark.flops import CostMeter
-from ebt_vision.denoiser import DenoiseOptions, for_photographs, load_denoiser
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.core import metrics
+from ebt_vision.denoising.base import for_photographs
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.noise import processes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import compare
@@ -114,9 +118,9 @@ def test_every_model_gets_its_rows_on_the_same_noise(photos: Path, full_run: Pat
     # The noisy row by another route: the level's noise on [-1, 1], clamped.
     noisy = {row["strength"]: row["mse"] for row in table if row["method"] == "noisy input"}
     pixels = [np.asarray(Image.open(photos / f"{i}.png")) for i in range(5)]
-    clean = corruption.to_model_range(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255)
+    clean = processes.to_model_range(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255)
     for level, value in noisy.items():
-        again = corruption.add_vp_noise(clean, level, torch.Generator().manual_seed(3)).clamp(-1, 1)
+        again = processes.add_vp_noise(clean, level, torch.Generator().manual_seed(3)).clamp(-1, 1)
         assert float(metrics.mse(again, clean).mean()) * 127.5**2 == pytest.approx(value, rel=0.05)
 
 

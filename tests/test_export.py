@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ebt_vision.classical import MissingExtraError
 from ebt_vision.cli import main
-from ebt_vision.corruption import to_image_range, to_model_range
-from ebt_vision.export import Proposal, Step, export_model
+from ebt_vision.core.checks import MissingExtraError
+from ebt_vision.core.thinking import think
+from ebt_vision.denoising.export import Proposal, Step, export_model
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.thinking import think
+from ebt_vision.noise.processes import to_image_range, to_model_range
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, mlp_ratio=2.0)
 STEM = dict(stem_widths=(4, 8), noise_process="awgn")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ebt_vision import feature_cache
-from ebt_vision.feature_cache import READABLE, CacheError, FeatureCache, FeatureRows, default_shard_size
+from ebt_vision.probing import feature_cache
+from ebt_vision.probing.feature_cache import READABLE, CacheError, FeatureCache, FeatureRows, default_shard_size
 
 NUM_IMAGES, SHARD_SIZE = 23, 5
 

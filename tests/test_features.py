@@ -8,13 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebt_vision import corruption
-from ebt_vision.features import Condition, Feature, TrunkExtractor, choose_layers, extract, load_extractor, pool_tokens
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.core.thinking import think
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.rng import sample_generators
-from ebt_vision.thinking import think
+from ebt_vision.noise import processes
+from ebt_vision.probing.features import (
+    Feature,
+    FeatureCondition,
+    TrunkExtractor,
+    choose_layers,
+    extract,
+    load_extractor,
+    pool_tokens,
+)
 
 SIZE = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 
@@ -44,11 +53,11 @@ def images() -> Tensor:
 
 
 def model_range(images: Tensor) -> Tensor:
-    return corruption.to_model_range(images.float() / 255)
+    return processes.to_model_range(images.float() / 255)
 
 
 def feature(layer: str, pool: str = "mean", **condition) -> Feature:
-    return Feature(condition=Condition(**condition), layer=layer, pool=pool)
+    return Feature(condition=FeatureCondition(**condition), layer=layer, pool=pool)
 
 
 def only(extractor, images: Tensor, asked: Feature, seed: int = 0) -> Tensor:
@@ -92,8 +101,8 @@ def test_thinking_first_and_noise(name: str, folder: Path, images: Tensor):
     conditions = [dict(noise_level=0.1, thinking_steps=n) for n in (0, 1, 3)]
     asked = [feature("block1", "tokens", **condition) for condition in conditions]
     found = extract(extractor, images, range(5), asked, seed=4)
-    timestep = corruption.level_to_timestep(0.1)
-    noisy = corruption.add_vp_noise(model_range(images), 0.1, sample_generators(4, range(5), 0x70726F62, timestep))
+    timestep = processes.level_to_timestep(0.1)
+    noisy = processes.add_vp_noise(model_range(images), 0.1, sample_generators(4, range(5), 0x70726F62, timestep))
     context = model.context_of(noisy)
     for asked_for, steps in zip(asked, (0, 1, 3), strict=True):
         final = think(model, noisy, context=context, step_size=model.step_size.detach(), num_steps=steps).final
@@ -111,7 +120,7 @@ def test_an_awgn_model_gets_the_signal_at_full_strength(images: Tensor):
         extractor = TrunkExtractor(network, process, process)
         extractor.tokens = lambda candidate, *rest, p=process: seen.update({p: candidate}) or {"final": candidate.flatten(2)}
         extract(extractor, images, range(5), [feature("final", noise_level=0.1)], seed=4)
-    signal, _ = corruption.signal_and_noise_scale(0.1)
+    signal, _ = processes.signal_and_noise_scale(0.1)
     assert signal < 0.99
     torch.testing.assert_close(seen["awgn"], seen["vp"] / signal)
 
@@ -247,7 +256,7 @@ def test_bad_names_sizes_and_conditions(folder: Path, tmp_path: Path):
         load_extractor("timm:test_resnet", timm_weights=str(tmp_path / "bad.safetensors"))
     for bad in (dict(noise_level=1.5), dict(timestep=1000), dict(thinking_steps=-1)):
         with pytest.raises(ValueError):
-            Condition(**bad)
+            FeatureCondition(**bad)
     with pytest.raises(ValueError, match="pool='cls' is unknown; use one of mean, max, tokens"):
         feature("block0", "cls")
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebt_vision import corruption, metrics
-from ebt_vision.config import build_config
-from ebt_vision.generation import GenerateOptions, choose_token
-from ebt_vision.image_files import quantise
+from ebt_vision.core import metrics
+from ebt_vision.data.image_files import quantise
 from ebt_vision.models.patch_ebt import PatchEBT
-from ebt_vision.objectives import EBTObjective, Prediction
-from ebt_vision.text_objectives import TextEBTObjective, TextPrediction
+from ebt_vision.noise import processes
+from ebt_vision.objectives.image import EBTObjective, Prediction
+from ebt_vision.objectives.text import TextEBTObjective, TextPrediction
+from ebt_vision.text.generation import GenerateOptions, choose_token
 from ebt_vision.training.build import build_model
+from ebt_vision.training.config import build_config
 from ebt_vision.training.text_task import TextTask
 from ebt_vision.training.validation import validate_images
 
@@ -54,8 +55,8 @@ def test_metrics():
 
 
 def test_noise_samples_and_tokens():
-    noisy = corruption.add_restoration_noise(there(IMAGES), 25.0)
-    assert torch.equal(noisy, corruption.add_restoration_noise(IMAGES, 25.0))
+    noisy = processes.add_restoration_noise(there(IMAGES), 25.0)
+    assert torch.equal(noisy, processes.add_restoration_noise(IMAGES, 25.0))
     assert (quantise(there(IMAGES), 8) == quantise(IMAGES, 8)).all()
     logits = torch.tensor([0.1, 3.0, 0.2])
     drawn = [choose_token(x, GenerateOptions(), torch.Generator().manual_seed(4)) for x in (there(logits), logits)]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from ebt_vision import cli, generation
+from ebt_vision import cli
 from ebt_vision.data.tokenizer import ByteTokenizer
-from ebt_vision.generation import GenerateOptions, choose_token, generate, make_reader, predict_all
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransformerConfig
+from ebt_vision.text import generation
+from ebt_vision.text.generation import GenerateOptions, choose_token, generate, make_reader, predict_all
 
 SIZE = dict(vocab_size=257, context_length=24, embed_dim=16, depth=2, num_heads=2)
 KINDS = ["ebt", "transformer"]

@@ -6,7 +6,8 @@ from timm.data import resolve_model_data_config
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor
 
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.image_features import ImageFeatures, take_indices
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig

@@ -13,8 +13,16 @@ import tifffile
 import torch
 from PIL import ExifTags, Image, ImageCms, features
 
-from ebt_vision import image_files
-from ebt_vision.image_files import ImageFile, ImageFileError, find_images, quantise, read_image, without_suffix, write_image
+from ebt_vision.data import image_files
+from ebt_vision.data.image_files import (
+    ImageFile,
+    ImageFileError,
+    find_images,
+    quantise,
+    read_image,
+    without_suffix,
+    write_image,
+)
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 HEIGHT, WIDTH = 11, 19
@@ -243,7 +251,7 @@ def test_writing_a_large_image_takes_little_beside_it(tmp_path):
     """Where float64 was made of the whole image, the peak was seven times the pixels."""
     script = """
 import resource, sys, torch
-from ebt_vision.image_files import ImageFile, write_image
+from ebt_vision.data.image_files import ImageFile, write_image
 write_image(sys.argv[1] + "/small.png", ImageFile(pixels=torch.zeros(3, 8, 8)))
 image = ImageFile(pixels=torch.zeros(3, 2000, 3000))  # 72 MB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

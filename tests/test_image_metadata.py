@@ -12,8 +12,8 @@ from test_odd_files import noise, png_of
 
 from apps import sources
 from ebt_vision.data.decoding import decode_image, to_rgb8
+from ebt_vision.data.image_files import ImageFile, losses, read_image, write_image
 from ebt_vision.data.metadata import Metadata
-from ebt_vision.image_files import ImageFile, losses, read_image, write_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
@@ -305,9 +305,10 @@ def test_hidden_colours_do_not_matter_to_the_command_line_the_page_and_training(
 @pytest.mark.parametrize("size", [8, 12, 16])
 @pytest.mark.parametrize("colour", [(255, 0, 0), (255, 255, 0), (20, 60, 220)])
 def test_a_small_flat_icon_keeps_its_colour(size, colour):
-    from ebt_vision.checkpoint import default_pretrained
-    from ebt_vision.denoiser import for_photographs, load_denoiser
-    from ebt_vision.tiling import denoise_tiled
+    from ebt_vision.denoising.base import for_photographs
+    from ebt_vision.denoising.load import load_denoiser
+    from ebt_vision.denoising.tiling import denoise_tiled
+    from ebt_vision.models.checkpoint import default_pretrained
 
     denoiser = for_photographs(load_denoiser(default_pretrained()))
     pixels = (torch.tensor(colour) / 255)[:, None, None].expand(3, size, size)

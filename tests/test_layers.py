@@ -1,4 +1,4 @@
-"""Imports point down only, as docs/architecture.md says; checked on the syntax tree, so lazy imports count too."""
+"""Imports point down only and in no circle, as docs/architecture.md says; checked on the syntax tree, lazy imports too."""
 
 import ast
 from pathlib import Path
@@ -7,51 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# The level of a file of ebt_vision/ by the longest matching prefix of its path.
-LEVELS = {
-    "__init__.py": 0,
-    "checks.py": 0,
-    "terminal.py": 0,
-    "rng.py": 0,
-    "precision.py": 0,
-    "models/blockwise_attention.py": 0,
-    "thinking.py": 1,
-    "energy_order.py": 1,
-    "corruption.py": 1,
-    "metrics.py": 1,
-    "models/blocks.py": 1,
-    "realistic_noise.py": 2,
-    "models/": 2,
-    "checkpoint.py": 3,
-    "provenance.py": 3,
-    "whole_files.py": 3,
-    "yaml_files.py": 3,
-    "objectives.py": 3,
-    "text_objectives.py": 3,
-    "generation.py": 3,
-    "features.py": 3,
-    "feature_cache.py": 3,
-    "denoiser.py": 3,
-    "model_denoisers.py": 3,
-    "tiling.py": 3,
-    "noise.py": 3,
-    "classical.py": 3,
-    "image_files.py": 3,
-    "export.py": 3,
-    "data/": 3,
-    "training/": 4,
-    "benchmark/": 4,
-    "probing/": 4,
-    "config.py": 4,
-    "commands/": 5,
-    "cli.py": 6,
-    "__main__.py": 7,
-}
-# Files of one level may import each other there, and nowhere else.
-SOCIABLE = {2, 3, 4, 5}
-# Level 0 and 1 know torch, numpy and the standard library; metrics may use a kept metric library, with torchvision's networks
-# and safetensors' files for its backbone, and corruption Pillow's JPEG.
-BOTTOM_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "torchvision", "safetensors", "PIL", "ebt_vision"}
+# Packages of ebt_vision, bottom up: a package knows those of the lines above its own, and itself.
+LAYERS = [
+    {"core"},
+    {"noise"},
+    {"models", "data"},
+    {"objectives", "denoising", "text", "probing"},
+    {"training"},
+    {"benchmark"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+]
+# What the core may use beside torch, numpy and the standard library: kept metric libraries, YAML, safetensors' files.
+CORE_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "torchvision", "safetensors", "yaml", "ebt_vision"}
 
 
 def library_files() -> list[Path]:
@@ -62,13 +31,15 @@ def program_files() -> list[Path]:
     return sorted([*(ROOT / "apps").rglob("*.py"), *(ROOT / "eval").rglob("*.py"), ROOT / "ebt_vision" / "cli.py"])
 
 
+def package_of(path: Path) -> str:
+    """The package of ebt_vision that a file is in, or its own name where it is in none."""
+    return path.relative_to(ROOT / "ebt_vision").parts[0].removesuffix(".py")
+
+
 def level_of(path: Path) -> int:
-    name = path.relative_to(ROOT / "ebt_vision").as_posix()
-    if name.endswith("/__init__.py"):
-        return 0
-    found = [prefix for prefix in LEVELS if name == prefix or (prefix.endswith("/") and name.startswith(prefix))]
-    assert found, f"{name} is in no level: add it to docs/architecture.md and to this test"
-    return LEVELS[max(found, key=len)]
+    found = [level for level, packages in enumerate(LAYERS) if package_of(path) in packages]
+    assert found, f"{path.name} is in no layer: add its package to docs/architecture.md and to this test"
+    return found[0]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -92,25 +63,44 @@ def module_file(name: str) -> Path | None:
     return None
 
 
-@pytest.mark.parametrize("path", library_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def library_imports(path: Path) -> set[Path]:
+    """The files of ebt_vision that a file imports anywhere in it, packages' own __init__.py left out."""
+    targets = {module_file(name) for name in imported_modules(path) if name.split(".")[0] == "ebt_vision"}
+    return {target for target in targets if target and target != path and target.name != "__init__.py"}
+
+
+MODULES = [path for path in library_files() if path != ROOT / "ebt_vision" / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_point_down(path: Path) -> None:
-    mine = level_of(path)
-    for name in imported_modules(path):
-        target = module_file(name) if name.split(".")[0] == "ebt_vision" else None
-        if target is None or target == path or target.name == "__init__.py":
-            continue
-        theirs = level_of(target)
-        assert theirs < mine or (theirs == mine and mine in SOCIABLE), (
-            f"{path.name} (level {mine}) imports {name} (level {theirs})"
-        )
+    for target in library_imports(path):
+        below = level_of(target) < level_of(path) or package_of(target) == package_of(path)
+        assert below, f"{path.relative_to(ROOT)} imports {target.relative_to(ROOT)}"
 
 
-@pytest.mark.parametrize("path", [p for p in library_files() if level_of(p) <= 1], ids=lambda path: path.name)
-def test_the_bottom_knows_torch_alone(path: Path) -> None:
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves by way of others, sorted."""
+    reached = {name: set(targets) for name, targets in imports.items()}
+    for middle in reached:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    return sorted(name for name, targets in reached.items() if name in targets)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    names = {path: path.relative_to(ROOT).as_posix() for path in MODULES}
+    assert circles({names[path]: {names[target] for target in library_imports(path)} for path in MODULES}) == []
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if level_of(p) == 0], ids=lambda path: path.name)
+def test_the_core_knows_torch_alone(path: Path) -> None:
     import sys
 
     packages = {name.split(".")[0] for name in imported_modules(path)}
-    assert packages <= BOTTOM_PACKAGES | sys.stdlib_module_names
+    assert packages <= CORE_PACKAGES | sys.stdlib_module_names
 
 
 def test_only_dit_imports_diffusers() -> None:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from ebt_vision.data.lazy_images import LazyImages
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.probing import selection
 from ebt_vision.probing.extraction import FeatureMaker
 
@@ -149,7 +150,7 @@ def test_random_crops_and_timm(photos: Path, tmp_path: Path):
 
 
 def test_it_goes_on_where_it_was_interrupted(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr("ebt_vision.feature_cache.default_shard_size", lambda count: 10)
+    monkeypatch.setattr("ebt_vision.probing.feature_cache.default_shard_size", lambda count: 10)
     options = ["--layers", "side4,side8", "--img-size", "16", "--heads", "knn"]
     compute, starts = FeatureMaker._compute, []
 
@@ -271,7 +272,7 @@ def test_options_that_are_no_good_are_one_line(words: str, photos: Path, tmp_pat
 def test_a_full_disk_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     import errno
 
-    from ebt_vision import feature_cache
+    from ebt_vision.probing import feature_cache
 
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")

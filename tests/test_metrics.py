@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ebt_vision.metrics import MissingBackboneError, PerceptualDistance, ssim
+from ebt_vision.core.metrics import MissingBackboneError, PerceptualDistance, ssim
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ from typing import Literal
 import pytest
 import torch
 
-from ebt_vision.corruption import add_gaussian_noise, signal_and_noise_scale
-from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.core.rng import make_generator
+from ebt_vision.denoising.base import adapt_to_noise
+from ebt_vision.denoising.networks import EBTDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.noise import NOISE_KINDS, Noise, suited
-from ebt_vision.rng import make_generator
+from ebt_vision.noise.named import NOISE_KINDS, Noise
+from ebt_vision.noise.processes import add_gaussian_noise, signal_and_noise_scale
 
 
 @pytest.mark.parametrize("kind", NOISE_KINDS)
@@ -33,7 +34,7 @@ def test_a_number_is_gaussian_noise() -> None:
 def test_input_gets_the_scale_that_the_network_was_trained_at(process: Literal["vp", "awgn"]) -> None:
     model = PatchEBT(PatchEBTConfig(img_size=16, embed_dim=192, depth=1, num_heads=3, noise_process=process))
     noises = (None, Noise.parse("25"), Noise.parse("paper:0.1"), Noise.parse("paper:0.2"))
-    scales = [suited(EBTDenoiser(model), noise).input_scale for noise in noises]
+    scales = [adapt_to_noise(EBTDenoiser(model), noise).input_scale for noise in noises]
     low, lower = signal_and_noise_scale(0.1)[0], signal_and_noise_scale(0.2)[0]
     assert scales == ([low, low, 1.0, 1.0] if process == "vp" else [1.0, 1.0, 1 / low, 1 / lower])
 

@@ -18,8 +18,8 @@ from PIL import ExifTags, Image, features
 from apps import sources
 from ebt_vision.data import decoded, decoding
 from ebt_vision.data.decoding import DecodeError, decode_image
+from ebt_vision.data.image_files import ImageFileError, quantise, read_image, write_image
 from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.image_files import ImageFileError, quantise, read_image, write_image
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
@@ -213,7 +213,7 @@ def test_damaged_tiffs_get_our_line_alone(tmp_path):
     """libtiff and Python's warnings are silent, too."""
     script = """
 import sys
-from ebt_vision.image_files import ImageFileError, read_image
+from ebt_vision.data.image_files import ImageFileError, read_image
 for path in sys.argv[1:]:
     try:
         read_image(path)
@@ -373,8 +373,8 @@ def test_an_empty_argument_is_refused(tmp_path, monkeypatch, capsys, words):
 
 
 def test_empty_names_are_refused_in_python_and_by_the_programs():
-    from ebt_vision.checks import named_path
-    from ebt_vision.image_files import find_images
+    from ebt_vision.core.checks import named_path
+    from ebt_vision.data.image_files import find_images
 
     for call in (lambda: read_image(""), lambda: find_images([""])):
         with pytest.raises(ImageFileError, match="empty"):

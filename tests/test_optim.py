@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ebt_vision.training.muon import Muon
-from ebt_vision.training.optim import OptimConfig, build_optimizer, set_learning_rate
+from ebt_vision.training.optim import build_optimizer, set_learning_rate
+from ebt_vision.training.settings import OptimConfig
 
 
 def test_muon_moves_a_matrix_along_its_orthogonalised_gradient():

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebt_vision.checkpoint import CheckpointError, load_pretrained
+from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, think
+from ebt_vision.models.checkpoint import CheckpointError, load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.models.patch_trunk import PRESETS, patchify, unpatchify
+from ebt_vision.models.patches import patchify, unpatchify
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.thinking import CompiledEnergy, ThinkingConfig, think
+from ebt_vision.models.trunk_config import PRESETS
 
 TINY = dict(img_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ebt_vision.denoiser import DenoiseOptions, load_denoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ebt_vision.config import ConfigError, build_config
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.objectives import EBTObjective, ImageBatch, ObjectiveConfig
-from ebt_vision.rng import sample_generators
+from ebt_vision.objectives.image import EBTObjective, ImageBatch, ObjectiveConfig
 from ebt_vision.training.build import build_model, build_objective, build_task
+from ebt_vision.training.config import ConfigError, build_config
 from ebt_vision.training.image_task import cut_images
 from ebt_vision.training.loop import Trainer
 

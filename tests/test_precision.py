@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from ebt_vision import model_denoisers
-from ebt_vision.denoiser import DenoiseOptions, load_denoiser
-from ebt_vision.metrics import psnr
-from ebt_vision.model_denoisers import denoiser_for
+from ebt_vision.core.metrics import psnr
+from ebt_vision.core.precision import autocast, has_fast_bfloat16
+from ebt_vision.denoising import networks
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.networks import denoiser_for
+from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.precision import autocast, has_fast_bfloat16
 
 SIZE = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, noise_process="awgn")
 STEM = dict(stem_widths=(4, 8))
@@ -43,7 +44,7 @@ def test_bfloat16_is_close_to_float32_and_results_stay_float32(kind: str):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_auto_is_bfloat16_where_it_is_fast_and_the_network_adds_to_its_input(fast: bool, monkeypatch, tmp_path):
-    monkeypatch.setattr(model_denoisers, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: fast)
     network("ebt", **STEM).save_pretrained(tmp_path / "conv")
     network("ebt").save_pretrained(tmp_path / "plain")
     assert load_denoiser(str(tmp_path / "conv")).uses_bfloat16 is fast

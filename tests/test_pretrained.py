@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebt_vision import corruption, metrics
 from ebt_vision.benchmark.text import score_text
-from ebt_vision.checkpoint import PRETRAINED_DIR, default_pretrained, list_pretrained, load_pretrained
+from ebt_vision.core import metrics
+from ebt_vision.data.image_files import read_image
 from ebt_vision.data.text import TextDataConfig, load_text_set
-from ebt_vision.denoiser import DenoiseOptions, load_denoiser
-from ebt_vision.image_files import read_image
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models import pretrained_model
+from ebt_vision.models.checkpoint import PRETRAINED_DIR, default_pretrained, list_pretrained, load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import CheckpointError, PretrainedModel
-from ebt_vision.tiling import denoise_tiled
+from ebt_vision.noise import processes
 
 NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]
 PHOTO_NAME = "photographs_ebt"
@@ -33,7 +35,7 @@ def clean() -> Tensor:
 
 def noisy(clean: Tensor, level: float) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return corruption.to_image_range(corruption.add_vp_noise(corruption.to_model_range(clean), level, generator))
+    return processes.to_image_range(processes.add_vp_noise(processes.to_model_range(clean), level, generator))
 
 
 def psnr(images: Tensor, clean: Tensor) -> float:
@@ -93,7 +95,7 @@ def test_the_ebt_denoises_and_thinking_longer_helps_at_noise_it_never_saw(clean:
 
 @pytest.mark.parametrize(("sigma", "gain"), [(15.0, 5.0), (50.0, 10.0)])
 def test_the_photograph_ebt_removes_noise_whose_strength_it_is_not_told(sigma: float, gain: float, clean: Tensor):
-    start = corruption.add_gaussian_noise(clean, sigma, torch.Generator().manual_seed(0))
+    start = processes.add_gaussian_noise(clean, sigma, torch.Generator().manual_seed(0))
     denoiser = load_denoiser(PHOTO_NAME)
     result = denoiser.denoise(start, DenoiseOptions(num_steps=denoiser.suggested_steps))
     assert psnr(result.image, clean) > psnr(start.clamp(0, 1), clean) + gain
@@ -110,7 +112,7 @@ def test_the_baselines_denoise(name: str, steps: int, clean: Tensor):
 def test_what_load_denoiser_gives_is_what_the_command_line_gives(clean: Tensor):
     """On images larger than those of the training, whole or in tiles."""
     image = torch.cat([torch.cat(list(clean[:3]), dim=2), torch.cat(list(clean[3:6]), dim=2)], dim=1)[None, :, :96, :160]
-    start = corruption.add_gaussian_noise(image, 25.0, torch.Generator().manual_seed(0))
+    start = processes.add_gaussian_noise(image, 25.0, torch.Generator().manual_seed(0))
     denoiser = load_denoiser(PHOTO_NAME)
     result = denoiser.denoise(start)
     assert torch.equal(result.image, denoise_tiled(denoiser, start, denoiser.suggested_options).image)
@@ -126,7 +128,7 @@ def test_the_photograph_ebt_leaves_clean_images_and_drawings_alone(clean: Tensor
     squares[:, 0] = 1.0  # pure red
     squares[:, :, 16:40, 8:30] = 1.0
     assert psnr(denoiser.denoise(squares).image, squares) > 38.0
-    faint = corruption.add_gaussian_noise(clean, 2.55, torch.Generator().manual_seed(0))
+    faint = processes.add_gaussian_noise(clean, 2.55, torch.Generator().manual_seed(0))
     assert psnr(denoiser.denoise(faint).image, clean) > psnr(faint.clamp(0, 1), clean) + 0.5
 
 

@@ -13,10 +13,10 @@ from sklearn.preprocessing import StandardScaler
 from ebt_vision.data.images import DataConfig, load_image_set
 from ebt_vision.data.lazy_images import LazyImages, random_box
 from ebt_vision.data.sources import DataError
-from ebt_vision.feature_cache import FeatureRows
 from ebt_vision.probing import heads
+from ebt_vision.probing.feature_cache import FeatureRows
 from ebt_vision.probing.heads import KnnHead, LogisticHead, ProbeSet
-from ebt_vision.probing.labels import agree, stratified_split
+from ebt_vision.probing.labels import align_labels, stratified_split
 from ebt_vision.probing.scores import measure, top_k_accuracy, wilson_interval
 from ebt_vision.probing.torch_head import TorchHead
 
@@ -25,11 +25,11 @@ from ebt_vision.probing.torch_head import TorchHead
 
 def test_classes_agree_by_name_or_by_number():
     """A folder without one class numbers the others anew: names decide."""
-    labels = agree([0, 1, 2], ["ant", "bee", "cat"], [1, 0, 0], ["bee", "cat"])
+    labels = align_labels([0, 1, 2], ["ant", "bee", "cat"], [1, 0, 0], ["bee", "cat"])
     assert labels.val.tolist() == [2, 1, 1] and labels.train.tolist() == [0, 1, 2] and labels.num_classes == 3
-    labels = agree([10, 9, 101, 9], None, [101, 9], None)
+    labels = align_labels([10, 9, 101, 9], None, [101, 9], None)
     assert labels.class_names == ("9", "10", "101") and labels.train.tolist() == [1, 0, 2, 0] and labels.val.tolist() == [2, 0]
-    named = agree([3, 1], ["a", "b", "c", "d"], [1], ["a", "b", "c", "d"])  # names without an image are no classes
+    named = align_labels([3, 1], ["a", "b", "c", "d"], [1], ["a", "b", "c", "d"])  # names without an image are no classes
     assert named.class_names == ("b", "d") and named.val.tolist() == [0]
 
 
@@ -47,7 +47,7 @@ def test_classes_agree_by_name_or_by_number():
 )
 def test_labels_that_no_probe_can_use(sets, message: str):
     with pytest.raises(DataError, match=message):
-        agree(*sets)
+        align_labels(*sets)
 
 
 def test_the_split_takes_of_every_class_and_knows_its_seed():

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from test_training import REPLAY, experiment, photos, weights  # noqa: F401  (a fixture)
 
-from ebt_vision.config import ConfigError, build_config
+from ebt_vision.training.config import ConfigError, build_config
 from ebt_vision.training.loop import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from ebt_vision.corruption import to_image_range, to_model_range
-from ebt_vision.denoiser import DenoiseOptions, DenoiseStep, IdentityDenoiser, noise_from_energy
-from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.core.thinking import think
+from ebt_vision.denoising.base import IdentityDenoiser, noise_from_energy
+from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.results import DenoiseStep
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.objectives import EBTObjective
-from ebt_vision.thinking import think
+from ebt_vision.noise.processes import to_image_range, to_model_range
+from ebt_vision.objectives.image import EBTObjective
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, stem_widths=(4, 8), noise_process="awgn")
 

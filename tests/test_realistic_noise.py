@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from ebt_vision import realistic_noise
-from ebt_vision.realistic_noise import RealisticNoiseConfig, add_realistic_noise
-from ebt_vision.rng import make_generator, sample_generators
+from ebt_vision.core.rng import make_generator, sample_generators
+from ebt_vision.noise import realistic
+from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise
 
 
 def clean_images(count: int = 6, height: int = 37, width: int = 31) -> torch.Tensor:
@@ -52,17 +52,17 @@ def test_realistic_draws_are_8_bit_values():
     torch.testing.assert_close(noisy * 255, (noisy * 255).round(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("field", sorted({f.__name__ for f in realistic_noise._FIELDS}))
+@pytest.mark.parametrize("field", sorted({f.__name__ for f in realistic._FIELDS}))
 def test_every_field_has_the_strength_asked_for(field: str):
     """On an image of mid-grey, where the pipeline clips nothing."""
     clean = torch.full((3, 64, 64), 0.5)
     for seed in range(5):
-        noise = getattr(realistic_noise, field)(clean, 10 / 255, None, make_generator(seed))
+        noise = getattr(realistic, field)(clean, 10 / 255, None, make_generator(seed))
         assert noise.std().item() * 255 == pytest.approx(10.0, rel=0.1)
 
 
 def test_demosaicing_correlates_the_noise_of_a_sensor():
-    noise = realistic_noise._sensor_noise(torch.full((3, 96, 96), 0.5), 10 / 255, None, make_generator(0))
+    noise = realistic._sensor_noise(torch.full((3, 96, 96), 0.5), 10 / 255, None, make_generator(0))
     assert neighbour_correlation(noise) > 0.2
 
 
@@ -70,20 +70,18 @@ def test_the_noise_of_a_sensor_depends_on_the_signal():
     """The tone curve is steep in shadows: read noise and shot noise alike are stronger there in sRGB."""
     clean = torch.full((3, 64, 128), 0.05)
     clean[:, :, 64:] = 0.8
-    noise = realistic_noise._sensor_noise(clean, 5 / 255, None, make_generator(3))
+    noise = realistic._sensor_noise(clean, 5 / 255, None, make_generator(3))
     assert noise[:, :, :60].std() > 1.5 * noise[:, :, 68:].std()
 
 
 def test_the_correlation_is_there_and_keeps_the_strength():
     for seed in range(8):
         noise = torch.randn(3, 64, 64, generator=make_generator(seed))
-        correlated = realistic_noise._random_correlation(make_generator(seed, 1))(noise)
+        correlated = realistic._random_correlation(make_generator(seed, 1))(noise)
         assert correlated.shape == noise.shape
         assert correlated.std().item() == pytest.approx(1.0, abs=0.01)
         assert neighbour_correlation(correlated) > neighbour_correlation(noise) - 0.02
-    strong = realistic_noise._random_correlation(generator_of_a_strong_blur())(
-        torch.randn(3, 64, 64, generator=make_generator(9))
-    )
+    strong = realistic._random_correlation(generator_of_a_strong_blur())(torch.randn(3, 64, 64, generator=make_generator(9)))
     assert neighbour_correlation(strong) > 0.8  # a blur of 1.5 px: exp(-1 / (4 * 1.5**2)) = 0.89
 
 
@@ -104,14 +102,14 @@ def neighbour_correlation(noise: torch.Tensor) -> float:
 def test_the_mosaic_sees_each_colour_where_a_bayer_sensor_has_it():
     image = torch.stack([torch.full((4, 4), 1.0), torch.full((4, 4), 2.0), torch.full((4, 4), 3.0)])
     cell = torch.tensor([[1.0, 2.0], [2.0, 3.0]])
-    assert torch.equal(realistic_noise._mosaic(image)[0], cell.repeat(2, 2))
+    assert torch.equal(realistic._mosaic(image)[0], cell.repeat(2, 2))
 
 
 def test_developing_a_flat_mosaic_gives_the_flat_colour_back():
     srgb = torch.tensor([0.3, 0.5, 0.7])[:, None, None].expand(3, 9, 7)
     gains = torch.tensor([2.0, 1.0, 1.5])
-    raw = realistic_noise._mosaic(realistic_noise._to_linear(srgb) / gains[:, None, None])
-    torch.testing.assert_close(realistic_noise._develop(raw, gains), srgb, rtol=1e-4, atol=1e-5)
+    raw = realistic._mosaic(realistic._to_linear(srgb) / gains[:, None, None])
+    torch.testing.assert_close(realistic._develop(raw, gains), srgb, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

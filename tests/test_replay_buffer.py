@@ -2,7 +2,7 @@
 
 import torch
 
-from ebt_vision.rng import make_generator
+from ebt_vision.core.rng import make_generator
 from ebt_vision.training.replay_buffer import ReplayBuffer, ReplayConfig
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ebt_vision.checkpoint import checkpoint_hash
+from ebt_vision.models.checkpoint import checkpoint_hash
 
 ROOT = Path(__file__).parents[1]
 ABOUT = {

@@ -28,7 +28,7 @@ def build(folder: Path, **pages: str) -> subprocess.CompletedProcess:
 
 
 def test_links_and_references_that_exist_are_built(tmp_path: Path):
-    done = build(tmp_path, index="# A\n\n[b](b.md#b)\n", b="# B\n\n::: ebt_vision.rng.make_generator\n")
+    done = build(tmp_path, index="# A\n\n[b](b.md#b)\n", b="# B\n\n::: ebt_vision.core.rng.make_generator\n")
     assert done.returncode == 0, done.stderr
     assert "make_generator" in (tmp_path / "site" / "b.html").read_text()
 
@@ -39,7 +39,7 @@ def test_links_and_references_that_exist_are_built(tmp_path: Path):
         ({"index": "# A\n\n[gone](gone.md)\n"}, "gone.md"),
         ({"index": "# A\n\n[b](b.md#gone)\n", "b": "# B\n"}, "#gone"),
         ({"index": "# A\n\n![picture](gone.png)\n"}, "gone.png"),
-        ({"index": "# A\n\n::: ebt_vision.rng.gone\n"}, "ebt_vision.rng.gone"),
+        ({"index": "# A\n\n::: ebt_vision.core.rng.gone\n"}, "ebt_vision.core.rng.gone"),
         ({"index": "# A\n", "forgotten": "# F\n"}, "forgotten.md"),
     ],
     ids=["page", "heading", "picture", "reference", "navigation"],

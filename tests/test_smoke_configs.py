@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ebt_vision.config import load_config
+from ebt_vision.training.config import load_config
 from ebt_vision.training.loop import Trainer
 
 ROOT = Path(__file__).parents[1]

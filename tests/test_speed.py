@@ -13,8 +13,8 @@ from torch.autograd import DeviceType
 from ebt_vision.benchmark import time_profile, training_cost
 from ebt_vision.benchmark.time_profile import KINDS, time_by_kind
 from ebt_vision.benchmark.timing import MatrixProduct, Version, time_side_by_side
-from ebt_vision.config import build_config
-from ebt_vision.models.patch_trunk import TrunkConfig
+from ebt_vision.models.trunk_config import TrunkConfig
+from ebt_vision.training.config import build_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import plain_steps

@@ -10,11 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ebt_vision.checkpoint import load_pretrained
 from ebt_vision.cli import main
-from ebt_vision.config import ConfigError, build_config
-from ebt_vision.text_objectives import TextBatch, TextEBTObjective, TextObjectiveConfig, batch_loss
+from ebt_vision.models.checkpoint import load_pretrained
+from ebt_vision.objectives.text import TextBatch, TextEBTObjective, TextObjectiveConfig, batch_loss
 from ebt_vision.training.build import build_model, build_objective
+from ebt_vision.training.config import ConfigError, build_config
 from ebt_vision.training.loop import Trainer
 from ebt_vision.training.state import checkpoint_folders
 from ebt_vision.training.stopping import TrainingInterrupted

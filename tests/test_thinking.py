@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.rng import sample_generators
-from ebt_vision.thinking import (
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.core.thinking import (
     CompiledEnergy,
     NonFiniteGradientError,
     ThinkingConfig,
@@ -17,6 +16,7 @@ from ebt_vision.thinking import (
     best_of,
     think,
 )
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 
 
 def half_square(candidate: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ebt_vision.classical import NonLocalMeansDenoiser
-from ebt_vision.denoiser import DenoiseOptions, Denoiser, IdentityDenoiser, no_network_result
-from ebt_vision.model_denoisers import EBTDenoiser
+from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
+from ebt_vision.denoising.classical import NonLocalMeansDenoiser
+from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.results import no_network_result
+from ebt_vision.denoising.tiling import denoise_tiled, energy_map_tiled, tile_starts, tile_weights
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
-from ebt_vision.tiling import denoise_tiled, energy_map_tiled, tile_starts, tile_weights
 
 
 def tiny_ebt() -> EBTDenoiser:

@@ -18,14 +18,14 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file
 
-from ebt_vision.checkpoint import load_pretrained
 from ebt_vision.cli import main
-from ebt_vision.config import ConfigError, build_config
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.pretrained_model import read_config
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.objectives import ImageBatch, ObjectiveConfig, RegressorObjective
-from ebt_vision.rng import sample_generators
+from ebt_vision.objectives.image import ImageBatch, ObjectiveConfig, RegressorObjective
 from ebt_vision.training import engine, stopping
+from ebt_vision.training.config import ConfigError, build_config
 from ebt_vision.training.loop import Trainer, TrainingDivergedError
 from ebt_vision.training.state import checkpoint_folders
 from ebt_vision.training.stopping import StopRequest, TrainingInterrupted

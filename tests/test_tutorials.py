@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ebt_vision.checkpoint import load_pretrained
-from ebt_vision.models.dit import DiT, DiTConfig
+from ebt_vision.models.checkpoint import load_pretrained
+from ebt_vision.models.dit import DiT
+from ebt_vision.models.dit_config import DiTConfig
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"

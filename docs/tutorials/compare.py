@@ -2,10 +2,12 @@
 
 import sys
 
-from ebt_vision import corruption, metrics
+from ebt_vision import DenoiseOptions, load_denoiser
+from ebt_vision.core import metrics
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.denoiser import DenoiseOptions, for_vp_images, load_denoiser
-from ebt_vision.rng import sample_generators
+from ebt_vision.denoising.base import for_vp_images
+from ebt_vision.noise import processes
 
 ebt, dit, folder = sys.argv[1:]
 size = load_denoiser(ebt).tile_size
@@ -17,10 +19,10 @@ clean = images.images(indices).float() / 255  # (B, 3, size, size) in [0, 1]
 def psnr_of(name: str, level: float, num_steps: int) -> float:
     """Mean PSNR over the images; the noise depends on the level and the image alone."""
     generators = sample_generators(0, indices, round(1000 * level))
-    noisy = corruption.add_vp_noise(corruption.to_model_range(clean), level, generators)
+    noisy = processes.add_vp_noise(processes.to_model_range(clean), level, generators)
     denoiser = for_vp_images(load_denoiser(name), level)
     options = DenoiseOptions(num_steps=num_steps, noise_level=level)
-    result = denoiser.denoise(corruption.to_image_range(noisy), options, image_ids=indices)
+    result = denoiser.denoise(processes.to_image_range(noisy), options, image_ids=indices)
     return metrics.psnr(result.image, clean, data_range=1.0).mean().item()
 
 

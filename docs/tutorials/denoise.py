@@ -4,9 +4,10 @@ import sys
 
 import torch
 
-from ebt_vision import corruption, metrics
-from ebt_vision.denoiser import DenoiseOptions, load_denoiser
-from ebt_vision.image_files import read_image, write_image
+from ebt_vision import DenoiseOptions, load_denoiser
+from ebt_vision.core import metrics
+from ebt_vision.data.image_files import read_image, write_image
+from ebt_vision.noise import processes
 
 photo = read_image(sys.argv[1])
 noisy = photo.visible_pixels()[None]  # (1, 3, H, W) in [0, 1]
@@ -20,7 +21,7 @@ write_image("denoised.png", photo.with_pixels(result.image[0]), overwrite=True)
 
 # Add known noise to the result: now the error of every step is known as well.
 clean = result.image
-noisier = corruption.add_gaussian_noise(clean, 25, torch.Generator().manual_seed(0))
+noisier = processes.add_gaussian_noise(clean, 25, torch.Generator().manual_seed(0))
 again = denoiser.denoise(noisier, DenoiseOptions(num_steps=4, keep_trajectory=True))
 for step, (image, energy) in enumerate(zip(again.trajectory, again.energies[:, 0], strict=True)):
     psnr = metrics.psnr(image, clean, data_range=1.0).item()

@@ -2,8 +2,9 @@
 
 import torch
 
-from ebt_vision import corruption, metrics
-from ebt_vision.thinking import ThinkingConfig, think
+from ebt_vision import ThinkingConfig, think
+from ebt_vision.core import metrics
+from ebt_vision.noise import processes
 
 
 def energy(candidate: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
@@ -16,7 +17,7 @@ def energy(candidate: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
 
 clean = torch.zeros(1, 3, 32, 32)
 clean[..., 8:24, 8:24] = 1.0
-noisy = corruption.add_gaussian_noise(clean, 50, torch.Generator().manual_seed(0))
+noisy = processes.add_gaussian_noise(clean, 50, torch.Generator().manual_seed(0))
 config = ThinkingConfig(num_steps=100, step_size=0.05, tolerance=1e-3)
 result = think(energy, noisy, config, context=(noisy,))
 for step in (1, 5, 20, int(result.num_steps)):

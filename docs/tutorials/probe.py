@@ -8,7 +8,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.features import Condition, Feature, extract, load_extractor
+from ebt_vision.probing.features import Feature, FeatureCondition, extract, load_extractor
 
 model, train_folder, test_folder = sys.argv[1:]
 
@@ -18,7 +18,7 @@ def features_of(name: str, folder: str) -> tuple[torch.Tensor, list[int]]:
     extractor = load_extractor(name)
     layer = extractor.blocks[-2]
     images = load_image_set(DataConfig(path=folder, img_size=extractor.img_size))
-    feature = Feature(condition=Condition(), layer=layer, pool="mean")
+    feature = Feature(condition=FeatureCondition(), layer=layer, pool="mean")
     parts = []
     for start in range(0, len(images), 64):
         indices = range(start, min(start + 64, len(images)))

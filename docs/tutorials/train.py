@@ -4,8 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from ebt_vision.config import load_config
-from ebt_vision.denoiser import load_denoiser
+from ebt_vision import load_config, load_denoiser
 from ebt_vision.training.run import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tutorial_ebt.yaml"

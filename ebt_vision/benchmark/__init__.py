@@ -1,1 +1,1 @@
-"""The denoising benchmark's parts: what its programs in eval/ are made of."""
+"""The parts of the benchmark programs in eval/."""

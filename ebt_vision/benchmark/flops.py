@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ebt_vision.benchmark.rows import Row
-from ebt_vision.denoiser import DenoiseOptions, Denoiser
-from ebt_vision.model_denoisers import DiTDenoiser
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.networks import DiTDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebt_vision import metrics
 from ebt_vision.benchmark.flops import Cost, CostMeter
 from ebt_vision.benchmark.images import BenchmarkImages
 from ebt_vision.benchmark.pairs import BenchmarkPairs
 from ebt_vision.benchmark.parts import Part, Parts, join
 from ebt_vision.benchmark.protocols import Condition, same_shapes
 from ebt_vision.benchmark.rows import Row, prepare
-from ebt_vision.denoiser import Denoiser, DenoiseResult, join_results
+from ebt_vision.core import metrics
+from ebt_vision.core.names import file_name
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.results import DenoiseResult, join_results
+from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
 from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.tiling import denoise_tiled, num_tiles
 
 FORMAT = 2
 """Goes into the key of every part; another number makes older parts be refused."""
@@ -114,7 +116,7 @@ class Bench:
         if precision != "float32":
             key["precision"] = precision
         sweep = f"-{len(indices)}" if len(indices) < len(self.images) else ""
-        return Parts(self.folder / _slug(f"{condition.key}-{row.model}-{row.method}-{row.num_steps}{sweep}"), key)
+        return Parts(self.folder / file_name(f"{condition.key}-{row.model}-{row.method}-{row.num_steps}{sweep}"), key)
 
     def measure(
         self, subject: Subject, row: Row, condition: Condition, batches: Iterable[list[int]], parts: Parts
@@ -199,7 +201,3 @@ def observed(images: BenchmarkImages, condition: Condition, indices: Sequence[in
         assert isinstance(images, BenchmarkPairs)
         return clean, torch.stack(images.noisy(indices)).float() / 255.0
     return clean, condition.observe(clean, indices)
-
-
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)

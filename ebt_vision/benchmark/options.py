@@ -3,15 +3,15 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from ebt_vision.checks import named_path
-from ebt_vision.terminal import escape_unprintable
-from ebt_vision.yaml_files import load_yaml
+from ebt_vision.core.arguments import named_path
+from ebt_vision.core.names import escape_unprintable
+from ebt_vision.core.yaml_files import load_yaml
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -81,20 +81,3 @@ def _words(name: str, value: Any, *, switch: bool) -> list[str]:
     else:
         return [f"--{name}={value}"]
     return [f"--{name}", *values]
-
-
-def number(kind: Callable[[str], float], low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` in low..high."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or value == float("inf"):
-            what = "a whole number" if kind is int else "a number"
-            limits = f"from {low:g}" + (f" to {high:g}" if high < float("inf") else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is not valid; use {what} {limits}")
-        return value
-
-    return parse

@@ -1,14 +1,13 @@
 """What is measured, on disk batch by batch: the same command goes on where it was interrupted."""
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ebt_vision.whole_files import write_text
+from ebt_vision.core.atomic_files import write_atomically, write_text
 
 Part = dict[str, np.ndarray]
 """Arrays with one row for each image of a batch."""
@@ -56,10 +55,7 @@ def read_part(path: Path) -> Part | None:
 
 def write_part(path: Path, part: Part) -> None:
     """Write a part in one go: it is there whole or not at all."""
-    temporary = path.with_suffix(".writing")
-    with temporary.open("wb") as file:
-        np.savez(file, **part)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: np.savez(file, **part))  # type: ignore[arg-type]
 
 
 def _read_key(path: Path) -> dict:

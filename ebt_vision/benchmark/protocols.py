@@ -17,8 +17,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from ebt_vision import corruption
-from ebt_vision.rng import Generators, sample_generators
+from ebt_vision.core.rng import Generators, sample_generators
+from ebt_vision.noise import processes
 
 _VP_STREAM = 21
 _OOD_STREAM = 22
@@ -41,7 +41,7 @@ class Condition:
 
     def __post_init__(self) -> None:
         if self.protocol == "paper":
-            corruption.level_to_timestep(self.strength)  # raises ValueError out of range
+            processes.level_to_timestep(self.strength)  # raises ValueError out of range
             if self.clipped:
                 raise ValueError("--clipped is a track of awgn and ood; the paper's noise is never clipped")
         if self.protocol == "real" and self.clipped:
@@ -67,14 +67,14 @@ class Condition:
     def timestep(self) -> int | None:
         """The timestep of the VP process with this noise-to-signal ratio; None where that means nothing."""
         if self.protocol == "paper":
-            return corruption.level_to_timestep(self.strength)
-        return corruption.sigma_to_timestep(self.strength) if self.protocol == "awgn" else None
+            return processes.level_to_timestep(self.strength)
+        return processes.sigma_to_timestep(self.strength) if self.protocol == "awgn" else None
 
     @property
     def sigma(self) -> float | None:
         """AWGN standard deviation, 0..255 units, that a method at the image's own scale is told; None: it must estimate it."""
         if self.protocol == "paper":
-            signal, noise = corruption.signal_and_noise_scale(self.strength)
+            signal, noise = processes.signal_and_noise_scale(self.strength)
             return 255.0 * noise / signal / 2.0
         return self.strength if self.protocol == "awgn" else None
 
@@ -83,22 +83,22 @@ class Condition:
         images = clean.float() / 255.0
         assert self.protocol != "real", "the noisy images of pairs are files"
         if self.protocol == "paper":
-            generators = sample_generators(self.seed, indices, _VP_STREAM, corruption.level_to_timestep(self.strength))
-            noisy = corruption.add_vp_noise(corruption.to_model_range(images), self.strength, generators)
-            return corruption.to_image_range(noisy)
+            generators = sample_generators(self.seed, indices, _VP_STREAM, processes.level_to_timestep(self.strength))
+            noisy = processes.add_vp_noise(processes.to_model_range(images), self.strength, generators)
+            return processes.to_image_range(noisy)
         if self.protocol == "awgn":
-            noisy = corruption.add_restoration_noise(images, self.strength, self.seed)
+            noisy = processes.add_restoration_noise(images, self.strength, self.seed)
         else:
             stream = sorted(OOD_STRENGTHS).index(self.kind)
             noisy = _corrupted(images, self.kind, self.strength, sample_generators(self.seed, indices, _OOD_STREAM, stream))
-        return corruption.to_8_bit(noisy) / 255.0 if self.clipped else noisy
+        return processes.to_8_bit(noisy) / 255.0 if self.clipped else noisy
 
     def measured(self, image: Tensor) -> Tensor:
         """An output (B, 3, H, W) in [0, 1], clamped, as it is compared with the clean pixels.
 
         It is on 0..255, rounded but for the paper's protocol.
         """
-        return 255.0 * image if self.protocol == "paper" else corruption.to_8_bit(image)
+        return 255.0 * image if self.protocol == "paper" else processes.to_8_bit(image)
 
     @property
     def key(self) -> str:
@@ -110,15 +110,15 @@ class Condition:
 def _corrupted(images: Tensor, kind: str, strength: float, generators: Generators) -> Tensor:
     match kind:
         case "salt-and-pepper":
-            return corruption.add_salt_and_pepper(images, strength, generators)
+            return processes.add_salt_and_pepper(images, strength, generators)
         case "poisson":
-            return corruption.add_poisson_noise(images, strength, generators)
+            return processes.add_poisson_noise(images, strength, generators)
         case "speckle":
-            return corruption.add_speckle(images, strength, generators)
+            return processes.add_speckle(images, strength, generators)
         case "jpeg":
-            return corruption.add_jpeg(images, round(strength))
+            return processes.add_jpeg(images, round(strength))
         case "motion-blur":
-            return corruption.add_motion_blur(images, round(strength))
+            return processes.add_motion_blur(images, round(strength))
     raise AssertionError(kind)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ebt_vision.whole_files import write_text
+from ebt_vision.core.atomic_files import write_text
 
 FIELDS = ("about", "protocol", "rows", "combined", "verification")
 

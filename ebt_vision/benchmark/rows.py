@@ -7,11 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from ebt_vision import corruption
 from ebt_vision.benchmark.protocols import Condition
-from ebt_vision.denoiser import TRAINING_LEVEL, DenoiseOptions, Denoiser, IdentityDenoiser, for_photographs, for_vp_images
-from ebt_vision.model_denoisers import DiTDenoiser, EBTDenoiser, RegressorDenoiser
-from ebt_vision.thinking import ToleranceOf
+from ebt_vision.core.thinking import ToleranceOf
+from ebt_vision.denoising.base import TRAINING_LEVEL, Denoiser, IdentityDenoiser, for_photographs, for_vp_images
+from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.noise import processes
 
 Kind = Literal["ebt", "dit", "regressor", "identity", "classical"]
 
@@ -155,7 +156,7 @@ def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterato
     # The published code lets a loop start at the noise's own timestep, or at one that it is told: the last one it was trained
     # on makes the paper's 100, 200 and 300 passes.
     yield loops
-    if timestep != corruption.level_to_timestep(TRAINING_LEVEL):
+    if timestep != processes.level_to_timestep(TRAINING_LEVEL):
         yield replace(loops, method=f"recursion from level {TRAINING_LEVEL:g}", start_level=TRAINING_LEVEL)
 
 
@@ -184,8 +185,8 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
         level, sigma = row.start_level, condition.sigma
         return for_photographs(denoiser), noisy, replace(options, noise_level=level, sigma=None if level else sigma)
     if row.kind == "classical":
-        signal, _ = corruption.signal_and_noise_scale(condition.strength)
-        scaled = corruption.to_image_range(corruption.to_model_range(noisy) / signal)
+        signal, _ = processes.signal_and_noise_scale(condition.strength)
+        scaled = processes.to_image_range(processes.to_model_range(noisy) / signal)
         return denoiser, scaled, replace(options, sigma=min(condition.sigma or math.inf, 255.0))
     denoiser = for_vp_images(denoiser, condition.strength)
     return denoiser, noisy, replace(options, noise_level=row.start_level or condition.strength)

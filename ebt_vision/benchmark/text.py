@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ebt_vision.core.rng import make_generator, randn_like, sample_generators
+from ebt_vision.core.thinking import ThinkingConfig, think
 from ebt_vision.data.text import IGNORED, TextSet, TokenBatch
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
-from ebt_vision.rng import make_generator, randn_like, sample_generators
-from ebt_vision.text_objectives import token_losses
-from ebt_vision.thinking import ThinkingConfig, think
+from ebt_vision.objectives.text import token_losses
 
 _START, _LANGEVIN, _SHIFT = 31, 32, 33
 NUM_BINS = 10

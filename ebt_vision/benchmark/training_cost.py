@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.benchmark.flops import count_flops
-from ebt_vision.config import ConfigError, ExperimentConfig
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.images import DataConfig
-from ebt_vision.models.patch_trunk import TrunkConfig
-from ebt_vision.objectives import ImageBatch
-from ebt_vision.rng import sample_generators
+from ebt_vision.models.trunk_config import TrunkConfig
+from ebt_vision.objectives.image import ImageBatch
 from ebt_vision.training.build import build_model, build_objective
+from ebt_vision.training.config import ConfigError, ExperimentConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,1 +1,1 @@
-"""The commands of the command line: each module adds its arguments to a parser and runs what they ask for."""
+"""The commands of ebt-vision."""

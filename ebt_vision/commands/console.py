@@ -41,7 +41,7 @@ def one_line(error: BaseException) -> str:
 
 def is_users(error: Exception) -> bool:
     """Whether an error is about this input, so that the other images can go on: not a fault of the program."""
-    from ebt_vision.thinking import ThinkingError
+    from ebt_vision.core.thinking import ThinkingError
 
     return isinstance(error, ValueError | OSError | ThinkingError) or _out_of_memory(error)
 

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebt_vision.checks import named_path
 from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, duration, is_users, one_line, say, tell
-from ebt_vision.commands.numbers import count, name, not_negative, positive, whole_number
+from ebt_vision.core.arguments import count, name, named_path, not_negative, positive, whole_number
+from ebt_vision.denoising.base import adapt_to_noise
 
 if TYPE_CHECKING:
     from ebt_vision.commands.pipeline import Job
-    from ebt_vision.denoiser import DenoiseOptions, Denoiser, DenoiseResult
-    from ebt_vision.image_files import ImageFile
-    from ebt_vision.noise import Noise
+    from ebt_vision.data.image_files import ImageFile
+    from ebt_vision.denoising.base import Denoiser
+    from ebt_vision.denoising.options import DenoiseOptions
+    from ebt_vision.denoising.results import DenoiseResult
+    from ebt_vision.noise.named import Noise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _noise(text: str) -> Noise:
-    from ebt_vision.noise import Noise
+    from ebt_vision.noise.named import Noise
 
     try:
         return Noise.parse(text)
@@ -181,7 +183,7 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> t
 
 
 def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]:
-    from ebt_vision.image_files import find_images
+    from ebt_vision.data.image_files import find_images
 
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is a pipe or a device, not a file; save the image to a file first")
@@ -204,7 +206,7 @@ def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]
 
 def _result_name(relative: Path, png: bool) -> Path:
     """The name of a result: with the suffix of its format, in the place of an image's suffix but not of any other."""
-    from ebt_vision.image_files import WRITABLE_SUFFIXES, without_suffix
+    from ebt_vision.data.image_files import WRITABLE_SUFFIXES, without_suffix
 
     if relative.suffix.lower() in WRITABLE_SUFFIXES and not png:
         return relative
@@ -237,10 +239,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
-    from ebt_vision.checkpoint import default_pretrained, program_device
     from ebt_vision.commands.pipeline import Share
-    from ebt_vision.denoiser import DenoiseOptions, load_denoiser
-    from ebt_vision.noise import suited
+    from ebt_vision.denoising.load import load_denoiser
+    from ebt_vision.denoising.options import DenoiseOptions
+    from ebt_vision.models.checkpoint import default_pretrained, program_device
 
     device = Share.of_environment().device(program_device(args.device))
     denoiser = load_denoiser(args.model or default_pretrained(), device=device, precision=args.precision)
@@ -262,7 +264,7 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         sigma=noise and noise.sigma,
         noise_level=noise and noise.noise_level,
     )
-    return suited(denoiser, noise), options
+    return adapt_to_noise(denoiser, noise), options
 
 
 def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
@@ -276,7 +278,7 @@ def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
 
 
 def _read(source: Path) -> ImageFile:
-    from ebt_vision import image_files
+    from ebt_vision.data import image_files
 
     return image_files.read_image(source)
 
@@ -285,8 +287,8 @@ def _denoise(
     job: Job, image: ImageFile, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace
 ) -> Callable[[], str]:
     """Denoise one image; returns what writes the result and returns the line to print."""
-    from ebt_vision.metrics import psnr
-    from ebt_vision.tiling import denoise_tiled
+    from ebt_vision.core.metrics import psnr
+    from ebt_vision.denoising.tiling import denoise_tiled
 
     start = time.perf_counter()
     clean = image.visible_pixels()[None]  # (1, 3, H, W)
@@ -305,7 +307,7 @@ def _denoise(
 
 
 def _write(job: Job, image: ImageFile, line: str, *, overwrite: bool) -> str:
-    from ebt_vision.image_files import losses, write_image
+    from ebt_vision.data.image_files import losses, write_image
 
     job.target.parent.mkdir(parents=True, exist_ok=True)
     write_image(job.target, image, overwrite=overwrite)

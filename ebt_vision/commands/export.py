@@ -32,8 +32,8 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.checkpoint import load_pretrained
-    from ebt_vision.export import export_model
+    from ebt_vision.denoising.export import export_model
+    from ebt_vision.models.checkpoint import load_pretrained
 
     if args.size is not None and args.part == "proposal":
         raise ValueError("--size is for --part step; a proposal takes images of any size")

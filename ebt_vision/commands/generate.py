@@ -4,7 +4,7 @@ import argparse
 import time
 
 from ebt_vision.commands.console import duration, say
-from ebt_vision.commands.numbers import count, name, not_negative, whole_number
+from ebt_vision.core.arguments import count, name, not_negative, whole_number
 
 STEPS = 2
 
@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.checkpoint import default_pretrained, load_pretrained, program_device
+    from ebt_vision.core.thinking import ThinkingError
     from ebt_vision.data.tokenizer import load_tokenizer
-    from ebt_vision.generation import GenerateOptions, generate
-    from ebt_vision.thinking import ThinkingError
+    from ebt_vision.models.checkpoint import default_pretrained, load_pretrained, program_device
+    from ebt_vision.text.generation import GenerateOptions, generate
 
     options = GenerateOptions(
         num_tokens=args.tokens,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ebt_vision.commands.numbers import name
+from ebt_vision.core.arguments import name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.checkpoint import PRETRAINED_DIR, list_pretrained, load_pretrained, resolve
+    from ebt_vision.models.checkpoint import PRETRAINED_DIR, list_pretrained, load_pretrained, resolve
 
     if args.model is None:
         shipped = list_pretrained()
@@ -27,7 +27,7 @@ def _run(args: argparse.Namespace) -> int:
     model = load_pretrained(args.model)
     print(f"{args.model}: {model.model_type}, {model.num_parameters:,} parameters")
     if not args.model.startswith("hub:"):
-        from ebt_vision.checkpoint import checkpoint_hash
+        from ebt_vision.models.checkpoint import checkpoint_hash
 
         print(f"  {'folder':<20} {resolve(args.model)}")
         print(f"  {'weights (sha256)':<20} {checkpoint_hash(args.model)}")

@@ -2,8 +2,8 @@
 
 import argparse
 
-from ebt_vision.checks import named_path
 from ebt_vision.commands.console import BAD_INPUT, one_line, say
+from ebt_vision.core.arguments import named_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace) -> int:
     for override in args.overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value")
-    from ebt_vision.checkpoint import program_device
+    from ebt_vision.models.checkpoint import program_device
     from ebt_vision.training.loop import TrainingDivergedError
     from ebt_vision.training.run import train
     from ebt_vision.training.stopping import TrainingInterrupted

@@ -1,1 +1,1 @@
-"""Data sets to train and measure on."""
+"""Images and text: found, decoded, ordered, written."""

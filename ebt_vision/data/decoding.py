@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageCms, features
-from torchvision.io import ImageReadMode, decode_png
 
 from ebt_vision.data.decoded import (
     MAX_PIXELS,
@@ -178,6 +177,8 @@ def _num_frames(image: Image.Image, num_bytes: int) -> int | str:
 
 def _decode_png16(data: bytes, transparent: int | tuple[int, int, int] | None) -> np.ndarray:
     """(H, W, C) uint16; `transparent` is the one colour that stands for alpha 0 (PNG's tRNS)."""
+    from torchvision.io import ImageReadMode, decode_png  # takes a second to import
+
     samples = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     array = samples.permute(1, 2, 0).numpy()  # CHW -> HWC
     if transparent is None or array.shape[2] in (2, 4):

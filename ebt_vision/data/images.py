@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.decoding import DecodeError, decode_image, to_rgb8
 from ebt_vision.data.graphics import draw_graphic
 from ebt_vision.data.sources import DataError, Source, open_source
-from ebt_vision.rng import sample_generators
 
 MAX_ASPECT_RATIO = 20
 """Images longer than this are skipped: nothing of them is left in a square crop, and resized they grow without bound."""

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.decoding import DecodeError, decode_image, to_rgb8
 from ebt_vision.data.images import NUM_DECODE_THREADS, DataConfig, fit
 from ebt_vision.data.sources import open_source
-from ebt_vision.rng import sample_generators
 
 _VIEW_STREAM = 0x76696577
 MIN_AREA, MAX_RATIO = 0.08, 4.0 / 3.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebt_vision.rng import make_generator
+from ebt_vision.core.rng import make_generator
 
 ORDER_STREAM = 0x6F726472
 """Keeps the draws of the order apart from every other use of the seed."""

@@ -15,13 +15,12 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import datasets
-import pyarrow
-from pyarrow import parquet
+from typing import TYPE_CHECKING, Protocol
 
 from ebt_vision.data.decoding import SUFFIXES
+
+if TYPE_CHECKING:
+    import datasets
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 HUB_PREFIX = "hub:"
@@ -202,7 +201,7 @@ class TableSource:
     def __init__(
         self,
         where: str,
-        table: datasets.Dataset,
+        table: "datasets.Dataset",
         image_column: str,
         label_column: str | None,
         fingerprint: Callable[[], str],
@@ -211,7 +210,9 @@ class TableSource:
             raise DataError(f"{where} has no column {image_column!r}; set image_column to one of {table.column_names}")
         self._column, self._fingerprint = image_column, fingerprint
         self.labels, self.class_names = _read_labels(where, table, label_column)
-        self._images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        from datasets import Image
+
+        self._images = table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -230,7 +231,7 @@ class TableSource:
         return stored.get("bytes") or b""
 
 
-def _read_labels(where: str, table: datasets.Dataset, column: str | None) -> tuple[list[int] | None, list[str] | None]:
+def _read_labels(where: str, table: "datasets.Dataset", column: str | None) -> tuple[list[int] | None, list[str] | None]:
     """Labels and class names of a column of integers, ClassLabel or strings; a missing column called "label" is no label."""
     if column is None or (column == "label" and column not in table.column_names):
         return None, None
@@ -263,6 +264,8 @@ def _open_table(
 ) -> TableSource:
     if files is not None and _num_rows(files) == 0:
         raise DataError(f"{where} holds no images: 0 rows in {len(files)} parquet file(s); check the files")
+    import datasets
+
     try:
         table = datasets.load_dataset(builder, data_files=files, split=split)
     except Exception as error:  # from a name that does not exist to a damaged file, each library below has its own errors
@@ -282,6 +285,9 @@ def _open_table(
 
 def _num_rows(files: list[str]) -> int | None:
     """Rows of parquet files; None where one is damaged, which load_dataset explains."""
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         return sum(parquet.read_metadata(file).num_rows for file in files)
     except (OSError, pyarrow.ArrowException):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebt_vision.core.rng import make_generator
 from ebt_vision.data.sources import HUB_PREFIX, DataError, walk
 from ebt_vision.data.tokenizer import BYTES, Tokenizer, load_tokenizer
-from ebt_vision.rng import make_generator
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".py")
 _OFFSET_STREAM = 0x74657874

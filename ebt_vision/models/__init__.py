@@ -1,1 +1,1 @@
-"""The models; import them from their own files."""
+"""The networks, their configs and checkpoints."""

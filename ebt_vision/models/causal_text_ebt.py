@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ebt_vision.core.thinking import EnergyFunction
 from ebt_vision.models.causal_trunk import Cache, CausalTrunk, CausalTrunkConfig
 from ebt_vision.models.energy_model import EnergyModel, check_energies
-from ebt_vision.thinking import EnergyFunction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,10 +19,10 @@ def checkpoint_block(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -
 
     x (B, N, dim) and the block's parameters get gradients, `rope` none. The block must not draw random numbers.
     """
-    return _Forward.apply(_Again(block, x.device.type, rope), x, *block.parameters())
+    return _Forward.apply(Recompute(block, x.device.type, rope), x, *block.parameters())
 
 
-class _Again:
+class Recompute:
     """Computes a block again under the autocast of the first time, on attention that has a second derivative."""
 
     def __init__(self, block: nn.Module, device_type: str, rope: tuple[Tensor, Tensor]):
@@ -44,7 +44,7 @@ class _Forward(torch.autograd.Function):
     """The block."""
 
     @staticmethod
-    def forward(ctx: Any, again: _Again, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, again: Recompute, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.again = again
         ctx.save_for_backward(x, *parameters)
         return again.block(x, again.rope)
@@ -62,7 +62,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, again: _Again, wanted: list[bool], grad: Tensor, x: Tensor, *parameters: Tensor
+        ctx: Any, again: Recompute, wanted: list[bool], grad: Tensor, x: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.again, ctx.wanted = again, wanted
         ctx.save_for_backward(grad, x, *parameters)

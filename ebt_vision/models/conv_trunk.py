@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebt_vision.models.patch_trunk import PatchTrunk, TrunkConfig, check_image_size, patchify
+from ebt_vision.models.patch_trunk import PatchTrunk
+from ebt_vision.models.patches import check_image_size, patchify
+from ebt_vision.models.trunk_config import TrunkConfig
 
 
 class ConvBlock(nn.Module):
@@ -72,6 +74,10 @@ class ConvDecoder(nn.Module):
         return F.pixel_shuffle(self.output(x), self.unshuffle)
 
 
+def _conv_blocks(width: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ConvBlock(width) for _ in range(count)))
+
+
 class ConvTrunk(PatchTrunk):
     """PatchTrunk with a convolutional stem and a ConvDecoder as head; it reconstructs the image plus the head's output."""
 
@@ -96,7 +102,3 @@ class ConvTrunk(PatchTrunk):
 
     def _embed(self, images: Tensor) -> Tensor:
         return self.stem(images)[0]
-
-
-def _conv_blocks(width: int, count: int) -> nn.Sequential:
-    return nn.Sequential(*(ConvBlock(width) for _ in range(count)))

@@ -12,7 +12,6 @@ It also takes images of any size whose sides the patch divides; diffusers' forwa
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,10 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, LabelEm
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from ebt_vision.corruption import NUM_TRAIN_TIMESTEPS, alphas_cumprod
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.image_features import ImageFeatures
-from ebt_vision.models.patch_trunk import check_image_size, unpatchify
+from ebt_vision.models.patches import check_image_size, unpatchify
+from ebt_vision.noise.processes import NUM_TRAIN_TIMESTEPS, alphas_cumprod
 
 CLEAN = -1
 """The "timestep" below 0: the clean image, alpha_bar = 1."""
@@ -31,38 +31,8 @@ StepCallback = Callable[[int, Tensor], object]
 """(index, sample (B, C, H, W)): index 0 is the start; returning True ends the sampling there."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiTConfig:
-    """Size of a DiT, in timm's names; the MLP ratio is 4, which diffusers fixes."""
-
-    img_size: int = 64
-    """Side in pixels of the training images; at another size the positions are stretched to the training grid's range."""
-    patch_size: int = 8
-    in_chans: int = 3
-    embed_dim: int = 256
-    depth: int = 6
-    num_heads: int = 4
-    learn_sigma: bool = True
-    """Predict the variance too and add its term to the loss, as DiT does (Nichol & Dhariwal 2021)."""
-    shared_embedder: bool = True
-    """One timestep and label embedder, as in the paper; False gives every block its own, as diffusers does."""
-
-    def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.img_size % self.patch_size:
-            low = self.img_size // self.patch_size * self.patch_size
-            remedy = " or ".join(str(size) for size in (low, low + self.patch_size) if size)
-            raise ValueError(f"img_size={self.img_size} is not divisible by patch_size={self.patch_size}; use {remedy}")
-        if self.embed_dim % 4:
-            raise ValueError(f"embed_dim={self.embed_dim} must be a multiple of 4 (2-D sine-cosine positions)")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}")
-
-
 class DiT(ImageFeatures):
-    """Predicts the noise in VP-noised images (B, in_chans, H, W) in [-1, 1] at timesteps 0..999 (see corruption)."""
+    """Predicts the noise in VP-noised images (B, in_chans, H, W) in [-1, 1] at timesteps 0..999 (see noise.processes)."""
 
     model_type = "dit"
     blocks_name = "transformer.transformer_blocks"
@@ -89,7 +59,7 @@ class DiT(ImageFeatures):
         if config.shared_embedder:
             self.embedder = self.transformer.transformer_blocks[0].norm1.emb
             for block in self.transformer.transformer_blocks:
-                block.norm1.emb = _Given()
+                block.norm1.emb = PassThroughEmbedder()
         _initialize(self)
         for name, table in _posterior_tables().items():
             self.register_buffer(name, table.float(), persistent=False)
@@ -245,32 +215,7 @@ def ddim_step(sample: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_next: flo
     return math.sqrt(alpha_bar_next) * clean + math.sqrt(1.0 - alpha_bar_next) * eps
 
 
-def size_for(num_parameters: int, *, depth: int = 6, img_size: int = 64, patch_size: int = 8, head_dim: int = 64) -> DiTConfig:
-    """The DiT of this depth whose number of parameters is nearest to `num_parameters`; ValueError if it is off by over 10 %.
-
-    Widths are multiples of 16; the number of heads is the one whose head dimension is nearest to `head_dim`.
-    """
-
-    def config(embed_dim: int) -> DiTConfig:
-        heads = [n for n in range(1, embed_dim + 1) if embed_dim % n == 0]
-        num_heads = min(heads, key=lambda n: abs(embed_dim / n - head_dim))
-        return DiTConfig(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-
-    def count(embed_dim: int) -> int:
-        with torch.device("meta"):
-            return DiT(config(embed_dim)).num_parameters
-
-    embed_dim = 16
-    while count(embed_dim + 16) <= num_parameters:
-        embed_dim += 16
-    embed_dim = min(embed_dim, embed_dim + 16, key=lambda width: abs(count(width) - num_parameters))
-    found = count(embed_dim)
-    if abs(found - num_parameters) > 0.1 * num_parameters:
-        raise ValueError(f"num_parameters={num_parameters} is out of reach at depth={depth}: the nearest is {found}")
-    return config(embed_dim)
-
-
-class _Given(nn.Module):
+class PassThroughEmbedder(nn.Module):
     """Stands where diffusers' blocks have their own embedder: the block is handed the conditioning as its timestep."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype) -> Tensor:

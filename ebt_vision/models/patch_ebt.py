@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ebt_vision.models.energy_model import EnergyModel, check_energies
 from ebt_vision.models.image_features import ImageFeatures
-from ebt_vision.models.patch_trunk import TrunkConfig, build_trunk, check_image_size, patchify, unpatchify
+from ebt_vision.models.patches import check_image_size, patchify, unpatchify
 from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.models.trunk_config import TrunkConfig
+from ebt_vision.models.trunks import build_trunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ebt_vision.models.registry import UnknownModelTypeError, model_class
+
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 PRETRAINED_DIR = Path(__file__).parents[1] / "pretrained"
 """The shipped checkpoints, a folder each."""
@@ -26,7 +28,7 @@ class CheckpointError(ValueError):
 _CARD = """---
 {{ card_data }}
 ---
-A model of ebt_vision: `ebt_vision.checkpoint.load_pretrained(FOLDER)` loads it, `ebt-vision info FOLDER` describes it.
+A model of ebt_vision: `ebt_vision.models.checkpoint.load_pretrained(FOLDER)` loads it, `ebt-vision info FOLDER` describes it.
 Not filled in yet: the data and their licence, the command, the hardware, the figures.
 """
 
@@ -96,9 +98,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
     def _class_for(cls, config_path: Path) -> type[Self]:
         if cls is not PretrainedModel:
             return cls
-        from ebt_vision.models.registry import model_class  # which imports this file
-
-        return cast(type[Self], model_class(read_config(config_path)["model_type"]))
+        return cast(type[Self], checkpoint_class(config_path))
 
     @classmethod
     def from_files(cls, config_path: Path, weights_path: Path) -> Self:
@@ -161,6 +161,15 @@ def _keyword_remedy(name: str) -> str:
     known = ("force_download", "token", "cache_dir", "local_files_only", "revision")
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+
+
+def checkpoint_class(config_path: Path) -> type[PretrainedModel]:
+    """The class of the model of a config.json; CheckpointError for an unknown model type, and as read_config."""
+    try:
+        cls: type[PretrainedModel] = model_class(read_config(config_path)["model_type"])
+    except UnknownModelTypeError as error:
+        raise CheckpointError(f"{config_path}: {error}") from None
+    return cls
 
 
 def read_config(path: Path) -> dict[str, Any]:

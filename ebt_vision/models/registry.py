@@ -1,23 +1,83 @@
-"""The model types: where the class of each model_type of a config.json is."""
+"""The one table of model types: the classes of each, by name, and whether it is for images or text.
+
+Classes are imported when they are asked for: diffusers, which the DiT needs, takes seconds.
+"""
 
 import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from ebt_vision.models.pretrained_model import CheckpointError, PretrainedModel
 
-# Imported when asked for, because diffusers takes seconds.
-MODEL_CLASSES = {
-    "patch_ebt": ("ebt_vision.models.patch_ebt", "PatchEBT"),
-    "patch_regressor": ("ebt_vision.models.regressor", "PatchRegressor"),
-    "dit": ("ebt_vision.models.dit", "DiT"),
-    "causal_text_ebt": ("ebt_vision.models.causal_text_ebt", "CausalTextEBT"),
-    "causal_transformer": ("ebt_vision.models.causal_transformer", "CausalTransformer"),
+class UnknownModelTypeError(ValueError):
+    """A model_type is not in the table; the message lists those that are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelType:
+    """Where the parts of one model type are, as "module:name" below ebt_vision."""
+
+    model: str
+    config: str
+    objective: str
+    modality: Literal["image", "text"]
+
+
+MODEL_TYPES = {
+    "patch_ebt": ModelType(
+        model="models.patch_ebt:PatchEBT",
+        config="models.patch_ebt:PatchEBTConfig",
+        objective="objectives.image:EBTObjective",
+        modality="image",
+    ),
+    "dit": ModelType(
+        model="models.dit:DiT",
+        config="models.dit_config:DiTConfig",
+        objective="objectives.image:DiTObjective",
+        modality="image",
+    ),
+    "patch_regressor": ModelType(
+        model="models.regressor:PatchRegressor",
+        config="models.regressor:PatchRegressorConfig",
+        objective="objectives.image:RegressorObjective",
+        modality="image",
+    ),
+    "causal_text_ebt": ModelType(
+        model="models.causal_text_ebt:CausalTextEBT",
+        config="models.causal_text_ebt:CausalTextEBTConfig",
+        objective="objectives.text:TextEBTObjective",
+        modality="text",
+    ),
+    "causal_transformer": ModelType(
+        model="models.causal_transformer:CausalTransformer",
+        config="models.causal_transformer:CausalTransformerConfig",
+        objective="objectives.text:LanguageModelObjective",
+        modality="text",
+    ),
 }
 
 
-def model_class(model_type: str) -> type[PretrainedModel]:
-    """The class of a `model_type`; CheckpointError names the known ones for another."""
-    if model_type not in MODEL_CLASSES:
-        raise CheckpointError(f"model_type={model_type!r} is unknown; known: {', '.join(MODEL_CLASSES)}")
-    module, name = MODEL_CLASSES[model_type]
-    cls: type[PretrainedModel] = getattr(importlib.import_module(module), name)
-    return cls
+def find_model_type(name: str) -> ModelType:
+    """The entry of a `model_type`; UnknownModelTypeError names the known ones for another."""
+    if name not in MODEL_TYPES:
+        raise UnknownModelTypeError(f"model_type={name!r} is unknown; use one of {', '.join(MODEL_TYPES)}")
+    return MODEL_TYPES[name]
+
+
+def model_class(model_type: str) -> Any:
+    """The PretrainedModel subclass of a model type."""
+    return _load(find_model_type(model_type).model)
+
+
+def config_class(model_type: str) -> Any:
+    """The config dataclass of a model type; importing it loads no network."""
+    return _load(find_model_type(model_type).config)
+
+
+def objective_class(model_type: str) -> Any:
+    """The training objective (objectives.base.Objective) of a model type."""
+    return _load(find_model_type(model_type).objective)
+
+
+def _load(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(f"ebt_vision.{module}"), name)

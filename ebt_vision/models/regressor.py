@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ebt_vision.models.image_features import ImageFeatures
-from ebt_vision.models.patch_trunk import TrunkConfig, build_trunk, unpatchify
+from ebt_vision.models.patches import unpatchify
+from ebt_vision.models.trunk_config import TrunkConfig
+from ebt_vision.models.trunks import build_trunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

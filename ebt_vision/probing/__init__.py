@@ -1,1 +1,1 @@
-"""Linear probes on frozen features: labels and splits, heads, scores, reports."""
+"""Features of frozen networks, and classifiers on them."""

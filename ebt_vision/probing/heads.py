@@ -16,7 +16,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from ebt_vision.feature_cache import FeatureRows
+from ebt_vision.probing.feature_cache import FeatureRows
 from ebt_vision.probing.scores import top_k_accuracy
 
 MAX_LOGISTIC_BYTES = 4 * 10**9

@@ -22,7 +22,7 @@ class Labels:
         return len(self.class_names)
 
 
-def agree(
+def align_labels(
     train: Sequence[int] | None, train_names: Sequence[str] | None, val: Sequence[int] | None, val_names: Sequence[str] | None
 ) -> Labels:
     """Number both sets' classes alike: by name where both have names (folders number their own), by number where neither has.

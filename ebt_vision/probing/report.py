@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ebt_vision.features import Condition
+from ebt_vision.probing.features import FeatureCondition
 from ebt_vision.probing.heads import Trial
-from ebt_vision.probing.scores import Measured, wilson_interval
+from ebt_vision.probing.scores import ClassifierScores, wilson_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class Swept:
     """The trials of one head on one feature."""
 
     head: str
-    condition: Condition
+    condition: FeatureCondition
     layer: str
     pool: str
     trials: tuple[Trial, ...]
@@ -76,7 +76,7 @@ def report(about: dict, swept: Sequence[Swept], rows: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_classes(folder: Path, head: str, measured: Measured, labels: np.ndarray, class_names: Sequence[str]) -> None:
+def write_classes(folder: Path, head: str, measured: ClassifierScores, labels: np.ndarray, class_names: Sequence[str]) -> None:
     """per_class-HEAD.csv, confusion-HEAD.npz and confusion-HEAD.png for the true `labels` (N,).
 
     The .npz has the predictions too, for other statistics.
@@ -158,7 +158,7 @@ def _draw_lines(
     figure.savefig(path, dpi=100)
 
 
-def _draw_confusion(path: Path, measured: Measured, class_names: Sequence[str]) -> None:
+def _draw_confusion(path: Path, measured: ClassifierScores, class_names: Sequence[str]) -> None:
     shares = measured.confusion / np.maximum(measured.confusion.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(7, 6))
     axis = figure.subplots()

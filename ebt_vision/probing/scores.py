@@ -38,7 +38,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
+class ClassifierScores:
     """What the validation set says of one classifier."""
 
     num_images: int
@@ -56,11 +56,11 @@ class Measured:
         return np.where(totals > 0, self.confusion.diagonal() / np.maximum(totals, 1), np.nan)
 
 
-def measure(scores: np.ndarray, labels: np.ndarray) -> Measured:
+def measure(scores: np.ndarray, labels: np.ndarray) -> ClassifierScores:
     """Top-1 and top-5 (top-n of n < 5 classes) of scores (n, num_classes) with Wilson intervals over images."""
     best = top_k_classes(scores, 5)
     hits1, hits5 = int((best[:, 0] == labels).sum()), int((best == labels[:, None]).any(1).sum())
-    return Measured(
+    return ClassifierScores(
         num_images=len(labels),
         top1=hits1 / len(labels),
         top1_interval=wilson_interval(hits1, len(labels)),

@@ -15,23 +15,23 @@ from pathlib import Path
 
 import numpy as np
 
+from ebt_vision.core.atomic_files import write_text
 from ebt_vision.data.lazy_images import LazyImages
 from ebt_vision.data.sources import DataError
-from ebt_vision.feature_cache import FeatureCache
-from ebt_vision.features import Condition, Feature
 from ebt_vision.probing.extraction import FeatureMaker, open_features
+from ebt_vision.probing.feature_cache import FeatureCache
+from ebt_vision.probing.features import Feature, FeatureCondition
 from ebt_vision.probing.heads import Head, ProbeSet, Trial
 from ebt_vision.probing.labels import stratified_split
 from ebt_vision.probing.report import Swept
-from ebt_vision.probing.scores import Measured, measure
-from ebt_vision.whole_files import write_text
+from ebt_vision.probing.scores import ClassifierScores, measure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A feature that heads may choose: layers side by side, under one condition."""
 
-    condition: Condition
+    condition: FeatureCondition
     layer: str
     layers: tuple[str, ...]
     pool: str
@@ -96,7 +96,7 @@ class Validated:
     """What the validation set says of a choice."""
 
     choice: Choice
-    measured: Measured
+    measured: ClassifierScores
     labels: np.ndarray  # int64, of the readable images
     num_unreadable: int
     dimensions: tuple[int, ...]

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from ebt_vision.feature_cache import FeatureRows
+from ebt_vision.core.rng import make_generator
+from ebt_vision.probing.feature_cache import FeatureRows
 from ebt_vision.probing.heads import Head, ProbeSet, Trial
 from ebt_vision.probing.scores import top_k_accuracy
-from ebt_vision.rng import make_generator
 
 LEARNING_RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),

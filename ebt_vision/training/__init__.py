@@ -1,1 +1,1 @@
-"""The training engine: one loop for every model."""
+"""The training loop, its settings and its state."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebt_vision.core.rng import generators_on
 from ebt_vision.data.order import BatchIndices, BatchStream
-from ebt_vision.rng import generators_on
 
 
 class BatchLoader:

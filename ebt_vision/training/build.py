@@ -1,33 +1,23 @@
 """From a config to a model, its objective and its task: the one place that knows which belongs to which."""
 
 import re
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ebt_vision.checkpoint import load_pretrained
-from ebt_vision.config import ConfigError, ExperimentConfig
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.text import TextDataConfig
+from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.models.registry import model_class
+from ebt_vision.models.registry import model_class, objective_class
 from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.objectives import DiTObjective, EBTObjective, Objective, ObjectiveConfig, RegressorObjective
-from ebt_vision.text_objectives import LanguageModelObjective, TextEBTObjective
-
-if TYPE_CHECKING:
-    from ebt_vision.training.task import Task
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    "patch_ebt": EBTObjective,
-    "patch_regressor": RegressorObjective,
-    "dit": DiTObjective,
-    "causal_text_ebt": TextEBTObjective,
-    "causal_transformer": LanguageModelObjective,
-}
-
+from ebt_vision.objectives.base import Objective
+from ebt_vision.objectives.image import ObjectiveConfig
+from ebt_vision.training.config import ConfigError, ExperimentConfig
+from ebt_vision.training.image_task import ImageTask
+from ebt_vision.training.task import Task
+from ebt_vision.training.text_task import TextTask
 
 STEP_SIZE = "log_step_size"
 RELATED_MODELS = frozenset({"patch_ebt", "patch_regressor"})
@@ -76,7 +66,7 @@ def _new_blocks(weights: dict[str, Tensor], mine: dict[str, Tensor]) -> dict[str
 
 def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
     """The objective of the model, compiled if the config says so; ConfigError for an option it has no use for."""
-    cls: Any = OBJECTIVES[config.model_type]
+    cls = objective_class(config.model_type)
     if config.replay.capacity and not cls.thinks:
         raise ConfigError(f"replay.capacity={config.replay.capacity} is for energy-based models; use 0 for {config.model_type}")
     if isinstance(config.objective, ObjectiveConfig) and config.objective.energy_order_weight and not cls.thinks:
@@ -105,11 +95,7 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
     return objective
 
 
-def build_task(config: ExperimentConfig) -> "Task":
+def build_task(config: ExperimentConfig) -> Task:
     """The modality's part of the run. ConfigError for settings that do not go together."""
-    # Tasks validate with the objectives above, so they import this file.
-    from ebt_vision.training.image_task import ImageTask
-    from ebt_vision.training.text_task import TextTask
-
     tasks: dict[type, type[Task]] = {DataConfig: ImageTask, TextDataConfig: TextTask}
     return tasks[type(config.data)](config)

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 
-from ebt_vision.checkpoint import pick_device
-from ebt_vision.config import ConfigError, ExperimentConfig
+from ebt_vision.models.checkpoint import pick_device
+from ebt_vision.training.config import ConfigError, ExperimentConfig
 
 
 def build_accelerator(config: ExperimentConfig, device: str | None) -> Accelerator:

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ebt_vision import corruption
+from ebt_vision.core.rng import make_generator, randn_like
 from ebt_vision.data.images import DataConfig, ImageSet, load_image_set
-from ebt_vision.objectives import ImageBatch, ObjectiveConfig
-from ebt_vision.realistic_noise import add_realistic_noise
-from ebt_vision.rng import make_generator, randn_like
+from ebt_vision.noise import processes
+from ebt_vision.noise.realistic import add_realistic_noise
+from ebt_vision.objectives.image import ImageBatch, ObjectiveConfig
 from ebt_vision.training.settings import ValidationConfig
 from ebt_vision.training.task import Task
 from ebt_vision.training.validation import ImageValidation, validate_images
@@ -39,7 +39,7 @@ class ImageTask(Task):
         return load_image_set(self._data, seed=self.config.seed)
 
     def make_batch(self, samples: ImageSet, indices: Sequence[int], epochs: Sequence[int], device: torch.device) -> ImageBatch:
-        clean = corruption.to_model_range(samples.images(indices, epochs).to(device).float() / 255.0)
+        clean = processes.to_model_range(samples.images(indices, epochs).to(device).float() / 255.0)
         generators = self.generators(indices, epochs)
         if cut := self._cut_size(epochs[0]):
             clean = cut_images(clean, cut)
@@ -53,8 +53,8 @@ class ImageTask(Task):
         objective = self.config.objective
         if not isinstance(objective, ObjectiveConfig) or objective.realistic_noise is None:
             return None
-        noisy = add_realistic_noise(corruption.to_image_range(clean), objective.realistic_noise, generators)
-        return corruption.to_model_range(noisy).to(clean.device)
+        noisy = add_realistic_noise(processes.to_image_range(clean), objective.realistic_noise, generators)
+        return processes.to_model_range(noisy).to(clean.device)
 
     def _cut_size(self, epoch: int) -> int | None:
         """The side that crops are cut into in an epoch; None leaves them whole."""
@@ -73,7 +73,7 @@ class ImageTask(Task):
         whole = replace(self._data, crop="center", flip=False, rotate=False, zoom=1.0, graphics_share=0.0, cut_sizes=())
         data = replace(whole, path=settings.path, split=settings.split, limit=settings.num_images)
         images = load_image_set(data, seed=self.config.seed)
-        return corruption.to_model_range(images.images(list(range(len(images)))).float() / 255.0)
+        return processes.to_model_range(images.images(list(range(len(images)))).float() / 255.0)
 
     def validate(self, model: nn.Module, held_out: Tensor, device: torch.device) -> ImageValidation:
         return validate_images(model, held_out, self.config, device)

@@ -15,14 +15,14 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from ebt_vision.config import ConfigError, ExperimentConfig, config_to_dict
+from ebt_vision.core.rng import generators_on, make_generator
+from ebt_vision.core.thinking import NonFiniteGradientError
 from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.objectives import Objective
-from ebt_vision.rng import generators_on, make_generator
-from ebt_vision.thinking import NonFiniteGradientError
+from ebt_vision.objectives.base import Objective
 from ebt_vision.training.batch_loader import BatchLoader
 from ebt_vision.training.build import build_model, build_objective, build_task
+from ebt_vision.training.config import ConfigError, ExperimentConfig, config_to_dict
 from ebt_vision.training.engine import build_accelerator
 from ebt_vision.training.optim import build_optimizer, set_learning_rate
 from ebt_vision.training.replay_buffer import ReplayBuffer, to_device

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from ebt_vision.config import ExperimentConfig, config_to_dict
+from ebt_vision.training.config import ExperimentConfig, config_to_dict
 from ebt_vision.training.task import ValidationResult
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ebt_vision.config import ConfigError, load_config
+from ebt_vision.training.config import ConfigError, load_config
 from ebt_vision.training.loop import Trainer
 
 

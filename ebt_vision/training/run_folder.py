@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock, FileLock, Timeout
 
-from ebt_vision.config import ConfigError, ExperimentConfig, build_config, config_to_dict
 from ebt_vision.models.pretrained_model import CONFIG_NAME
+from ebt_vision.training.config import ConfigError, ExperimentConfig, build_config, config_to_dict
 
 MAY_DIFFER = (
     "name",

@@ -1,5 +1,6 @@
 """Settings of a training run that belong to no single part of it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,3 +91,32 @@ class TextValidationConfig:
         for name in ("num_sequences", "num_steps", "every", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"validation.{name}={getattr(self, name)} must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """An optimiser with linear warm-up and cosine decay."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the updates of matrices (see Muon) and leaves the rest to AdamW; both take the same lr."""
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    """On matrices alone; norms, biases, gates and the step size have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_updates: int = 200
+    final_lr_ratio: float = 0.01
+    """Where the cosine ends, as a share of lr."""
+    step_size_lr_ratio: float = 3.0
+    """Learning rate of the logarithm of the step size, relative to lr (the paper's code: 3 times alpha, on alpha itself)."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; use 'adamw' or 'muon'")
+        for name in ("lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive and finite")
+        for name in ("weight_decay", "warmup_updates", "final_lr_ratio", "step_size_lr_ratio"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ebt_vision.config import ExperimentConfig
-from ebt_vision.rng import make_generator
+from ebt_vision.core.rng import make_generator
+from ebt_vision.training.config import ExperimentConfig
 
 # Streams of make_generator, so that no two uses of the seed draw the same numbers; the loop has 2 and 3.
 NOISE_STREAM = 1

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ebt_vision.config import ConfigError, ExperimentConfig
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.text import IGNORED, TextDataConfig, TextSet, TokenBatch, load_text_set
-from ebt_vision.rng import sample_generators
-from ebt_vision.text_objectives import TextBatch, TextObjective, token_losses
-from ebt_vision.training.build import OBJECTIVES
+from ebt_vision.models.registry import objective_class
+from ebt_vision.objectives.text import TextBatch, TextObjective, token_losses
+from ebt_vision.training.config import ConfigError, ExperimentConfig
 from ebt_vision.training.settings import TextValidationConfig
 from ebt_vision.training.task import VALIDATION_STREAM, Task
 
@@ -76,7 +76,7 @@ class TextTask(Task):
 
     @torch.no_grad()
     def validate(self, model: nn.Module, held_out: TextSet, device: torch.device) -> TextValidation:
-        objective = OBJECTIVES[self.config.model_type]
+        objective = objective_class(self.config.model_type)
         assert issubclass(objective, TextObjective)
         was_training = model.training
         model.eval()

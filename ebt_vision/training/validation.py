@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from ebt_vision import corruption, metrics
-from ebt_vision.config import ExperimentConfig
-from ebt_vision.models.patch_trunk import noise_process_of
-from ebt_vision.objectives import ImageObjective
-from ebt_vision.rng import sample_generators
-from ebt_vision.training.build import OBJECTIVES
+from ebt_vision.core import metrics
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.models.registry import objective_class
+from ebt_vision.models.trunk_config import noise_process_of
+from ebt_vision.noise import processes
+from ebt_vision.objectives.image import ImageObjective
+from ebt_vision.training.config import ExperimentConfig
 from ebt_vision.training.settings import ValidationConfig
 from ebt_vision.training.task import VALIDATION_STREAM
 
@@ -59,7 +60,7 @@ class ImageValidation:
 def validate_images(model: nn.Module, clean: Tensor, config: ExperimentConfig, device: torch.device | str) -> ImageValidation:
     """Denoise held-out images (B, C, H, W) in [-1, 1] at every strength; predictions are clamped, as in the paper."""
     settings = config.validation
-    objective = OBJECTIVES[config.model_type]
+    objective = objective_class(config.model_type)
     assert isinstance(settings, ValidationConfig) and issubclass(objective, ImageObjective)
     vp = noise_process_of(model) == "vp"
     strengths = settings.levels if vp else settings.sigmas
@@ -75,9 +76,9 @@ def validate_images(model: nn.Module, clean: Tensor, config: ExperimentConfig, d
             part = clean[start : start + _BATCH_SIZE]
             generators = sample_generators(config.seed, range(start, start + len(part)), VALIDATION_STREAM)
             if vp:
-                noisy = corruption.add_vp_noise(part, strength, generators)
+                noisy = processes.add_vp_noise(part, strength, generators)
             else:
-                noisy = corruption.add_gaussian_noise(part, 2.0 * strength, generators)  # [-1, 1] is twice as wide as [0, 1]
+                noisy = processes.add_gaussian_noise(part, 2.0 * strength, generators)  # [-1, 1] is twice as wide as [0, 1]
             prediction = objective.predict(model, noisy.to(device), strength if vp else None, settings.num_steps)
             images = [noisy, *(image.cpu().clamp(-1.0, 1.0) for image in prediction.images)]
             sums.append(torch.stack([metrics.psnr(image, part, data_range=2.0).sum() for image in images]))
@@ -89,5 +90,5 @@ def validate_images(model: nn.Module, clean: Tensor, config: ExperimentConfig, d
         energies[strength] = (torch.stack(energy_sums).sum(0) / len(clean)).tolist() if energy_sums else []
     model.train(was_training)
     columns = torch.stack([row[: settings.num_grid_images] for row in rows], dim=1)  # (images, columns, C, H, W)
-    grid = corruption.to_image_range(columns.flatten(0, 1)).clamp(0.0, 1.0)
+    grid = processes.to_image_range(columns.flatten(0, 1)).clamp(0.0, 1.0)
     return ImageValidation(unit="level" if vp else "sigma", psnr=psnr, energies=energies, grid=grid, grid_columns=len(rows))

@@ -11,36 +11,28 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ebt_vision.core.yaml_files import load_yaml
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.text import TextDataConfig
 from ebt_vision.models.causal_text_ebt import CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformerConfig
-from ebt_vision.models.dit import DiTConfig
+from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBTConfig
-from ebt_vision.models.patch_trunk import PRESETS
+from ebt_vision.models.registry import MODEL_TYPES, UnknownModelTypeError, config_class, find_model_type
 from ebt_vision.models.regressor import PatchRegressorConfig
-from ebt_vision.objectives import ObjectiveConfig
-from ebt_vision.text_objectives import TextObjectiveConfig
-from ebt_vision.training.optim import OptimConfig
+from ebt_vision.models.trunk_config import PRESETS
+from ebt_vision.objectives.image import ObjectiveConfig
+from ebt_vision.objectives.text import TextObjectiveConfig
 from ebt_vision.training.replay_buffer import ReplayConfig
-from ebt_vision.training.settings import TextValidationConfig, TrainConfig, ValidationConfig
-from ebt_vision.yaml_files import load_yaml
+from ebt_vision.training.settings import OptimConfig, TextValidationConfig, TrainConfig, ValidationConfig
 
 ModelConfig = PatchEBTConfig | DiTConfig | PatchRegressorConfig | CausalTextEBTConfig | CausalTransformerConfig
-MODEL_CONFIGS: dict[str, type] = {
-    "patch_ebt": PatchEBTConfig,
-    "dit": DiTConfig,
-    "patch_regressor": PatchRegressorConfig,
-    "causal_text_ebt": CausalTextEBTConfig,
-    "causal_transformer": CausalTransformerConfig,
-}
 _IMAGE_SECTIONS: dict[str, type] = {"data": DataConfig, "objective": ObjectiveConfig, "validation": ValidationConfig}
 _TEXT_SECTIONS: dict[str, type] = {
     "data": TextDataConfig,
     "objective": TextObjectiveConfig,
     "validation": TextValidationConfig,
 }
-TEXT_MODELS = frozenset({"causal_text_ebt", "causal_transformer"})
 
 
 class ConfigError(ValueError):
@@ -92,13 +84,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Experim
 def build_config(raw: dict[str, Any]) -> ExperimentConfig:
     """An ExperimentConfig from plain data, every key and type checked; ConfigError as load_config."""
     raw = _with_preset(raw)
-    model_type = str(raw.get("model_type"))
-    sections = _TEXT_SECTIONS if model_type in TEXT_MODELS else _IMAGE_SECTIONS
-    hints: dict[str, Any] = {"model": MODEL_CONFIGS.get(model_type, PatchEBTConfig)} | sections
+    try:
+        model_type = find_model_type(str(raw.get("model_type")))
+    except UnknownModelTypeError as error:
+        raise ConfigError(str(error)) from None
+    sections = _TEXT_SECTIONS if model_type.modality == "text" else _IMAGE_SECTIONS
+    hints: dict[str, Any] = {"model": config_class(raw["model_type"])} | sections
     _check_keys(ExperimentConfig, raw, (), hints)
     _check_finite(raw, "")
-    if model_type not in MODEL_CONFIGS:
-        raise ConfigError(f"model_type={raw.get('model_type')!r} is unknown; use one of {', '.join(MODEL_CONFIGS)}")
     raw = {"objective": {}, "validation": {}} | raw
     for field_ in dataclasses.fields(ExperimentConfig):
         if field_.name not in raw and field_.default is field_.default_factory is dataclasses.MISSING:
@@ -124,7 +117,8 @@ def _with_preset(raw: dict[str, Any]) -> dict[str, Any]:
     preset = model["preset"]
     if preset not in PRESETS:
         raise ConfigError(f"model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
-    known = {f.name for f in dataclasses.fields(MODEL_CONFIGS.get(str(raw.get("model_type")), PatchEBTConfig))}
+    cls = config_class(raw["model_type"]) if raw.get("model_type") in MODEL_TYPES else PatchEBTConfig
+    known = {f.name for f in dataclasses.fields(cls)}
     fields = {key: value for key, value in PRESETS[preset].items() if key in known}
     return raw | {"model": fields | {key: value for key, value in model.items() if key != "preset"}}
 

@@ -11,9 +11,9 @@ from ebt_vision.models.pretrained_model import (
     WEIGHTS_NAME,
     CheckpointError,
     PretrainedModel,
+    checkpoint_class,
     read_config,
 )
-from ebt_vision.models.registry import model_class
 
 
 def list_pretrained() -> list[str]:
@@ -86,8 +86,7 @@ def load_pretrained(name_or_path: str, *, device: str = "cpu") -> PretrainedMode
         if name_or_path.startswith("hub:"):
             return PretrainedModel.from_pretrained(name_or_path).to(device)
         folder = resolve(name_or_path)
-        cls = model_class(read_config(folder / CONFIG_NAME)["model_type"])
-        return cls.from_files(folder / CONFIG_NAME, folder / WEIGHTS_NAME).to(device)
+        return checkpoint_class(folder / CONFIG_NAME).from_files(folder / CONFIG_NAME, folder / WEIGHTS_NAME).to(device)
 
 
 def checkpoint_hash(name_or_path: str) -> str:

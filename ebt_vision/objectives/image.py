@@ -1,29 +1,22 @@
-"""What each model is trained on: a batch goes in, the loss and what to log come out.
-
-An objective is a module that holds the model, so that DistributedDataParallel wraps the objective and sees one forward and
-one backward for a training step, however many times thinking differentiates inside it. That keeps the second-order
-gradient exact over processes: the inner gradients never touch `.grad`, and only the outer backward is reduced.
-
-`Objective` is what the training loop knows, whatever the modality; the rest of this file is for images, and
-text_objectives.py is for text.
-"""
+"""What the image models are trained on: clean images and noise go in, the loss and what to log come out."""
 
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebt_vision import corruption
-from ebt_vision.energy_order import energy_as_error, energy_order_loss
+from ebt_vision.core.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
 from ebt_vision.models.patch_ebt import PatchEBT
-from ebt_vision.models.patch_trunk import noise_process_of
 from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.realistic_noise import RealisticNoiseConfig
-from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
+from ebt_vision.models.trunk_config import noise_process_of
+from ebt_vision.noise import processes
+from ebt_vision.noise.realistic import RealisticNoiseConfig
+from ebt_vision.objectives.base import Objective, put_last, thinking_logs, thinking_output
+from ebt_vision.objectives.energy_order import energy_as_error, energy_order_loss
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from ebt_vision.models.dit import DiT
@@ -57,7 +50,7 @@ class ObjectiveConfig:
     sigmas: tuple[float, float] = (0.0, 75.0)
     """Models of noise_process "awgn", in place of `level`: each sample's standard deviation is uniform in it (0..255 units)."""
     realistic_noise: RealisticNoiseConfig | None = None
-    """Models of noise_process "awgn", in place of `sigmas`: the mixture of realistic_noise.py. null: Gaussian noise alone."""
+    """Models of noise_process "awgn", in place of `sigmas`: the mixture of noise.realistic. null: Gaussian noise alone."""
     loss: Literal["smooth_l1", "mse", "l1"] = "smooth_l1"
     """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's. The DiT has its own."""
     loss_steps: Literal["every", "last"] = "every"
@@ -79,7 +72,7 @@ class ObjectiveConfig:
     """Thinking during training; its step_size is not used: the model's learned one is."""
 
     def __post_init__(self) -> None:
-        corruption.level_to_timestep(self.level)  # raises for a level out of range
+        processes.level_to_timestep(self.level)  # raises for a level out of range
         low, high = self.sigmas
         if not 0 <= low <= high <= 255:
             raise ValueError(f"objective.sigmas=[{low:g}, {high:g}] is not a range in 0..255")
@@ -115,29 +108,6 @@ class Prediction:
     energies: Tensor | None = None  # (T + 1, B)
 
 
-class Objective(nn.Module):
-    """Loss of one model on batches of its modality; `forward` returns {"loss": (), and tensors to log or to replay}."""
-
-    thinks: ClassVar[bool] = False
-    """Whether there are trajectories that a replay buffer can continue; such an objective has the next three methods."""
-
-    @abstractmethod
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """{"loss": () with a graph, ...}."""
-
-    def continue_thinking(self, batch: Any, rows: dict[str, Tensor]) -> Any:
-        """The batch with explicit starts, its last places taken by replayed rows (none of them where `rows` is empty)."""
-        raise NotImplementedError(f"{type(self).__name__} has no trajectories")
-
-    def replay_rows(self, batch: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a replay buffer keeps of a batch, and continue_thinking takes back: tensors (B, ...) by name."""
-        raise NotImplementedError(f"{type(self).__name__} has no trajectories")
-
-    def logs(self, batch: Any, output: dict[str, Tensor]) -> dict[str, float | Callable[[], float]]:
-        """Numbers to log beside the loss; a callable is called only where they are logged."""
-        return {}
-
-
 class ImageObjective(Objective):
     """An objective on image batches."""
 
@@ -155,7 +125,7 @@ class ImageObjective(Objective):
         if batch.observation is not None:
             return batch.observation
         if noise_process_of(self.model) == "vp":
-            signal, noise = corruption.signal_and_noise_scale(self.config.level)
+            signal, noise = processes.signal_and_noise_scale(self.config.level)
             return signal * batch.clean + noise * batch.noise
         low, high = self.config.sigmas
         draws = [torch.rand((), generator=g, device=g.device) for g in batch.generators]
@@ -165,43 +135,6 @@ class ImageObjective(Objective):
     def distance(self, prediction: Tensor, clean: Tensor) -> Tensor:
         """The configured loss of each sample, (B,)."""
         return _DISTANCES[self.config.loss](prediction, clean, reduction="none").flatten(1).mean(1)
-
-
-def put_last(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """`tensor` (B, ...) with its last places taken by `rows` (K, ...), as a new tensor."""
-    return tensor if rows is None else torch.cat([tensor[: len(tensor) - len(rows)], rows])
-
-
-def thinking_output(
-    result: ThinkingResult, step_size: Tensor, loss_steps: str, loss_of: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """What an energy-based objective returns: the mean loss () over the steps that train, and what to log or to replay.
-
-    `loss_of` gives the losses (B,) or (B, S) of a prediction.
-    """
-    # Only steps that the graph reaches can train; truncation leaves the last few.
-    predictions = [p for p in result.predictions if p.requires_grad]
-    if loss_steps == "last":
-        predictions = predictions[-1:]
-    last = len(result.predictions) - 1
-    loss = torch.stack([loss_of(p) for p in predictions]).mean()
-    return {
-        "loss": loss.where(result.finite, torch.nan),  # the training loop refuses the update, in every process alike
-        "candidate": result.final.detach(),
-        "step_size": step_size.detach(),
-        "energy_before_last_update": result.energies[last].detach(),
-        "candidate_gradient_norm": result.gradient_norms[last],
-    }
-
-
-def thinking_logs(output: dict[str, Tensor], energy_after: Callable[[], float]) -> dict[str, float | Callable[[], float]]:
-    """Step size, and the energy before and after the *last* update; read from the device only when logged."""
-    return {
-        "step_size": lambda: output["step_size"].item(),
-        "candidate_gradient_norm": lambda: output["candidate_gradient_norm"].mean().item(),
-        "energy_before_last_update": lambda: output["energy_before_last_update"].mean().item(),
-        "energy_after_last_update": energy_after,
-    }
 
 
 class EBTObjective(ImageObjective):
@@ -334,7 +267,7 @@ class DiTObjective(ImageObjective):
     """Noise prediction with learned variance, timesteps uniform up to the training level (paper's code: [0, 100))."""
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
-        limit = corruption.level_to_timestep(self.config.level) + 1
+        limit = processes.level_to_timestep(self.config.level) + 1
         draws = [torch.randint(limit, (), generator=g, device=g.device) for g in batch.generators]
         timesteps = torch.stack(draws).to(batch.clean.device)
         model: DiT = self.model  # type: ignore[assignment]
@@ -345,7 +278,7 @@ class DiTObjective(ImageObjective):
         """num_steps images (B, 3, H, W): the one-call x0 first, then DDIM with 2..num_steps passes."""
         assert level is not None, "a DiT is trained on the VP process"
         dit = cast("DiT", model)
-        timestep = corruption.level_to_timestep(level)
+        timestep = processes.level_to_timestep(level)
         images = [dit.predict_clean(noisy, timestep)]
         images += [dit.ddim(noisy, timestep, num_steps=n) for n in range(2, num_steps + 1)]
         return Prediction(images=images)

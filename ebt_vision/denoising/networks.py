@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor
 
-from ebt_vision.classical import estimate_sigma
-from ebt_vision.corruption import (
+from ebt_vision.core.precision import Precision, autocast, check_precision, has_fast_bfloat16
+from ebt_vision.core.rng import randn_like, sample_generators
+from ebt_vision.core.thinking import ThinkingResult, ThinkingStep, best_of
+from ebt_vision.denoising.base import TRAINING_LEVEL, Denoiser
+from ebt_vision.denoising.classical import estimate_sigma
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep, join_results
+from ebt_vision.models.patch_ebt import PatchEBT, num_patches, patch_energy_mean
+from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.models.trunk_config import noise_process_of
+from ebt_vision.noise.processes import (
     alphas_cumprod,
     level_to_timestep,
     sigma_to_timestep,
@@ -18,22 +28,6 @@ from ebt_vision.corruption import (
     to_image_range,
     to_model_range,
 )
-from ebt_vision.denoiser import (
-    TRAINING_LEVEL,
-    Callback,
-    DenoiseOptions,
-    Denoiser,
-    DenoiseResult,
-    DenoiseStep,
-    join_results,
-)
-from ebt_vision.models.patch_ebt import PatchEBT, num_patches, patch_energy_mean
-from ebt_vision.models.patch_trunk import noise_process_of
-from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.precision import Precision, autocast, check_precision, has_fast_bfloat16
-from ebt_vision.rng import randn_like, sample_generators
-from ebt_vision.thinking import ThinkingConfig, ThinkingResult, ThinkingStep, best_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from ebt_vision.models.dit import DiT
@@ -135,13 +129,7 @@ class EBTDenoiser(ModelDenoiser):
         result = best_of(
             self.model,
             watch.starts(image_ids),
-            ThinkingConfig(
-                num_steps=options.num_steps - watch.num_before,
-                langevin_std=options.langevin_std,
-                tolerance=options.tolerance,
-                tolerance_of=options.tolerance_of,
-                training_gain=gain and gain * num_patches(x.shape, self.patch_size),
-            ),
+            options.thinking(num_before=watch.num_before, training_gain=gain and gain * num_patches(x.shape, self.patch_size)),
             context=context,
             step_size=self.model.step_size.detach() * options.step_size_scale,
             observation_energy=None if proposed is None else proposed[1],

@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebt_vision import corruption
-from ebt_vision.checkpoint import load_pretrained, resolve
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.models.checkpoint import load_pretrained, resolve
 from ebt_vision.models.patch_ebt import PatchEBT
-from ebt_vision.models.patch_trunk import PatchTrunk, noise_process_of, patchify
-from ebt_vision.models.pretrained_model import CONFIG_NAME, read_config
-from ebt_vision.models.registry import model_class
+from ebt_vision.models.patch_trunk import PatchTrunk
+from ebt_vision.models.patches import patchify
+from ebt_vision.models.pretrained_model import CONFIG_NAME, checkpoint_class, read_config
 from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.rng import sample_generators
-from ebt_vision.thinking import ThinkingConfig, think
+from ebt_vision.models.trunk_config import noise_process_of
+from ebt_vision.noise import processes
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from ebt_vision.models.dit import DiT
@@ -46,7 +47,7 @@ _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Condition:
+class FeatureCondition:
     """How a network is fed."""
 
     noise_level: float = 0.0
@@ -60,8 +61,8 @@ class Condition:
     def __post_init__(self) -> None:
         if not 0.0 <= self.noise_level <= 1.0:
             raise ValueError(f"noise level {self.noise_level:g} is not in [0, 1]; use 0 for clean images, 0.1 as in training")
-        if self.timestep is not None and not 0 <= self.timestep < corruption.NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"timestep {self.timestep} is not in 0..{corruption.NUM_TRAIN_TIMESTEPS - 1}")
+        if self.timestep is not None and not 0 <= self.timestep < processes.NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"timestep {self.timestep} is not in 0..{processes.NUM_TRAIN_TIMESTEPS - 1}")
         if self.thinking_steps < 0:
             raise ValueError(f"thinking steps {self.thinking_steps} must be 0 (none) or more")
 
@@ -76,7 +77,7 @@ class Condition:
 class Feature:
     """One array of features: (D,) an image, or (N, D) with the pool "tokens"."""
 
-    condition: Condition
+    condition: FeatureCondition
     layer: str
     pool: str
 
@@ -211,7 +212,7 @@ class TimmExtractor(FeatureExtractor):
         self._mean, self._std = (torch.tensor(config[key], device=device).reshape(1, 3, 1, 1) for key in ("mean", "std"))
 
     def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
-        x = (corruption.to_image_range(candidate) - self._mean) / self._std
+        x = (processes.to_image_range(candidate) - self._mean) / self._std
         wanted = sorted({int(layer.removeprefix("block")) for layer in layers if layer != "final"})
         found: dict[str, Tensor] = {}
         if wanted:
@@ -288,7 +289,7 @@ def extract(
     """
     for feature in features:
         check_feature(extractor, feature)
-    clean = corruption.to_model_range(_unit_range(images))
+    clean = processes.to_model_range(_unit_range(images))
     found: dict[Feature, Tensor] = {}
     with torch.no_grad():
         for level in sorted({feature.condition.noise_level for feature in features}):
@@ -347,9 +348,9 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
 def _at_level(clean: Tensor, level: float, indices: Sequence[int], seed: int, noise_process: str) -> Tensor:
     if level == 0.0:
         return clean
-    timestep = corruption.level_to_timestep(level)
-    noisy = corruption.add_vp_noise(clean, level, sample_generators(seed, indices, _NOISE_STREAM, timestep))
-    return noisy if noise_process == "vp" else noisy / corruption.signal_and_noise_scale(level)[0]
+    timestep = processes.level_to_timestep(level)
+    noisy = processes.add_vp_noise(clean, level, sample_generators(seed, indices, _NOISE_STREAM, timestep))
+    return noisy if noise_process == "vp" else noisy / processes.signal_and_noise_scale(level)[0]
 
 
 def load_extractor(
@@ -368,10 +369,10 @@ def load_extractor(
     if name.startswith(TIMM_PREFIX):
         return _load_timm(name, img_size or 64, device, seed, timm_weights)
     if name.startswith(RANDOM_PREFIX):
-        stored = read_config(resolve(name.removeprefix(RANDOM_PREFIX)) / CONFIG_NAME)
-        cls = model_class(stored["model_type"])
+        config_path = resolve(name.removeprefix(RANDOM_PREFIX)) / CONFIG_NAME
+        cls = checkpoint_class(config_path)
         with _seeded(seed):
-            model = cls(cls.config_class(**stored["config"])).to(device)
+            model = cls(cls.config_class(**read_config(config_path)["config"])).to(device)
     else:
         model = load_pretrained(name, device=device)
     own = model.config.img_size

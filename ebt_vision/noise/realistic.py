@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_vision.corruption import add_jpeg, to_8_bit
+from ebt_vision.noise.processes import add_jpeg, to_8_bit
 
 _BAYER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
 """Which pixel of a 2x2 cell of the mosaic (RGGB) each colour has, (3, 2, 2)."""

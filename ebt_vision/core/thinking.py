@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ebt_vision.checks import check
-from ebt_vision.rng import Generators, rand_like, randn_like
+from ebt_vision.core.checks import check
+from ebt_vision.core.rng import Generators, rand_like, randn_like
 
 
 class EnergyFunction(Protocol):

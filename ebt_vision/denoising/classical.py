@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebt_vision.denoiser import Callback, DenoiseOptions, Denoiser, DenoiseResult, no_network_result, pad_to_multiple
-
-
-class MissingExtraError(ValueError):
-    """An optional package is not installed; the message names the command that installs it."""
+from ebt_vision.core.checks import MissingExtraError
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.inputs import pad_to_multiple
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.results import Callback, DenoiseResult, no_network_result
 
 
 def estimate_sigma(noisy: Tensor) -> list[float]:

@@ -20,7 +20,6 @@ import errno
 import glob
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +28,9 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+
+from ebt_vision.core.atomic_files import write_atomically
+from ebt_vision.core.names import file_name
 
 FORMAT = 1
 """Raised when features of the same key would come out otherwise, or lie otherwise on disk."""
@@ -101,8 +103,7 @@ class FeatureCache:
         self.num_images, self.dtype = num_images, np.dtype(settings["dtype"])
         self.shard_size = shard_size or default_shard_size(num_images)
         settings = {"format": FORMAT, "num_images": num_images, "shard_size": self.shard_size, **settings}
-        title = "".join(c if c.isalnum() or c in "-._" else "_" for c in title)
-        self._prefix = f"{title}-{_short_hash(settings)}-"
+        self._prefix = f"{file_name(title)}-{_short_hash(settings)}-"
         self.folder = root / (self._prefix + _short_hash(made_of))
         self._checked: set[tuple[str, int]] = set()
         text = json.dumps({"settings": settings, "made_of": made_of}, sort_keys=True, indent=1)
@@ -256,20 +257,10 @@ def _short_hash(values: dict[str, Any]) -> str:
 
 
 def _write(path: Path, content: np.ndarray | bytes) -> None:
-    """Write a file beside its place, to the disk, and rename it; nothing is left where that fails."""
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.writing")
-    try:
-        with temporary.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.save(file, content, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    if isinstance(content, bytes):
+        write_atomically(path, lambda file: file.write(content))
+    else:
+        write_atomically(path, lambda file: np.save(file, content, allow_pickle=False))
 
 
 def _sha256(path: Path) -> str:

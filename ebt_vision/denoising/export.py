@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ebt_vision.classical import MissingExtraError
-from ebt_vision.corruption import to_image_range, to_model_range
-from ebt_vision.model_denoisers import signal_scale_of
+from ebt_vision.core.checks import MissingExtraError
+from ebt_vision.denoising.networks import signal_scale_of
 from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.noise.processes import to_image_range, to_model_range
 
 Part = Literal["proposal", "step"]
 SUFFIXES = (".onnx", ".pt2")

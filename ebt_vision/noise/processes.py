@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_vision.rng import Generators, rand_like, randn_like
+from ebt_vision.core.rng import Generators, rand_like, randn_like
 
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ebt_vision import corruption
-from ebt_vision.denoiser import Denoiser, for_photographs, for_vp_images
-from ebt_vision.rng import make_generator
+from ebt_vision.core.rng import make_generator
+from ebt_vision.noise import processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,16 +63,16 @@ class Noise:
         generator = make_generator(seed)
         match self.kind:
             case "gaussian":
-                return corruption.add_gaussian_noise(clean, self.amount, generator)
+                return processes.add_gaussian_noise(clean, self.amount, generator)
             case "paper":
-                noisy = corruption.add_vp_noise(corruption.to_model_range(clean), self.amount, generator)
-                return corruption.to_image_range(noisy)
+                noisy = processes.add_vp_noise(processes.to_model_range(clean), self.amount, generator)
+                return processes.to_image_range(noisy)
             case "poisson":
-                return corruption.add_poisson_noise(clean, self.amount, generator)
+                return processes.add_poisson_noise(clean, self.amount, generator)
             case "salt-and-pepper":
-                return corruption.add_salt_and_pepper(clean, self.amount, generator)
+                return processes.add_salt_and_pepper(clean, self.amount, generator)
             case "jpeg":
-                return corruption.add_jpeg(clean, round(self.amount))
+                return processes.add_jpeg(clean, round(self.amount))
         raise AssertionError(self.kind)
 
     @property
@@ -85,9 +84,3 @@ class Noise:
     def sigma(self) -> float | None:
         """What DenoiseOptions.sigma should be: the true one of Gaussian noise; None has others estimate it."""
         return self.amount if self.kind == "gaussian" else None
-
-
-def suited(denoiser: Denoiser, noise: Noise | None) -> Denoiser:
-    """The denoiser as it should be used for images with this noise, None for photographs that are noisy as they are."""
-    level = None if noise is None else noise.noise_level
-    return for_photographs(denoiser) if level is None else for_vp_images(denoiser, level)

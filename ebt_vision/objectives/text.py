@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ebt_vision.core.rng import Generators, randn_like
+from ebt_vision.core.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
 from ebt_vision.data.text import IGNORED
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.models.causal_transformer import CausalTransformer
-from ebt_vision.objectives import Objective, put_last, thinking_logs, thinking_output
-from ebt_vision.rng import Generators, randn_like
-from ebt_vision.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
+from ebt_vision.objectives.base import Objective, put_last, thinking_logs, thinking_output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

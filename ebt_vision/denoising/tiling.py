@@ -4,24 +4,15 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ebt_vision.checks import check_whole
-from ebt_vision.denoiser import (
-    MIN_SIDE,
-    Callback,
-    DenoiseOptions,
-    Denoiser,
-    DenoiseResult,
-    DenoiseStep,
-    check_images,
-    crop,
-    join_results,
-    pad_to_multiple,
-    working,
-)
+from ebt_vision.core.checks import check_whole
+from ebt_vision.denoising.inputs import MIN_SIDE, check_images, crop, pad_to_multiple, working
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep, join_results
 
 MEMORY_BUDGET = 512 * 2**20
 """Bytes of activations that a batch of tiles may take, by the denoiser's own estimate."""
@@ -31,6 +22,27 @@ TILES_OF_AN_IMAGE = 2**32
 
 Progress = Callable[[int, int], object]
 """(tiles done, tiles in total), called at the start and after each batch; raise in it to give up."""
+
+
+class TiledDenoiser(Protocol):
+    """What tiling asks of a denoiser; base.Denoiser, which documents each, has it all."""
+
+    tile_size: int
+    patch_size: int
+
+    def options_or_suggested(self, options: DenoiseOptions | None) -> DenoiseOptions: ...
+    def resolve_options(self, noisy: Tensor, options: DenoiseOptions) -> DenoiseOptions: ...
+    def overlap_for(self, tile_size: int) -> int: ...
+    def activation_bytes(self, height: int, width: int) -> int: ...
+    def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor | None: ...
+    def denoise_whole(
+        self,
+        noisy: Tensor,
+        options: DenoiseOptions | None = None,
+        *,
+        image_ids: Sequence[int] | Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> DenoiseResult: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +73,7 @@ StepCallback = Callable[[TiledStep], object]
 
 
 def denoise_tiled(
-    denoiser: Denoiser,
+    denoiser: TiledDenoiser,
     noisy: Tensor,
     options: DenoiseOptions | None = None,
     *,
@@ -106,7 +118,7 @@ def denoise_tiled(
 
 
 def _checked_tile(
-    denoiser: Denoiser, noisy: Tensor, options: DenoiseOptions, tile_size: int | None, overlap: int | None
+    denoiser: TiledDenoiser, noisy: Tensor, options: DenoiseOptions, tile_size: int | None, overlap: int | None
 ) -> tuple[int, int]:
     """The tile's side and the overlap in pixels; ValueError for what cannot be."""
     tile_size = options.tile_size if tile_size is None else tile_size
@@ -135,7 +147,12 @@ def _of_dtype(result: DenoiseResult, dtype: torch.dtype) -> DenoiseResult:
 
 
 def denoise_each_tiled(
-    denoiser: Denoiser, noisy: Tensor, options: DenoiseOptions, *, image_ids: Sequence[int], callback: Callback | None = None
+    denoiser: TiledDenoiser,
+    noisy: Tensor,
+    options: DenoiseOptions,
+    *,
+    image_ids: Sequence[int],
+    callback: Callback | None = None,
 ) -> DenoiseResult:
     """Each image of (B, 3, H, W) by denoise_tiled, as one result of batch size B: what Denoiser.denoise does with large images.
 
@@ -201,7 +218,7 @@ class _Tiling:
 
 
 def _run(
-    denoiser: Denoiser,
+    denoiser: TiledDenoiser,
     tiling: _Tiling,
     options: DenoiseOptions,
     batch_size: int,
@@ -354,7 +371,7 @@ def tile_weights(starts: list[int], tile: int, length: int, overlap: int) -> Ten
     return weights
 
 
-def energy_map_tiled(denoiser: Denoiser, images: Tensor, noisy: Tensor, *, tile_size: int | None = None) -> Tensor | None:
+def energy_map_tiled(denoiser: TiledDenoiser, images: Tensor, noisy: Tensor, *, tile_size: int | None = None) -> Tensor | None:
     """Energy of the patch that each pixel lies in, float32 (H, W), blended over tiles as in denoise_tiled.
 
     `images` (1, 3, H, W) in [0, 1] is what the energy is of, `noisy`, of the same shape, what it was made from. None for a

@@ -12,49 +12,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ebt_vision.checkpoint import CheckpointError
-from ebt_vision.checks import check
+from ebt_vision.core.checks import check, check_whole
+from ebt_vision.core.rng import make_generator
+from ebt_vision.core.thinking import best_of
+from ebt_vision.core.thinking_options import ThinkingOptions
 from ebt_vision.data.tokenizer import Tokenizer
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.models.causal_transformer import CausalTransformer
 from ebt_vision.models.causal_trunk import Cache
-from ebt_vision.rng import make_generator
-from ebt_vision.thinking import ThinkingConfig, best_of
+from ebt_vision.models.checkpoint import CheckpointError
 
 # Streams of make_generator.
 _START, _LANGEVIN, _SAMPLE = 21, 22, 23
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateOptions:
-    """How to choose tokens; the thinking settings are for an EBT alone."""
+class GenerateOptions(ThinkingOptions):
+    """How to choose tokens. The thinking options are for an EBT alone, on every token; their noise is on the logits."""
 
     num_tokens: int = 200
     """Tokens to add at most; the document's end stops before."""
     num_steps: int = 2
-    """Thinking steps on every token, the largest number of them with a tolerance."""
-    num_candidates: int = 1
-    """Think from so many random starts and keep the one of lowest energy."""
-    tolerance: float | None = None
-    """If set, a token's thinking stops once a step gains no more than this share of what the first did."""
-    langevin_std: float = 0.0
-    """Noise on the logits before each gradient."""
     temperature: float = 1.0
     """Logits are divided by it before a token is drawn; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that hold this much of the probability (Holtzman et al. 2020)."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "num_steps", "num_candidates"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        ThinkingOptions.__post_init__(self)  # super() does not work in a dataclass with slots
+        check_whole("num_tokens", self.num_tokens)
+        check(self.num_tokens >= 1, "num_tokens", self.num_tokens, "use 1 or more")
         check(self.temperature >= 0, "temperature", self.temperature, "use 0 for the likeliest token, or more")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "use a number in (0, 1]")
-        self.thinking()  # raises for the rest
-
-    def thinking(self) -> ThinkingConfig:
-        """The thinking that is asked for."""
-        return ThinkingConfig(num_steps=self.num_steps, tolerance=self.tolerance, langevin_std=self.langevin_std)
+        self.thinking()  # raises for a tolerance that a text model does not have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +161,7 @@ def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: G
         (start(candidate) for candidate in range(options.num_candidates)),
         options.thinking(),
         context=cache,
-        step_size=model.step_size.detach(),
+        step_size=model.step_size.detach() * options.step_size_scale,
         generator=make_generator(options.seed, _LANGEVIN, places[0], device=device),
     )
     return Guess(logits=result.final[0], energies=result.energies[:, 0], num_forward=int(result.num_forward[0]))

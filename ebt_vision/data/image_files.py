@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from ebt_vision.core.atomic_files import write_atomically
 from ebt_vision.data.decoding import MAX_PIXELS, MIN_SIDE, SUFFIXES, DecodeError, decode_image
 from ebt_vision.data.encoding import DEEP_SUFFIXES, MAX_SEGMENT, encode
 from ebt_vision.data.metadata import Metadata
@@ -180,20 +181,10 @@ def write_image(path: str | os.PathLike[str], image: ImageFile, overwrite: bool 
         encoded = encode(path.suffix.lower(), _stored_samples(image, _written_bits(path.suffix.lower(), image)), image)
     except (ValueError, OSError) as error:
         raise ImageFileError(f"{path} cannot be written ({error})") from error
-    partial = path.with_name(f".{os.getpid()}.part")  # short: the name itself may be as long as a name can be
     try:
-        if path.exists():
-            partial.touch(0o600)  # not even for a moment readable by more people than the old file
-            partial.write_bytes(encoded)
-            partial.chmod(path.stat().st_mode & 0o7777)
-        else:
-            partial.write_bytes(encoded)
-        os.replace(partial, path)
+        write_atomically(path, lambda file: file.write(encoded))
     except OSError as error:
         raise ImageFileError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
 
 
 def losses(path: str | os.PathLike[str], image: ImageFile) -> list[str]:

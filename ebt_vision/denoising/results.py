@@ -1,0 +1,133 @@
+"""What denoising gives back: the images, and how they came about."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ebt_vision.denoising.inputs import crop
+from ebt_vision.denoising.options import DenoiseOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiseStep:
+    """What a callback sees before the first step (index 0) and after each one."""
+
+    index: int
+    num_steps: int
+    image: Tensor  # (B, 3, H, W) in [0, 1]
+    energies: Tensor | None  # (B,), mean over patches
+    candidate: int = 0
+    num_candidates: int = 1
+    image_index: int = 0
+    """Of images in tiles, which take turns: the place in the batch of the one that `image` (1, 3, H, W) and `energies` show."""
+
+
+Callback = Callable[[DenoiseStep], object]
+"""Returning True ends the work there; the image so far is the result. Methods without steps call nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiseResult:
+    """Denoised images and how they came about. T is options.num_steps, N options.num_candidates."""
+
+    image: Tensor
+    """(B, 3, H, W) in [0, 1], clamped."""
+    num_steps: Tensor
+    """Steps that each image has had, int64 (B,)."""
+    num_forward: Tensor
+    """Passes through the network spent on each image, over all candidates, int64 (B,); 0 for classical methods."""
+    energies: Tensor | None = None
+    """Energy before the first and after every step, mean over patches, (T + 1, B); an image that stopped repeats its last."""
+    candidate_energies: Tensor | None = None
+    """Final energy of every candidate, mean over patches, (N, B)."""
+    chosen: Tensor | None = None
+    """Which candidate won, int64 (B,)."""
+    candidate_images: Tensor | None = None
+    """With keep_candidates: the final image of every candidate, (N, B, 3, H, W), like `image`, which is one of them."""
+    candidate_wins: Tensor | None = None
+    """Of an image in tiles, which choose each for itself: how many each candidate won, int64 (N, B)."""
+    trajectory: tuple[Tensor, ...] | None = None
+    """With keep_trajectory: the images before the first and after every step, like `image`, which is the last."""
+
+
+def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> DenoiseResult:
+    """The result with its images cropped, clamped and of the dtype of `like`, all on its device."""
+    values = {name: getattr(result, name) for name in DenoiseResult.__slots__}
+    on_device = {name: value.to(like.device) for name, value in values.items() if isinstance(value, Tensor)}
+    for name in ("image", "candidate_images"):
+        if name in on_device:
+            on_device[name] = crop_and_clamp(on_device[name], size).to(like)
+    trajectory = result.trajectory and tuple(crop_and_clamp(image, size).to(like) for image in result.trajectory)
+    return replace(result, trajectory=trajectory, **on_device)
+
+
+def restore_flat_images(result: DenoiseResult, noisy: Tensor) -> DenoiseResult:
+    """The result with images of one constant colour given back as they were: they hold no noise."""
+    flat = (noisy.amax((2, 3)) == noisy.amin((2, 3))).all(1)  # (B,)
+    if not flat.any():
+        return result
+
+    def keep(images: Tensor) -> Tensor:
+        return torch.where(flat[:, None, None, None], noisy.clamp(0, 1), images)
+
+    image = keep(result.image)
+    candidates = None if result.candidate_images is None else keep(result.candidate_images)
+    trajectory = result.trajectory and (*result.trajectory[:-1], image)
+    return replace(result, image=image, candidate_images=candidates, trajectory=trajectory)
+
+
+def apply_strength(result: DenoiseResult, noisy: Tensor, strength: float) -> DenoiseResult:
+    """The result with a strength below 1: its images moved back towards the noisy ones, (B, 3, H, W)."""
+    if strength >= 1.0:
+        return result
+
+    def weaken(images: Tensor) -> Tensor:
+        return (noisy + strength * (images - noisy)).clamp(0, 1)
+
+    image = weaken(result.image)
+    candidates = None if result.candidate_images is None else weaken(result.candidate_images)
+    trajectory = result.trajectory and (*result.trajectory[:-1], image)
+    return replace(result, image=image, candidate_images=candidates, trajectory=trajectory)
+
+
+def crop_and_clamp(images: Tensor, size: Sequence[int]) -> Tensor:
+    return crop(images.clamp(0, 1), size)
+
+
+def join_results(results: Sequence[DenoiseResult]) -> DenoiseResult:
+    """One result for images that were worked on one by one; a field that is not there, or not alike, in all of them is None.
+
+    Of trajectories that differ in length the shorter ones repeat their last image.
+    """
+
+    def joined(name: str, dim: int) -> Tensor | None:
+        values = [getattr(result, name) for result in results]
+        if any(value is None for value in values) or (dim and len({len(value) for value in values}) > 1):
+            return None
+        return torch.cat(values, dim=dim)
+
+    image, num_steps, num_forward = (joined(name, 0) for name in ("image", "num_steps", "num_forward"))
+    assert image is not None and num_steps is not None and num_forward is not None
+    trajectories = [result.trajectory or () for result in results]
+    count = max(map(len, trajectories)) if all(trajectories) else 0
+    padded = [images + images[-1:] * (count - len(images)) for images in trajectories] if count else []
+    return DenoiseResult(
+        image=image,
+        num_steps=num_steps,
+        num_forward=num_forward,
+        energies=joined("energies", 1),
+        candidate_energies=joined("candidate_energies", 1),
+        chosen=joined("chosen", 0),
+        candidate_images=joined("candidate_images", 1),
+        candidate_wins=joined("candidate_wins", 1),
+        trajectory=tuple(torch.cat(images) for images in zip(*padded, strict=True)) or None,
+    )
+
+
+def no_network_result(image: Tensor, noisy: Tensor, options: DenoiseOptions) -> DenoiseResult:
+    """The result (B, 3, H, W) of a method in one step without a network or an energy."""
+    ones = torch.ones(len(noisy), dtype=torch.int64, device=noisy.device)
+    trajectory = (noisy, *[image] * options.num_steps) if options.keep_trajectory else None
+    return DenoiseResult(image=image, num_steps=ones, num_forward=torch.zeros_like(ones), trajectory=trajectory)

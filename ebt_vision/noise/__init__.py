@@ -1,0 +1,1 @@
+"""From clean images to noisy ones."""

@@ -1,0 +1,1 @@
+"""What each model is trained on: a batch goes in, a loss comes out."""
