@@ -26,7 +26,8 @@ from ebt_vision.core.thinking import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.options import MAX_STRENGTH
-from ebt_vision.models.checkpoint import CheckpointError, list_pretrained, model_type_of, program_device
+from ebt_vision.models.checkpoint import list_pretrained, model_type_of, program_device
+from ebt_vision.models.pretrained_model import CheckpointError
 from ebt_vision.noise.named import NOISE_KINDS
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"

@@ -21,10 +21,10 @@ from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser, denoiser_for
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import denoise_tiled
-from ebt_vision.models.checkpoint import CheckpointError
 from ebt_vision.models.dit import DiT
 from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.models.pretrained_model import CheckpointError
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise.processes import add_gaussian_noise, alphas_cumprod, sigma_to_timestep, to_image_range, to_model_range
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, think
-from ebt_vision.models.checkpoint import CheckpointError, load_pretrained
+from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.patches import patchify, unpatchify
+from ebt_vision.models.pretrained_model import CheckpointError
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.models.trunk_config import PRESETS
 

@@ -14,9 +14,9 @@ from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models import pretrained_model
-from ebt_vision.models.checkpoint import PRETRAINED_DIR, default_pretrained, list_pretrained, load_pretrained
+from ebt_vision.models.checkpoint import default_pretrained, list_pretrained, load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT
-from ebt_vision.models.pretrained_model import CheckpointError, PretrainedModel
+from ebt_vision.models.pretrained_model import PRETRAINED_DIR, CheckpointError, PretrainedModel
 from ebt_vision.noise import processes
 
 NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.models.checkpoint import PRETRAINED_DIR, list_pretrained, load_pretrained, resolve
+    from ebt_vision.models.checkpoint import list_pretrained, load_pretrained, resolve
+    from ebt_vision.models.pretrained_model import PRETRAINED_DIR
 
     if args.model is None:
         shipped = list_pretrained()

@@ -23,7 +23,7 @@ def has_fast_bfloat16(device: str | torch.device) -> bool:
     return False
 
 
-def autocast(device: str | torch.device, *, bfloat16: bool) -> contextlib.AbstractContextManager:
+def autocast(device: str | torch.device, *, bfloat16: bool) -> contextlib.AbstractContextManager[None]:
     """torch.autocast in bfloat16 on the device; a context that does nothing without `bfloat16`."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 

@@ -8,7 +8,7 @@ numbers from one seed, and so may two kinds of GPU. The noise of observations is
 devices see the same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def _seeded(seed: int, device: torch.device | str) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def _draw(draw, tensor: Tensor, generator: Generators | None) -> Tensor:
+def _draw(draw: Callable[..., Tensor], tensor: Tensor, generator: Generators | None) -> Tensor:
     if generator is None or isinstance(generator, torch.Generator):
         device = generator.device if generator is not None else tensor.device
         return draw(tensor.shape, generator=generator, device=device, dtype=tensor.dtype).to(tensor.device)

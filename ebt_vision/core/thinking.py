@@ -15,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class CompiledEnergy:
     Where compiling fails it says so once, as a warning, and goes on without it.
     """
 
-    def __init__(self, energy_fn: EnergyFunction, *, backend: str | Callable = "inductor"):
+    def __init__(self, energy_fn: EnergyFunction, *, backend: str | Callable[..., Any] = "inductor"):
         self.energy_fn = energy_fn
         self._eager = functools.partial(_functional_gradient, energy_fn)
         self._energy_and_gradient = torch.compile(self._eager, backend=backend)
@@ -466,7 +466,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _double_backward_attention(create_graph: bool) -> contextlib.AbstractContextManager:
+def _double_backward_attention(create_graph: bool) -> contextlib.AbstractContextManager[None]:
     """PyTorch's fused attention kernels have no second derivative; its math path has (see models/blocks.py)."""
     return sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
 

@@ -20,7 +20,7 @@ from ebt_vision.data.tokenizer import Tokenizer
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.models.causal_transformer import CausalTransformer
 from ebt_vision.models.causal_trunk import Cache
-from ebt_vision.models.checkpoint import CheckpointError
+from ebt_vision.models.pretrained_model import CheckpointError
 
 # Streams of make_generator.
 _START, _LANGEVIN, _SAMPLE = 21, 22, 23
