@@ -303,7 +303,7 @@ def test_hidden_colours_do_not_matter_to_the_command_line_the_page_and_training(
 
 
 @pytest.mark.parametrize("size", [8, 12, 16])
-@pytest.mark.parametrize("colour", [(255, 0, 0), (255, 255, 0), (20, 60, 220)])
+@pytest.mark.parametrize("colour", [(255, 0, 0), (255, 255, 0), (0, 255, 0), (20, 60, 220)])
 def test_a_small_flat_icon_keeps_its_colour(size, colour):
     from ebt_vision.denoising.base import for_photographs
     from ebt_vision.denoising.load import load_denoiser

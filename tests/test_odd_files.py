@@ -16,9 +16,10 @@ import torch
 from PIL import ExifTags, Image, features
 
 from apps import sources
+from ebt_vision.cli import main
 from ebt_vision.data import decoded, decoding
 from ebt_vision.data.decoding import DecodeError, decode_image
-from ebt_vision.data.image_files import ImageFileError, quantise, read_image, write_image
+from ebt_vision.data.image_files import ImageFile, ImageFileError, quantise, read_image, write_image
 from ebt_vision.data.images import DataConfig, load_image_set
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:
 
 def noise(height=16, width=24, channels=3, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max + 1, (height, width, channels), dtype=dtype)
+
+
+def read_image_of(pixels):
+    """(H, W, 3) uint8 -> an ImageFile."""
+    return ImageFile(pixels=torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
 
 
 def png_of(array, *chunks):
@@ -382,3 +388,27 @@ def test_empty_names_are_refused_in_python_and_by_the_programs():
     with pytest.raises(Exception, match="empty"):
         named_path("")
     assert all("type=Path" not in path.read_text() for path in (ROOT / "eval").glob("*.py"))
+
+
+# --- Images at the ends of what can be denoised
+
+
+@pytest.mark.parametrize("width, height", [(1, 40), (40, 1), (7, 40)])
+def test_a_strip_that_is_too_narrow_is_refused_in_one_line(tmp_path, capsys, tiny_checkpoint, width, height):
+    write_image(tmp_path / "strip.png", read_image_of(noise(height, width)))
+    words = ["denoise", str(tmp_path / "strip.png"), "--output", str(tmp_path / "out"), "--model", str(tiny_checkpoint)]
+    assert main(words) == 2
+    reason, summary = capsys.readouterr().err.splitlines()
+    assert f"strip.png is {width}x{height} pixels, too small" in reason and reason.endswith("at least 8")
+    assert "1 of 1 failed, 0 written" in summary
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_pure_noise_becomes_an_image_in_range(tmp_path):
+    """Nothing of a photograph is in it: the shipped model has to take noise away and to invent no values."""
+    pixels = noise(96, 72)
+    write_image(tmp_path / "noise.png", read_image_of(pixels))
+    assert main(["denoise", str(tmp_path / "noise.png"), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    denoised = read_image(tmp_path / "out" / "noise.png").pixels
+    assert bool(torch.isfinite(denoised).all()) and denoised.std() < 0.75 * pixels.astype(np.float64).std() / 255
+    assert (denoised.mean(dim=(1, 2)) - torch.tensor(pixels.mean(axis=(0, 1)) / 255)).abs().max() < 0.05
