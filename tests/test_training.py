@@ -23,6 +23,7 @@ from ebt_vision.core.rng import sample_generators
 from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.pretrained_model import read_config
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
+from ebt_vision.noise.processes import signal_and_noise_scale
 from ebt_vision.objectives.image import ImageBatch, ObjectiveConfig, RegressorObjective
 from ebt_vision.training import engine, stopping
 from ebt_vision.training.config import ConfigError, build_config
@@ -127,6 +128,21 @@ def test_each_sample_has_a_sigma_of_its_own_in_the_range():
     sigmas = objective.observe(batch)[:, 0, 0, 0] * 255 / 2
     assert 20 <= sigmas.min() < 24 and 36 < sigmas.max() <= 40
     assert torch.equal(sigmas[5:6], objective.observe(replace_batch(batch, 5))[:, 0, 0, 0] * 255 / 2)
+
+
+def test_a_share_of_the_samples_has_a_lower_level_of_its_own():
+    model = PatchRegressor(PatchRegressorConfig(**MODELS["patch_regressor"]))
+    zeros, ones = torch.zeros(200, 3, 16, 16), torch.ones(200, 3, 16, 16)
+    top = signal_and_noise_scale(0.1)[1]
+    for share, low, high in ((0.0, 0, 0), (0.5, 75, 125), (1.0, 195, 200)):  # of 200 samples; standard deviation 7
+        objective = RegressorObjective(model, ObjectiveConfig(level=0.1, lower_level_share=share))
+        batch = ImageBatch(clean=zeros, noise=ones, generators=sample_generators(0, range(200)))
+        scales = objective.observe(batch)[:, 0, 0, 0]
+        assert scales.min() > 0 and scales.max() <= top + 1e-6
+        assert low <= int((scales < top - 1e-6).sum()) <= high
+        assert torch.equal(scales[5:6], objective.observe(replace_batch(batch, 5))[:, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"lower_level_share=1.5 is not in \[0, 1\]"):
+        ObjectiveConfig(lower_level_share=1.5)
 
 
 def replace_batch(batch: ImageBatch, index: int) -> ImageBatch:

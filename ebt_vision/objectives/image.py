@@ -47,6 +47,9 @@ class ObjectiveConfig:
 
     level: float = 0.1
     """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. The DiT trains on all timesteps up to it."""
+    lower_level_share: float = 0.0
+    """Share of the samples, in [0, 1], whose level is drawn uniformly between 0 and `level`; the others have `level` itself. 0
+    is the paper's protocol. Models of noise_process "vp" but for the DiT, which trains on all timesteps up to it anyway."""
     sigmas: tuple[float, float] = (0.0, 75.0)
     """Models of noise_process "awgn", in place of `level`: each sample's standard deviation is uniform in it (0..255 units)."""
     realistic_noise: RealisticNoiseConfig | None = None
@@ -73,6 +76,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         processes.level_to_timestep(self.level)  # raises for a level out of range
+        if not 0 <= self.lower_level_share <= 1:
+            raise ValueError(f"objective.lower_level_share={self.lower_level_share:g} is not in [0, 1]")
         low, high = self.sigmas
         if not 0 <= low <= high <= 255:
             raise ValueError(f"objective.sigmas=[{low:g}, {high:g}] is not a range in 0..255")
@@ -125,12 +130,21 @@ class ImageObjective(Objective):
         if batch.observation is not None:
             return batch.observation
         if noise_process_of(self.model) == "vp":
-            signal, noise = processes.signal_and_noise_scale(self.config.level)
+            scales = [processes.signal_and_noise_scale(level) for level in self._levels(batch.generators)]
+            signal, noise = torch.tensor(scales).to(batch.clean).T[:, :, None, None, None]  # (B, 1, 1, 1) each
             return signal * batch.clean + noise * batch.noise
         low, high = self.config.sigmas
         draws = [torch.rand((), generator=g, device=g.device) for g in batch.generators]
         sigmas = low + (high - low) * torch.stack(draws).to(batch.clean)
         return batch.clean + (2.0 / 255.0) * sigmas[:, None, None, None] * batch.noise  # the range [-1, 1] is 255 units
+
+    def _levels(self, generators: list[torch.Generator]) -> list[float]:
+        """The VP noise level of each sample."""
+        level, share = self.config.level, self.config.lower_level_share
+        if share == 0:
+            return [level] * len(generators)
+        draws = [torch.rand(2, generator=g, device=g.device).tolist() for g in generators]
+        return [level * (1.0 - depth) if choice < share else level for choice, depth in draws]
 
     def distance(self, prediction: Tensor, clean: Tensor) -> Tensor:
         """The configured loss of each sample, (B,)."""
