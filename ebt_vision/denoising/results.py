@@ -53,7 +53,7 @@ class DenoiseResult:
 
 
 def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> DenoiseResult:
-    """The result with its images cropped, clamped and of the dtype of `like`, all on its device."""
+    """Crop the images (B, 3, H, W) to `size` = (height, width), clamp them, and bring all to the dtype and device of `like`."""
     values = {name: getattr(result, name) for name in DenoiseResult.__slots__}
     on_device = {name: value.to(like.device) for name, value in values.items() if isinstance(value, Tensor)}
     for name in ("image", "candidate_images"):
@@ -64,7 +64,7 @@ def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> D
 
 
 def restore_flat_images(result: DenoiseResult, noisy: Tensor) -> DenoiseResult:
-    """The result with images of one constant colour given back as they were: they hold no noise."""
+    """Put back the images of `noisy` (B, 3, H, W) that have one constant colour: they hold no noise."""
     flat = (noisy.amax((2, 3)) == noisy.amin((2, 3))).all(1)  # (B,)
     if not flat.any():
         return result
@@ -93,6 +93,7 @@ def apply_strength(result: DenoiseResult, noisy: Tensor, strength: float) -> Den
 
 
 def crop_and_clamp(images: Tensor, size: Sequence[int]) -> Tensor:
+    """The top left `size` = (height, width) of images (B, 3, H, W), clamped to [0, 1]."""
     return crop(images.clamp(0, 1), size)
 
 

@@ -219,6 +219,7 @@ class PassThroughEmbedder(nn.Module):
     """Stands where diffusers' blocks have their own embedder: the block is handed the conditioning as its timestep."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype) -> Tensor:
+        """The "timestep" (B, embed_dim), which is the conditioning already."""
         return timestep.to(hidden_dtype)
 
 
