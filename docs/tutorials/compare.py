@@ -1,4 +1,4 @@
-"""An EBT and a DiT in the paper's protocol: python docs/tutorials/compare.py EBT DIT FOLDER"""
+"""Compare an EBT with a DiT in the paper's protocol: python docs/tutorials/compare.py EBT DIT FOLDER"""
 
 import sys
 
@@ -17,7 +17,7 @@ clean = images.images(indices).float() / 255  # (B, 3, size, size) in [0, 1]
 
 
 def psnr_of(name: str, level: float, num_steps: int) -> float:
-    """Mean PSNR over the images; the noise depends on the level and the image alone."""
+    """Return the mean PSNR over the images; the noise depends only on the level and the image."""
     generators = sample_generators(0, indices, round(1000 * level))
     noisy = processes.add_vp_noise(processes.to_model_range(clean), level, generators)
     denoiser = for_vp_images(load_denoiser(name), level)

@@ -1,4 +1,4 @@
-"""Your own energy, and thinking on it: python docs/tutorials/own_energy.py"""
+"""Think with your own energy: python docs/tutorials/own_energy.py"""
 
 import torch
 
@@ -8,7 +8,7 @@ from ebt_vision.noise import processes
 
 
 def energy(candidate: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
-    """Smooth total variation plus the distance to the noisy image, (B,)."""
+    """Return smooth total variation plus the squared distance to the noisy image, (B,)."""
     down = candidate[..., 1:, :-1] - candidate[..., :-1, :-1]
     right = candidate[..., :-1, 1:] - candidate[..., :-1, :-1]
     variation = (down.square() + right.square() + 1e-3).sqrt().sum((1, 2, 3))

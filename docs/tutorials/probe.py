@@ -1,4 +1,4 @@
-"""What the features know of classes: python docs/tutorials/probe.py MODEL TRAIN_FOLDER TEST_FOLDER"""
+"""Train a probe on frozen features: python docs/tutorials/probe.py MODEL TRAIN_FOLDER TEST_FOLDER"""
 
 import sys
 
@@ -14,7 +14,7 @@ model, train_folder, test_folder = sys.argv[1:]
 
 
 def features_of(name: str, folder: str) -> tuple[torch.Tensor, list[int]]:
-    """Mean tokens of the last block but one, (N, D), of clean images, and their classes."""
+    """Return mean tokens of the second-to-last block, (N, D), of clean images, and classes."""
     extractor = load_extractor(name)
     layer = extractor.blocks[-2]
     images = load_image_set(DataConfig(path=folder, img_size=extractor.img_size))
