@@ -195,6 +195,79 @@ def test_one_generator_per_sample_makes_the_result_independent_of_the_batch():
     torch.testing.assert_close(whole, torch.cat(alone))
 
 
+def test_langevin_noise_may_have_a_schedule_with_one_value_a_step():
+    start = torch.zeros(2000, 1, dtype=torch.float64)
+    config = ThinkingConfig(num_steps=2, step_size=0.5, langevin_std=(0.0, 0.3))
+    first, second = think(half_square, start, config, generator=torch.Generator().manual_seed(0)).predictions
+    assert torch.equal(first, start)  # no noise at the first step
+    assert second.std().item() == pytest.approx(0.15, rel=0.05)
+    same = replace(config, langevin_std=(0.2, 0.2))
+    draws = [
+        think(half_square, start, c, generator=torch.Generator().manual_seed(1)).final
+        for c in (same, replace(same, langevin_std=0.2))
+    ]
+    assert torch.equal(*draws)
+    with pytest.raises(ValueError, match=r"\(1 values\).*each of the 2 steps"):
+        replace(config, langevin_std=(0.1,))
+    with pytest.raises(ValueError, match="each of the 3 steps"):
+        think(half_square, start, config, num_steps=3)
+
+
+def floor_at_half(candidate: Tensor) -> Tensor:
+    return candidate.clamp(min=0.5)
+
+
+def test_a_projection_is_applied_after_each_update_and_not_to_the_start():
+    """y <- max(0.7 y, 0.5) from 1: 0.7, then 0.49 becomes 0.5, then 0.35 becomes 0.5."""
+    config = ThinkingConfig(num_steps=3, step_size=0.3)
+    result = think(half_square, torch.ones(1, 1, dtype=torch.float64), config, project=floor_at_half)
+    assert [p.item() for p in result.predictions] == pytest.approx([0.7, 0.5, 0.5])
+    assert result.energies[:, 0].tolist() == pytest.approx([0.5, 0.245, 0.125, 0.125])
+    low = torch.full((1, 1), 0.1, dtype=torch.float64)
+    assert torch.equal(think(half_square, low, num_steps=0, project=floor_at_half).final, low)
+
+
+def test_known_pixels_are_put_back_and_stopped_samples_stay_with_their_own():
+    """The projection knows each sample by its place in the whole batch, also when some have left it."""
+    known = images(3)
+    mask = torch.zeros_like(known, dtype=torch.bool)
+    mask[..., :2] = True
+    scale = torch.tensor([1.0, 0.1, 0.3], dtype=torch.float64)
+    sizes: list[int] = []
+
+    def energy(candidate: Tensor, scale: Tensor) -> Tensor:
+        sizes.append(len(candidate))
+        return scale * half_square(candidate)
+
+    config = ThinkingConfig(num_steps=30, step_size=0.9, tolerance=1e-3)
+    result = think(energy, known, config, context=(scale,), project=lambda y: torch.where(mask, known, y))
+    assert sizes[-1] < 3 and result.num_steps.unique().numel() == 3
+    assert torch.equal(result.final[mask], known[mask])
+    kept = (1 - 0.9 * scale) ** result.num_steps
+    torch.testing.assert_close(result.final[~mask], (kept[:, None, None, None] * known)[~mask])
+    best = best_of(energy, [known, known], config, context=(scale,), project=lambda y: torch.where(mask, known, y))
+    torch.testing.assert_close(best.final, result.final)
+
+
+def test_a_projection_is_part_of_the_graph():
+    """The second pixel is put back after each step: its gradient is 0, that of the free one 0.9^2."""
+    start = torch.full((1, 2), 3.0, dtype=torch.float64, requires_grad=True)
+    keep = torch.tensor([[True, False]])
+    config = ThinkingConfig(num_steps=2, step_size=0.1, detach_between_steps=False)
+    fixed = torch.full((1, 2), 5.0, dtype=torch.float64)
+    result = think(
+        half_square, start, config, create_graph=True, differentiate_start=True, project=lambda y: torch.where(keep, y, fixed)
+    )
+    (gradient,) = torch.autograd.grad(result.final.sum(), start)
+    assert gradient.flatten().tolist() == pytest.approx([0.81, 0.0])
+    assert result.final.flatten().tolist() == pytest.approx([2.43, 5.0])
+
+
+def test_a_projection_that_changes_the_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3, 5, 6\) of \(2, 3, 5, 7\)"):
+        think(half_square, images(), project=lambda y: y[..., 1:])
+
+
 def test_a_settled_sample_leaves_the_batch_and_saves_forward_passes():
     sizes: list[int] = []
 

@@ -109,8 +109,8 @@ class ThinkingConfig:
     """The paper's alpha, in candidate units squared per energy unit; a model's learned one takes its place."""
     step_size_factor: float = 1.0
     """Each sample's step size is drawn uniformly from [step_size / factor, step_size * factor]; 1 draws nothing."""
-    langevin_std: float = 0.0
-    """Standard deviation, in candidate units, of the noise added to the candidate before each gradient."""
+    langevin_std: float | tuple[float, ...] = 0.0
+    """Standard deviation, in candidate units, of the noise added to the candidate before each gradient: one, or one a step."""
     detach_between_steps: bool = True
     """Cut the graph before every step, so that a loss on step t trains step t alone."""
     backprop_steps: int | None = None
@@ -133,7 +133,7 @@ class ThinkingConfig:
         check(low is None or 0 <= low <= self.num_steps, "min_num_steps", low, f"use 0..{self.num_steps}")
         check(self.step_size > 0, "step_size", self.step_size, "use a positive number")
         check(self.step_size_factor >= 1, "step_size_factor", self.step_size_factor, "use 1 (off) or more")
-        check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
+        self._check_langevin_std()
         check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
         check(
@@ -143,6 +143,31 @@ class ThinkingConfig:
         check(gain is None or gain > 0, "training_gain", gain, "use a positive number")
         if self.tolerance is not None and self.tolerance_of == "training" and gain is None:
             raise ValueError("tolerance_of='training': the model has no training_gain; use 'first' or 'previous'")
+
+    @property
+    def has_langevin_noise(self) -> bool:
+        """Whether noise is added at any step."""
+        return any(std > 0 for std in self._langevin_stds)
+
+    def langevin_std_at(self, step: int) -> float:
+        """Standard deviation of the noise before gradient `step` (0, 1, ...)."""
+        return self.langevin_std[step] if isinstance(self.langevin_std, tuple) else self.langevin_std
+
+    @property
+    def _langevin_stds(self) -> tuple[float, ...]:
+        return self.langevin_std if isinstance(self.langevin_std, tuple) else (self.langevin_std,)
+
+    def _check_langevin_std(self) -> None:
+        for std in self._langevin_stds:
+            check(std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
+        self.check_schedule(self.num_steps)
+
+    def check_schedule(self, num_steps: int) -> None:
+        """ValueError unless a langevin_std for each step is there for `num_steps` steps."""
+        if isinstance(self.langevin_std, tuple):
+            given = len(self.langevin_std)
+            remedy = f"give one for each of the {num_steps} steps"
+            check(given >= num_steps, "langevin_std", f"{self.langevin_std} ({given} values)", remedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +201,8 @@ class ThinkingResult:
 
 
 Callback = Callable[[ThinkingStep], object]
+Projection = Callable[[Tensor], Tensor]
+"""Candidates (B, ...) to the nearest ones that meet a constraint, same shape, each sample by itself."""
 
 
 def think(
@@ -189,6 +216,7 @@ def think(
     observation_energy: Tensor | None = None,
     create_graph: bool = False,
     differentiate_start: bool = False,
+    project: Projection | None = None,
     generator: Generators | None = None,
     callback: Callback | None = None,
     keep_predictions: bool = True,
@@ -203,6 +231,9 @@ def think(
     with respect to the energy's parameters and the step size; with `differentiate_start` with respect to `y0` too, as unrolled
     and plug-and-play methods need. That takes a config with detach_between_steps=False and no backprop_steps.
 
+    `project` is applied to the candidates after each update, to put known pixels back, say. It is given all of them (B, ...),
+    those of stopped samples too, whose results are not used. A start that meets the constraint is the caller's to give.
+
     `generator` feeds every random draw. `callback` is called with the start and after each update; if it returns True, thinking
     ends there. With a tolerance an update that raised the energy of a sample is taken back, after the callback has seen it.
     Without `evaluate_final` the last energy is not computed, which saves a forward pass. Without `check_finite`
@@ -210,8 +241,8 @@ def think(
     `ThinkingResult.finite` says whether there was one.
 
     Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
-    NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph, and for a `y0`
-    that needs a gradient which it would not get.
+    NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph, for a `y0`
+    that needs a gradient which it would not get, for a schedule of noise that is too short, for a `project` that changes shapes.
     """
     config = config or ThinkingConfig()
     if torch.is_inference_mode_enabled() or y0.is_inference():
@@ -220,11 +251,12 @@ def think(
         raise ValueError("tolerance stops samples one by one, which a training graph cannot follow; use tolerance=None")
     _check_differentiable_start(config, y0, create_graph, differentiate_start)
     steps = _draw_num_steps(config, num_steps, generator)
+    config.check_schedule(steps)
     alpha = _draw_step_sizes(config, y0, step_size, generator)
     with torch.enable_grad(), _double_backward_attention(create_graph):
         start = y0 if differentiate_start and y0.requires_grad else y0.detach()
         observed = None if observation_energy is None else observation_energy.detach()
-        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, generator, check_finite, observed)
+        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, project, generator, check_finite, observed)
         return descent.run(steps, callback, keep_predictions, evaluate_final)
 
 
@@ -238,6 +270,7 @@ class _Descent:
     alpha: Tensor  # (B,)
     config: ThinkingConfig
     create_graph: bool
+    project: Projection | None
     generator: Generators | None
     check_finite: bool
     observation_energy: Tensor | None = None  # (B,)
@@ -299,8 +332,9 @@ class _Descent:
     def _evaluate(self, start: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
         """(candidate, energy, what computes the gradient) of the moving samples, Langevin noise added to the candidate."""
         candidate = self._select(start)
-        if self.config.langevin_std > 0:
-            candidate = candidate + self.config.langevin_std * randn_like(candidate, self._generators())
+        langevin_std = self.config.langevin_std_at(step)
+        if langevin_std > 0:
+            candidate = candidate + langevin_std * randn_like(candidate, self._generators())
         energy, gradient_of = self._energy_then_gradient(candidate, step, in_graph)
         self._check(energy.detach(), self._index(), step)
         return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient_of
@@ -378,7 +412,19 @@ class _Descent:
         return gain
 
     def _update(self, candidate: Tensor) -> None:
-        self.y = candidate if self.active is None else self.y.index_copy(0, self.active, candidate)
+        self.y = self._spread(self._projected(candidate), self.y)
+
+    def _projected(self, candidate: Tensor) -> Tensor:
+        """The moving candidates, projected. A projection may know each sample by its place, so it is given all of them."""
+        if self.project is None:
+            return candidate
+        everything = self._spread(candidate, self.y)
+        projected = self.project(everything)
+        if projected.shape != everything.shape:
+            raise ValueError(
+                f"project made {tuple(projected.shape)} of {tuple(everything.shape)}; return candidates of the same shape"
+            )
+        return self._select(projected)
 
     def _record(self, energy: Tensor) -> None:
         self.energies.append(self._spread(energy, self.energies[-1]) if self.active is not None else energy)
@@ -503,6 +549,7 @@ def best_of(
     context: tuple[Tensor, ...] = (),
     step_size: Tensor | float | None = None,
     observation_energy: Tensor | None = None,
+    project: Projection | None = None,
     generator: Generators | None = None,
     callback: Callback | None = None,
 ) -> BestOfResult:
@@ -519,6 +566,7 @@ def best_of(
             context=context,
             step_size=step_size,
             observation_energy=observation_energy,
+            project=project,
             generator=generator,
             callback=callback,
             keep_predictions=False,

@@ -214,7 +214,7 @@ class EBTObjective(ImageObjective):
         model: PatchEBT = self.model  # type: ignore[assignment]
         candidates = [start, result.final.detach(), clean]
         # Thinking has taken the start's energy already, but with Langevin noise that of the start and the noise.
-        known = 0 if self.config.thinking.langevin_std > 0 else 1
+        known = 0 if self.config.thinking.has_langevin_noise else 1
         others = candidates[known:]
         context = (torch.cat([c] * len(others)) for c in model.context_of(observation))
         others_energies = model(torch.cat(others), *context).unflatten(0, (len(others), -1))
