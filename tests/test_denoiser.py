@@ -17,8 +17,8 @@ from ebt_vision.core.thinking import ThinkingConfig, think
 from ebt_vision.denoising.base import IdentityDenoiser, for_photographs, for_vp_images
 from ebt_vision.denoising.classical import BM3DDenoiser, NonLocalMeansDenoiser, estimate_sigma
 from ebt_vision.denoising.inputs import crop, pad_to_multiple
-from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser, denoiser_for
+from ebt_vision.denoising.load import denoiser_for, load_denoiser
+from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models.dit import DiT

@@ -6,8 +6,7 @@ import torch
 from ebt_vision.core.metrics import psnr
 from ebt_vision.core.precision import autocast, has_fast_bfloat16
 from ebt_vision.denoising import networks
-from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.networks import denoiser_for
+from ebt_vision.denoising.load import denoiser_for, load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig

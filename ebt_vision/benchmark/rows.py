@@ -10,11 +10,12 @@ from torch import Tensor
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.core.thinking import ToleranceOf
 from ebt_vision.denoising.base import TRAINING_LEVEL, Denoiser, IdentityDenoiser, for_photographs, for_vp_images
+from ebt_vision.denoising.equilibrium import EqMDenoiser
 from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.noise import processes
 
-Kind = Literal["ebt", "dit", "regressor", "identity", "classical"]
+Kind = Literal["ebt", "dit", "regressor", "eqm", "identity", "classical"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +80,7 @@ def kind_of(denoiser: Denoiser) -> Kind:
         (EBTDenoiser, "ebt"),
         (DiTDenoiser, "dit"),
         (RegressorDenoiser, "regressor"),
+        (EqMDenoiser, "eqm"),
         (IdentityDenoiser, "identity"),
     ]
     return next((kind for cls, kind in kinds if isinstance(denoiser, cls)), "classical")
@@ -92,6 +94,10 @@ def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) 
         yield from _dit_rows(name, condition, settings)
     elif kind == "regressor":
         yield Row(model=name, kind=kind, method="applied", num_steps=3, reported=(1, 2, 3))
+    elif kind == "eqm":
+        yield Row(
+            model=name, kind=kind, method="descent", num_steps=settings.steps, reported=tuple(range(1, settings.steps + 1))
+        )
     elif kind == "identity":
         yield Row(model=name, kind=kind, method="noisy input", num_steps=1, reported=(1,))
     else:
@@ -101,7 +107,7 @@ def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) 
 
 def sweep_rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
     """The rows for the plot over noise levels: one run of each network, and the noisy input."""
-    wanted = ("thinking", "applied", "x0", "noisy input")
+    wanted = ("thinking", "applied", "descent", "x0", "noisy input")
     yield from (row for row in rows_of(name, kind, condition, settings) if row.method in wanted)
 
 

@@ -41,6 +41,13 @@ class SteppedEnergy(Protocol):
     def at_step(self, step: int) -> EnergyFunction: ...
 
 
+@runtime_checkable
+class EnergyWithGradient(Protocol):
+    """An energy function that gives its direction of ascent itself, so that think() does not differentiate it."""
+
+    def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class CompiledEnergy:
     """An energy function whose value and gradient come from one graph compiled by torch.compile, for long training.
 
@@ -348,7 +355,7 @@ class _Descent:
             raise NonFiniteGradientError(step, index[~finite].tolist())
 
     def _energy_then_gradient(self, candidate: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Callable[[], Tensor]]:
-        if isinstance(self.energy_fn, CompiledEnergy):
+        if isinstance(self.energy_fn, EnergyWithGradient):
             with torch.set_grad_enabled(in_graph):
                 context = tuple(self._select(tensor) for tensor in self.context)
                 energy, gradient = self.energy_fn.energy_and_gradient(candidate, *context)

@@ -1,10 +1,20 @@
 """From a name or a folder to a denoiser."""
 
+from typing import TYPE_CHECKING, cast
+
 from ebt_vision.core.precision import Precision
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
 from ebt_vision.denoising.classical import CLASSICAL_DENOISERS
-from ebt_vision.denoising.networks import denoiser_for
+from ebt_vision.denoising.equilibrium import EqMDenoiser
+from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
 from ebt_vision.models.checkpoint import load_pretrained
+from ebt_vision.models.equilibrium import PatchEqM
+from ebt_vision.models.patch_ebt import PatchEBT
+from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.models.regressor import PatchRegressor
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from ebt_vision.models.dit import DiT
 
 
 def load_denoiser(name_or_path: str, *, device: str = "cpu", precision: Precision = "auto") -> Denoiser:
@@ -20,3 +30,23 @@ def load_denoiser(name_or_path: str, *, device: str = "cpu", precision: Precisio
         return CLASSICAL_DENOISERS[name_or_path]()
     name = name_or_path.rstrip("/").rsplit("/", 1)[-1]
     return denoiser_for(load_pretrained(name_or_path, device=device), name=name, input_scale=None, precision=precision)
+
+
+def denoiser_for(
+    model: PretrainedModel,
+    *,
+    name: str | None = None,
+    input_scale: float | None = 1.0,
+    precision: Precision = "float32",
+) -> Denoiser:
+    """The denoiser of a model of any type (DiT: by DDIM); ValueError for one that has none, such as a text model."""
+    name = name or model.model_type
+    if isinstance(model, PatchEBT):
+        return EBTDenoiser(model, name=name, input_scale=input_scale, precision=precision)
+    if isinstance(model, PatchEqM):
+        return EqMDenoiser(model, name=name, input_scale=input_scale, precision=precision)
+    if isinstance(model, PatchRegressor):
+        return RegressorDenoiser(model, name=name, input_scale=input_scale, precision=precision)
+    if model.model_type == "dit":
+        return DiTDenoiser(cast("DiT", model), name=name, input_scale=input_scale, precision=precision)
+    raise ValueError(f"a {model.model_type!r} model does not denoise images; use patch_ebt, patch_eqm, patch_regressor or dit")

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -352,21 +352,3 @@ class _Samples:
         if not self.options.keep_trajectory:
             return None
         return tuple(self.images + self.images[-1:] * (self.options.num_steps + 1 - len(self.images)))
-
-
-def denoiser_for(
-    model: PretrainedModel,
-    *,
-    name: str | None = None,
-    input_scale: float | None = 1.0,
-    precision: Precision = "float32",
-) -> Denoiser:
-    """The denoiser of a model of any type (DiT: by DDIM); ValueError for one that has none, such as a text model."""
-    name = name or model.model_type
-    if isinstance(model, PatchEBT):
-        return EBTDenoiser(model, name=name, input_scale=input_scale, precision=precision)
-    if isinstance(model, PatchRegressor):
-        return RegressorDenoiser(model, name=name, input_scale=input_scale, precision=precision)
-    if model.model_type == "dit":
-        return DiTDenoiser(cast("DiT", model), name=name, input_scale=input_scale, precision=precision)
-    raise ValueError(f"a {model.model_type!r} model does not denoise images; use patch_ebt, patch_regressor or dit")

@@ -41,6 +41,12 @@ MODEL_TYPES = {
         objective="objectives.image:RegressorObjective",
         modality="image",
     ),
+    "patch_eqm": ModelType(
+        model="models.equilibrium:PatchEqM",
+        config="models.equilibrium:PatchEqMConfig",
+        objective="objectives.equilibrium:EqMObjective",
+        modality="image",
+    ),
     "causal_text_ebt": ModelType(
         model="models.causal_text_ebt:CausalTextEBT",
         config="models.causal_text_ebt:CausalTextEBTConfig",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ebt_vision.core.rng import sample_generators
 from ebt_vision.core.thinking import ThinkingConfig, think
 from ebt_vision.models.checkpoint import load_pretrained, resolve
+from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patch_trunk import PatchTrunk
 from ebt_vision.models.patches import patchify
@@ -129,7 +130,7 @@ class FeatureExtractor(ABC):
 class TrunkExtractor(FeatureExtractor):
     """PatchEBT and the regressor: the blocks of their trunk; the EBT's thinking and gradient."""
 
-    def __init__(self, model: PatchEBT | PatchRegressor, name: str, identity: str) -> None:
+    def __init__(self, model: PatchEBT | PatchRegressor | PatchEqM, name: str, identity: str) -> None:
         self.takes_thinking = isinstance(model, PatchEBT)
         extra = ("final", "gradient") if self.takes_thinking else ("final",)
         super().__init__(name, model.config.img_size, model.config.depth, extra, identity)
@@ -381,11 +382,11 @@ def load_extractor(
             f"{name} was trained at {own} px, img_size={img_size} is another size; leave img_size out to use {own}"
         )
     identity = weights_hash(model, json.dumps(model.network_config, sort_keys=True))
-    if isinstance(model, PatchEBT | PatchRegressor):
+    if isinstance(model, PatchEBT | PatchRegressor | PatchEqM):
         return TrunkExtractor(model, name, identity)
     if model.model_type == "dit":
         return DiTExtractor(cast("DiT", model), name, identity)
-    raise ValueError(f"a {model.model_type!r} model has no image features; use patch_ebt, patch_regressor or dit")
+    raise ValueError(f"a {model.model_type!r} model has no image features; use patch_ebt, patch_eqm, patch_regressor or dit")
 
 
 def _load_timm(name: str, img_size: int, device: str, seed: int, weights: str | None) -> FeatureExtractor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.text import TextDataConfig
 from ebt_vision.models.checkpoint import load_pretrained
+from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.registry import model_class, objective_class
@@ -20,7 +21,7 @@ from ebt_vision.training.task import Task
 from ebt_vision.training.text_task import TextTask
 
 STEP_SIZE = "log_step_size"
-RELATED_MODELS = frozenset({"patch_ebt", "patch_regressor"})
+RELATED_MODELS = frozenset({"patch_ebt", "patch_eqm", "patch_regressor"})
 """Types with one trunk and one head: each can begin with the other's weights."""
 
 _STEM_BLOCK = re.compile(r"(trunk\.stem|head)\.levels\.\d+\.[1-9]\d*\.")
@@ -81,9 +82,9 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
     if reconstructs and not (isinstance(model, PatchEBT) and model.config.energy_head == "quadratic"):
         raise ConfigError("objective.reconstruction_weight is for patch_ebt with a quadratic energy_head; use 0")
     if config.train.checkpoint_blocks:
-        if not isinstance(model, PatchEBT | PatchRegressor):
+        if not isinstance(model, PatchEBT | PatchRegressor | PatchEqM):
             raise ConfigError(
-                f"train.checkpoint_blocks is for patch_ebt and patch_regressor, not {config.model_type}; use false"
+                f"train.checkpoint_blocks is for patch_ebt, patch_eqm and patch_regressor, not {config.model_type}; use false"
             )
         model.trunk.checkpoint_blocks = True
     if cls.thinks:  # its gradient is what is compiled
