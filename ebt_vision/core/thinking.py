@@ -249,7 +249,8 @@ def think(
 
     Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
     NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph, for a `y0`
-    that needs a gradient which it would not get, for a schedule of noise that is too short, for a `project` that changes shapes.
+    that needs a gradient which it would not get, for a schedule of noise that is too short, and for a `project`
+    that changes shapes.
     """
     config = config or ThinkingConfig()
     if torch.is_inference_mode_enabled() or y0.is_inference():
