@@ -80,7 +80,7 @@ def test_the_sentences_follow_from_the_figures(program, data: Path):
     assert "25.00 dB, 1.50 dB above the DiT's best row, and 0.50 dB above BM3D" in known
     assert "from 16.00 dB after one step to 21.00, 4.50 dB above the DiT's best row" in unseen
     assert "within 0.10 dB of the best number of steps" in unseen
-    assert "0.10 dB above the EBT's best at level 0.1 and 0.25 dB above it at 0.2" in regressor
+    assert "0.10 dB above the EBT's best at level 0.1 and 0.25 dB above it at level 0.2" in regressor
 
 
 def test_figures_of_other_weights_are_left_out(program, data: Path):
