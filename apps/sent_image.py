@@ -11,9 +11,9 @@ def _as_sent(self: gr.Image, payload: Any) -> str | None:
     return None if payload is None else payload.path
 
 
-# This must be a subclass: gradio creates a component again when an event changes it, and loses a method set on the instance. The
-# plain metaclass creates the class, because gradio's own metaclass would write a .pyi file next to this file. The script of the
-# page needs the name "Image".
+# This must be a subclass: gradio creates a component again when an event changes it, and loses a method set on the instance.
+# The plain metaclass creates the class, because gradio's own metaclass would write a .pyi file next to this file. The script of
+# the page needs the name "Image".
 SentImage: Any = ABCMeta.__new__(
     type(gr.Image), "Image", (gr.Image,), {"preprocess": _as_sent, "__module__": __name__, "__doc__": __doc__}
 )
