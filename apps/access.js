@@ -1,13 +1,13 @@
-// What Gradio's page lacks for people who use it without a mouse or without sight: the before/after handle is a slider that
-// the keyboard moves, pictures and buttons have names, and the result is announced. Gradio makes its elements anew at any
-// time, so this looks again after every change of the page.
+// Accessibility that Gradio's page does not have, for visitors without a mouse or without sight. The before/after handle becomes a
+// slider with keyboard control, images and buttons get names, and the result is announced. Gradio may create its elements again at
+// any time, so this script runs again after every change of the page.
 (() => {
-  const NAMES = [ // selector, attribute, what it says; of several elements the first gets the first
+  const NAMES = [ // selector, attribute, values in the order of the found elements
     ["#result img[data-testid=imageslider-image]", "alt", ["Before: the noisy image", "After: the denoised image"]],
     ["#upload img[data-testid=detailed-image], #upload .image-frame img", "alt", ["The image to be denoised"]],
     ["#heat img", "alt", ["Energy of each patch: bright where the model is unsure"]],
     ["#examples .gallery-item", "aria-label", ["Example: a cat", "Example: a cup of coffee", "Example: a rocket at night"]],
-    ["#upload input[type=file]", "accept", ["image/*,.heic,.heif,.avif"]], // systems that do not count these as images
+    ["#upload input[type=file]", "accept", ["image/*,.heic,.heif,.avif"]], // some systems do not list these as images
     ["fieldset#how", "aria-label", ["Noise"]],
     ["#answer .overflow-menu > button", "aria-label", ["More tabs"]],
     ["#facts", "role", ["status"]],
@@ -17,13 +17,13 @@
 
   const set = (element, name, value) => element.getAttribute(name) === value || element.setAttribute(name, value);
 
-  // Where the handle stands, in percent of the width, from 0 (left) to 100.
+  // Position of the handle in percent of the width, from 0 (left) to 100.
   function position(handle) {
     const left = new DOMMatrix(getComputedStyle(handle).transform).m41;
     return Math.round((100 * left) / Math.max(handle.parentElement.clientWidth, 1));
   }
 
-  // Gradio has no way to move its handle from outside but to drag it.
+  // Gradio offers no function to move its handle, so this sends mouse events.
   function drag(handle, pixels) {
     const box = handle.getBoundingClientRect();
     const at = (x) => ({ view: window, bubbles: true, cancelable: true, button: 0, clientX: x, clientY: box.top + box.height / 2 });
@@ -60,7 +60,7 @@
       document.querySelectorAll(selector).forEach((element, index) => texts[index] && set(element, attribute, texts[index]));
     document.querySelectorAll("#result [data-testid=slider]").forEach(adopt);
     document.querySelectorAll("svg:not([role], [aria-label])").forEach((icon) => set(icon, "aria-hidden", "true"));
-    // A button in a link is two stops for one thing.
+    // A button inside a link would be two tab stops for one action.
     document.querySelectorAll("a.download-link:has(> button)").forEach((link) => {
       set(link, "aria-label", "Download");
       set(link.querySelector("button"), "tabindex", "-1");

@@ -1,4 +1,4 @@
-"""Work in a thread that posts how far it is; and an accelerator's memory given back after it."""
+"""Run work in a thread that posts its progress, and free the memory of an accelerator afterwards."""
 
 import queue
 import threading
@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 def in_thread(work: Callable[[Callable[[T], None]], T], stop: threading.Event, *, own: bool = True) -> Iterator[T]:
-    """What `work(post)` posts, as it does, and what it returns, last; what it raises is raised here.
+    """Run `work(post)` in a thread; yield every posted value and finally its return value. Exceptions are raised here.
 
-    If nobody listens any more, `stop` is set where it is our `own`, and the work is waited for: one at a time on a device.
+    If the caller closes this generator, `stop` is set if it is `own`. The generator then waits for the thread to end, so that
+    only one thread uses the device.
     """
     posts: queue.SimpleQueue[tuple[str, T | BaseException]] = queue.SimpleQueue()
 
@@ -39,6 +40,6 @@ def in_thread(work: Callable[[Callable[[T], None]], T], stop: threading.Event, *
 
 
 def free_memory() -> None:
-    """Give an accelerator's unused memory back."""
+    """Free unused memory of the accelerator."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Several methods side by side on one image."""
+"""Compare several methods on one image."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
 
 COMPARED = 512
-"""Longest side in pixels of what is compared."""
+"""Longest side in pixels of the compared image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """One method on the image that all were given."""
+    """The result of one method."""
 
     name: str
     image: np.ndarray | None = None
     """uint8 (h, w, 3)."""
     psnrs: list[float] = field(default_factory=list)
     num_forward: int | None = None
-    """Passes through the network for each tile; None for a method without one."""
+    """Forward passes for each tile; None for a method without a network."""
     seconds: float | None = None
     problem: str = ""
 
 
 def compare(request: Request, methods: dict[str, Callable[[], Denoiser]], stop: threading.Event) -> Iterator[list[Column]]:
-    """The columns so far, the noisy image first: each method {name: how to load it} on the same middle of the image.
+    """Run each method {name: loader} on the middle of the image, and yield the columns so far; the noisy image is the first.
 
-    Every method takes the request's steps, the regressor one. A method that cannot be loaded or run says why.
+    Every method uses the number of steps of the request, but the regressor uses one. If a method cannot be loaded or run, its
+    column holds the error message.
     """
     options = request.options()
     source = open_source(request).middle(COMPARED)

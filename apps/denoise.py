@@ -1,6 +1,6 @@
-"""A page in which to denoise an image by thinking: python apps/denoise.py [--port N] [--share] [--checkpoint FOLDER].
+"""Serve the Gradio page: python apps/denoise.py [--port N] [--share] [--checkpoint FOLDER].
 
-The page itself: what stands where, and what happens when. service.py does it, with the modules beside it.
+This module defines the layout and the events of the page. service.py and its helper modules do the work.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from ebt_vision.noise.named import NOISE_KINDS
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 ACCESS = Path(__file__).resolve().parent / "access.js"
 MAX_WAITING = 19
-"""Visitors in the queue beside the one who is served; the next one is told to wait."""
+"""Requests that may wait in the queue behind the running one; further requests are refused."""
 CACHE_SECONDS = (600, 3600)
-"""How often temporary files are looked at, and how old they get."""
+"""Interval in seconds of the clean-up of temporary files, and the age in seconds at which they are deleted."""
 KIND_TITLES = {
     "gaussian": "Gaussian",
-    "paper": "The paper's",
+    "paper": "VP noise, as in the paper",
     "poisson": "Poisson (photons)",
     "salt-and-pepper": "Salt and pepper",
     "jpeg": "JPEG",
 }
 
 INTRO = """# Denoise by thinking
-An *energy-based transformer* gives every image a number, its energy: low for clean pictures, high for noisy ones. It denoises
-by walking downhill on that energy, one **thinking step** at a time. More steps, more thought."""
+An *energy-based transformer* (EBT) assigns every image a number, its energy: low for clean images, high for noisy images. It
+denoises by lowering the energy. Each **thinking step** is one step of gradient descent."""
 
-API_HELP = """Both endpoints take what the page takes, and wait in the same queue.
+API_HELP = """Both endpoints accept the same inputs as the page and use the same queue.
 
 ```python
 from gradio_client import Client, handle_file
@@ -56,14 +56,14 @@ client = Client("http://localhost:7860")  # this page's address
 path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/denoise")
 methods = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/compare")
 ```
-`steps` is a whole number and defaults to what the model suggests.
-`noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `strength` is 0 to 1.5: below 1 keeps grain,
-above 1 is for noise that is left over. `/denoise` gives a PNG file and a dictionary
-with the energies, PSNRs, steps and seconds; `/compare` a list with each method's name, PSNR, forward passes and seconds."""
+`steps` is a whole number; the default is the number that the model suggests.
+`noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `strength` is 0 to 1.5: values below 1 keep
+grain, values above 1 remove more noise. `/denoise` returns a PNG file and a dictionary with the energies, PSNRs, steps and
+seconds. `/compare` returns a list with the name, PSNR, forward passes and seconds of each method."""
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's Soft with the system's own fonts: nothing is fetched."""
+    """Gradio's Soft theme with system fonts, so that nothing is downloaded."""
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     mono = ("ui-monospace", "Menlo", "Consolas", "monospace")
     plain = {"background_fill": "transparent", "text_color": "*body_text_color", "text_weight": "600"}
@@ -80,16 +80,16 @@ def theme() -> gr.themes.Base:
     return gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono).set(**titles)
 
 
-# --- What stands where
+# --- Layout
 
 
 def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: str = "cpu") -> gr.Blocks:
-    """The page for models {label: name or folder}; `load` turns one into a Denoiser. Without models it says so."""
+    """Build the page for models {label: name or folder}; `load` turns a name into a Denoiser. `models` may be empty."""
     service = Service(models, load, device)
     with gr.Blocks(title="Denoise by thinking", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.Markdown(INTRO)
         if not models:
-            gr.Markdown("**No trained model is in this copy yet:** start the page with `--checkpoint FOLDER`.")
+            gr.Markdown("**This copy has no trained model.** Start the page with `--checkpoint FOLDER`.")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 upload, controls = _controls(page, service, models)
@@ -102,7 +102,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
             with gr.Column(scale=3, min_width=300, elem_id="answer"):
                 tabs, outputs, compared = _answers()
 
-        def show_denoising(visitor: gr.Request, path, *values):  # a name of its own: /denoise is the endpoint
+        def show_denoising(visitor: gr.Request, path, *values):  # must not be named denoise: that is the endpoint
             yield from service.denoise(path, values, visitor)
 
         def side_by_side(visitor: gr.Request, path, *values):
@@ -129,7 +129,7 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
 
 
 def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tuple[gr.Image, list]:
-    """The image, and the controls in the order of read_controls."""
+    """Build the image box and the controls, in the order of read_controls."""
     examples = [str(path) for path in sorted(EXAMPLES.glob("*.png"))]
     upload = SentImage(
         examples[0] if examples else None,
@@ -139,7 +139,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         height=240,
         elem_id="upload",
     )
-    gr.Examples([[path] for path in examples], [upload], label="Or one of these", elem_id="examples")
+    gr.Examples([[path] for path in examples], [upload], label="Or use an example", elem_id="examples")
     originals = {Path(path).read_bytes() for path in examples}
     seen = gr.Markdown(elem_id="estimate", elem_classes="hint")
     how = gr.Radio([ADD, NOISY_ALREADY], value=ADD, label="Noise", elem_id="how")
@@ -165,31 +165,31 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
         value=1,
         step=0.05,
         label="Strength",
-        info="Below 1 keeps grain, above 1 is for noise that is left over.",
+        info="A value below 1 keeps grain. A value above 1 removes more noise.",
         elem_id="strength",
     )
     with gr.Row():
         model = gr.Dropdown(list(models), value=next(iter(models), None), label="Model", min_width=140, scale=2)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80, scale=1, elem_id="seed")
-    with gr.Accordion("More about thinking", open=False, elem_id="more"):
-        scale = gr.Slider(0.1, 3, value=1, step=0.1, label="Step size, times the learned one")
+    with gr.Accordion("More thinking options", open=False, elem_id="more"):
+        scale = gr.Slider(0.1, 3, value=1, step=0.1, label="Step size, as a multiple of the learned step size")
         tolerance = gr.Slider(
             0,
             1,
             value=service.suggested.tolerance or 0,
             step=0.001,
-            label="Stop when a step lowers the energy by less than this share; 0: never",
+            label="Tolerance: stop when the gain of a step falls below this fraction of the reference; 0: never stop",
             elem_id="tolerance",
         )
         of = gr.Radio(
             [
-                ("the first step: 0.02 ends before it blurs", "first"),
-                ("the step before: 0.05 thinks on in strong noise", "previous"),
-                ("a first step in training: 0.006 does both, if the model knows it", "training"),
-                ("none: stop at this share of the noisy image's energy", "observation"),
+                ("gain of the first step (try 0.02)", "first"),
+                ("gain of the previous step (try 0.05)", "previous"),
+                ("gain in training, adapted to the noise (try 0.006)", "training"),
+                ("energy of the noisy image: stop below this energy (try 0.05)", "observation"),
             ],
             value=service.suggested.tolerance_of,
-            label="A share of what was gained by",
+            label="Reference of the tolerance",
             elem_id="tolerance-of",
         )
         langevin = gr.Slider(0, 0.3, value=0, step=0.01, label="Langevin noise in each step")
@@ -198,16 +198,18 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
             MAX_CANDIDATES,
             value=1,
             step=1,
-            label="Candidates: starts to think from; the lowest energy wins",
+            label="Candidates: number of starts; the result of lowest energy is kept",
             elem_id="candidates",
         )
-        tile = gr.Dropdown([OWN_TILES, "32", "64", "128", "256"], value=OWN_TILES, label="Tiles of a large image, pixels")
+        tile = gr.Dropdown(
+            [OWN_TILES, "32", "64", "128", "256"], value=OWN_TILES, label="Tile size for large images, in pixels"
+        )
 
     def show(how, kind):
         return [gr.update(visible=how == ADD)] + [gr.update(visible=how == ADD and kind == name) for name in NOISE_KINDS]
 
     def noise_for(path):
-        """An example gets noise; a photograph of the visitor's is taken as noisy already."""
+        """Select "add noise" for an example, and "already noisy" for an uploaded photograph."""
         if not path:
             return gr.skip()
         return ADD if Path(path).read_bytes() in originals else NOISY_ALREADY
@@ -221,7 +223,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
 
 
 def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
-    """The tabs, the outputs in the order of Service._final, and where the comparison goes."""
+    """Build the tabs, the outputs in the order of Service._final, and the output of the comparison."""
     with gr.Tabs() as tabs:
         with gr.Tab("Result", id="result"):
             slider = gr.ImageSlider(
@@ -240,17 +242,19 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
             )
             legend = gr.HTML()
         with gr.Tab("Candidates", id="candidates", render_children=True):
-            tried = gr.HTML('<p class="hint">Nothing is denoised yet.</p>', elem_id="tried")
+            tried = gr.HTML('<p class="hint">No result yet. Press Denoise.</p>', elem_id="tried")
         with gr.Tab("Compare", id="compare", render_children=True):
             gr.Markdown(
-                "EBT, DiT, regressor and BM3D on the same noisy image (of a large one the middle). EBT and DiT take the steps "
-                "that you chose, the regressor one. DiT and BM3D are told the noise, or estimate it; EBT and regressor are not."
+                "EBT, DiT, regressor and BM3D denoise the same noisy image (only the middle of a large image). EBT and DiT use "
+                "the selected number of steps, the regressor one step. DiT and BM3D get the noise level or estimate it. EBT "
+                "and regressor do not use the noise level."
             )
             compared = gr.HTML('<p class="hint">Press Compare.</p>', elem_id="columns")
-        with gr.Tab("Take away", id="take", render_children=True):
+        with gr.Tab("Download", id="take", render_children=True):
             download = gr.DownloadButton("Download the PNG", interactive=False, elem_id="download")
             gr.Markdown(
-                "At full size, with 16 bits, EXIF and colour profile where the image has them. These make the same pixels:"
+                "The PNG has full size, and keeps 16 bits, EXIF and colour profile of the image. The command and the program "
+                "below make the same pixels:"
             )
             line_of_shell = gr.Code(label="Command line", language="shell", elem_id="command", lines=2, wrap_lines=True)
             program = gr.Code(label="Python", language="python", elem_id="program", lines=8)
@@ -260,7 +264,7 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
 
 
 def _endpoints(service: Service, models: dict[str, str]) -> None:
-    """/denoise and /compare for gradio_client, on controls that nobody sees."""
+    """Add /denoise and /compare for gradio_client, with hidden controls."""
     suggested = service.suggested
     with gr.Column(visible=False):
         image = SentImage(label="image", type="filepath")
@@ -287,11 +291,11 @@ def _endpoints(service: Service, models: dict[str, str]) -> None:
         gr.Button().click(service.api_compare, [*first, strength], [rows], api_name="compare", **one)
 
 
-# --- Starting it
+# --- Start
 
 
 def find_models(checkpoint: str | None) -> dict[str, str]:
-    """Label -> name or folder: the one asked for first, then the shipped ones that denoise, EBTs leading."""
+    """Return label -> name or folder: the given checkpoint first, then the shipped EBTs, then the other shipped denoisers."""
     models = {Path(checkpoint).name or checkpoint: checkpoint} if checkpoint else {}
     names = [name for name in list_pretrained() if model_type_of(name) in KIND_OF_MODEL]
     names.sort(key=lambda name: model_type_of(name) != "patch_ebt")
@@ -299,18 +303,18 @@ def find_models(checkpoint: str | None) -> dict[str, str]:
 
 
 def launch_options() -> dict[str, Any]:
-    """What Blocks.launch() is given wherever the page is served."""
+    """Return the arguments of Blocks.launch()."""
     script = f"<script>{ACCESS.read_text(encoding='utf-8')}</script>"
     return dict(theme=theme(), css=figures.CSS, head=script, footer_links=[], max_file_size=MAX_BYTES, show_error=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Open the page; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Open a page in which to denoise images.")
+    """Serve the page and return the exit status."""
+    parser = argparse.ArgumentParser(description="Serve a web page that denoises images.")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="make a public link through Gradio's relay; needs the network")
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to offer beside the shipped ones")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--share", action="store_true", help="create a public link through Gradio's relay; needs the network")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to offer in addition to the shipped ones")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the fastest available)")
     args = parser.parse_args(argv)
     try:
         device = program_device(args.device)

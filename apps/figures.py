@@ -1,4 +1,4 @@
-"""What the page shows, as HTML and pictures: figures in text, curves, filmstrip, heat map, candidates, comparison."""
+"""HTML and images of the page: figures in text, curves, filmstrip, heat map, candidates, comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apps.comparing import Column
 from apps.thinking_aloud import Answer, Steps, Update
 
 THUMBNAIL = 256
-"""Longest side in pixels of a picture of the filmstrip."""
+"""Longest side in pixels of an image in the filmstrip."""
 
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important}
@@ -45,11 +45,11 @@ CSS = """
 """
 
 
-# --- In words
+# --- Text
 
 
 def facts(answer: Answer) -> str:
-    """The result in a line or two of Markdown."""
+    """Describe the result in one or two lines of Markdown."""
     parts = []
     if answer.psnrs:
         parts.append(f"PSNR **{answer.psnrs[0]:.1f} → {answer.psnrs[-1]:.1f} dB**")
@@ -62,7 +62,7 @@ def facts(answer: Answer) -> str:
 
 
 def progress(update: Update) -> str:
-    """How far the work is, in a line of Markdown."""
+    """Describe the progress in one line of Markdown."""
     parts = [f"**Step {update.step}**"]
     if update.energies:
         parts.append(f"energy {update.energies[-1]:.2f}")
@@ -84,7 +84,7 @@ def _count(number: int, word: str) -> str:
 
 
 def curves(energies: Sequence[float], psnrs: Sequence[float]) -> str:
-    """The energy curve, and PSNR's where it is known, as HTML with one point for each step, step 0 included."""
+    """Draw the energy and, if known, the PSNR as HTML curves with one point per step, including step 0."""
     panels = []
     if energies:
         panels.append(curve(energies, "Energy", "mean per patch, lower is better", "curve-energy"))
@@ -94,7 +94,7 @@ def curves(energies: Sequence[float], psnrs: Sequence[float]) -> str:
 
 
 def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
-    """One line chart of values[step] as an SVG figure that scales with the page."""
+    """Draw values[step] as an SVG line chart that scales with the page."""
     width, height, left, right, top, bottom = 360, 190, 52, 14, 14, 34
     low, high = min(values), max(values)
     span = high - low or abs(high) or 1.0
@@ -131,11 +131,11 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
     )
 
 
-# --- Pictures
+# --- Images
 
 
 def filmstrip(steps: Steps) -> str:
-    """The image after every step, with its energy and PSNR, as HTML."""
+    """Show the image after every step, with its energy and PSNR, as HTML."""
     pictures = []
     for index, frame in enumerate(steps.frames):
         lines = [f"<b>{'noisy' if index == 0 else f'step {index}'}</b>"]
@@ -149,11 +149,12 @@ def filmstrip(steps: Steps) -> str:
 
 
 def candidates(steps: Steps) -> str:
-    """The candidates of self-verification, which won, and why, as HTML."""
+    """Show the candidates of self-verification and the selected one as HTML."""
     found = steps.candidates
     if not found:
         return (
-            '<p class="hint">Set <i>Candidates</i> above 1: the model then thinks from several starts and keeps the best.</p>'
+            '<p class="hint">Set <i>Candidates</i> above 1. The model then thinks from several starts and keeps the '
+            "candidate of lowest energy.</p>"
         )
     best = max(range(len(found)), key=lambda index: (found[index].wins, -found[index].energy))
     total = sum(candidate.wins for candidate in found)
@@ -161,8 +162,8 @@ def candidates(steps: Steps) -> str:
         why = f"Candidate {best + 1} won: its energy, {found[best].energy:.4f}, is the lowest."
     else:
         why = (
-            f"The image is in {total} tiles, and each keeps the candidate of the lowest energy there. "
-            f"Candidate {best + 1} won most, {found[best].wins} of them."
+            f"The image has {total} tiles. Each tile keeps its candidate of lowest energy. "
+            f"Candidate {best + 1} won most tiles: {found[best].wins}."
         )
     pictures = [
         _picture(
@@ -181,7 +182,7 @@ def candidates(steps: Steps) -> str:
 
 
 def heat_map(steps: Steps) -> tuple[np.ndarray | None, str]:
-    """The last image, grey, under its energy in colours, uint8 (h, w, 3), and its legend as HTML; None without an energy."""
+    """Return the last image in grey with its energy in colour, uint8 (h, w, 3) or None, and a legend as HTML."""
     if steps.heat is None:
         return None, '<p class="hint">This model has no energy.</p>'
     from matplotlib import colormaps
@@ -194,13 +195,14 @@ def heat_map(steps: Steps) -> tuple[np.ndarray | None, str]:
     colours = ", ".join("#" + "".join(f"{round(255 * part):02x}" for part in inferno(at)[:3]) for at in np.linspace(0, 1, 7))
     legend = (
         f'<div class="scale" style="background: linear-gradient(to right, {colours})"></div>'
-        f'<p class="hint">Energy a patch, {low:.3f} (dark: the model finds it clean) to {high:.3f} (bright: it is unsure).</p>'
+        f'<p class="hint">Energy per patch, from {low:.3f} (dark: clean to the model) to {high:.3f} (bright: the model is '
+        "unsure).</p>"
     )
     return (255 * mixed).round().astype(np.uint8), legend
 
 
 def comparison(columns: Sequence[Column]) -> str:
-    """The methods side by side as HTML: image, PSNR, passes, seconds."""
+    """Show the methods side by side as HTML: image, PSNR, passes, seconds."""
     return f'<div class="columns">{"".join(map(_column, columns))}</div>'
 
 

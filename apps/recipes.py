@@ -1,4 +1,4 @@
-"""The command line and the Python program that make the pixels that the page shows."""
+"""Write the command line and the Python program that make the same pixels as the page."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from apps.sources import Request
 from ebt_vision.data.image_files import without_suffix
 from ebt_vision.denoising.options import DenoiseOptions
 
-UNFINISHED = "# The page's image was stopped early. This makes the finished one.\n"
-"""Goes before both, in which it is a comment, where they do not make what the page shows."""
+UNFINISHED = "# The page's image was stopped early. This makes the finished image.\n"
+"""Comment above the command and the program if the page shows an unfinished image."""
 
 
 def command(request: Request, model: str, device: str) -> str:
-    """The command line for a request, the image being in the folder that it is given in."""
+    """Return the command line for a request. It names the image without its folder."""
     words = ["ebt-vision", "denoise", Path(request.path).name, "--model", model, "--steps", str(request.num_steps)]
     if request.noise is not None:
         words += ["--add-noise", str(request.noise)]
@@ -38,7 +38,7 @@ def command(request: Request, model: str, device: str) -> str:
 
 
 def program(request: Request, model: str, device: str) -> str:
-    """The same as a Python program."""
+    """Return the Python program for a request."""
     path = Path(request.path)
     options, plain = asdict(request.options()), asdict(DenoiseOptions())
     given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value != plain[name] or name == "num_steps")

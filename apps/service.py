@@ -1,4 +1,4 @@
-"""What the page's buttons and endpoints do: from controls to a request, from news and answers to what is shown."""
+"""The actions of the page's buttons and endpoints: they turn controls into a request, and updates and answers into outputs."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from ebt_vision.noise.named import NOISE_KINDS, Noise
 
 MAX_STEPS, MAX_CANDIDATES = 32, 8
 MAX_SEED = 2**53
-"""A browser's numbers are whole up to it."""
-NOISY_ALREADY, ADD = "My photo is noisy already", "Add noise first"
-OWN_TILES = "The model's own"
+"""The largest number up to which a browser represents all whole numbers exactly."""
+NOISY_ALREADY, ADD = "My photo is already noisy", "Add noise first"
+OWN_TILES = "Default of the model"
 KIND_OF_MODEL = {"patch_ebt": "EBT", "dit": "DiT", "patch_regressor": "Regressor"}
 
 
 class Service:
-    """What the page's buttons and its endpoints do. One request at a time is worked on; each visitor can stop their own."""
+    """The actions of the buttons and endpoints. The service processes one request at a time; visitors can stop their own."""
 
     def __init__(self, models: dict[str, str], load: Callable[[str], Denoiser], device: str):
         self.models, self.load, self.device = models, load, device
         first = next(iter(models.values()), None)
         self.suggested = DenoiseOptions(num_steps=4) if first is None else load(first).suggested_options
-        """The thinking steps and the tolerance that the page begins with."""
+        """The initial number of thinking steps and tolerance of the page."""
         self._stops: dict[str, threading.Event] = {}
 
     def denoise(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[tuple]:
-        """A generator of values for the page's outputs: see `_live` and `_final`."""
+        """Yield values for the outputs of the page; see `_live` and `_final`."""
         request, label = read_controls(path, values)
         denoiser = self._denoiser(label)
         request = request.without_unused(denoiser.options_used)
@@ -58,7 +58,7 @@ class Service:
                     yield self._final(news, request, label, Path(folder))
 
     def compare(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[str]:
-        """A generator of HTML."""
+        """Yield the comparison so far as HTML."""
         request, label = read_controls(path, values)
         stop = self._stop_of(visitor)
         for columns in self._guarded(compare(request, self._methods(label), stop), path):
@@ -80,7 +80,7 @@ class Service:
         tolerance_of="first",
         strength=1.0,
     ):
-        """Denoise an image: a PNG file, and a dictionary of figures."""
+        """Denoise an image; yield a PNG file and a dictionary of figures."""
         values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile)
         request, label = api_request(image, *values, tolerance_of, strength)
         folder = Path(tempfile.mkdtemp())
@@ -89,51 +89,51 @@ class Service:
             target = folder / f"{without_suffix(Path(image)).name}-denoised.png"
             write_image(target, answer.file)
             told = {name: getattr(answer, name) for name in ("energies", "psnrs", "num_steps", "num_forward", "seconds")}
-            yield str(target), told  # a generator: the file is copied before it goes on
+            yield str(target), told  # yield, not return: gradio copies the file before the clean-up below
         finally:
             _remove(folder)
 
     def api_compare(self, image, noise, amount, seed, steps, model, strength=1.0):
-        """Compare the methods on an image: a list of dictionaries."""
+        """Compare the methods on an image; return a list of dictionaries."""
         request, label = api_request(image, noise, amount, seed, steps, model, 1.0, 0.0, 0.0, 1, 0, strength=strength)
         *_, columns = self._guarded(compare(request, self._methods(label), threading.Event()), image)
         fields = ("name", "psnrs", "num_forward", "seconds", "problem")
         return [{name: getattr(column, name) for name in fields} for column in columns]
 
     def estimate(self, path: str | None, label: str | None = None) -> str:
-        """What the noise of a photograph seems to be, in words; nothing for what cannot be read."""
+        """Describe the estimated noise of a photograph; empty if the file cannot be read."""
         if not path:
             return ""
         try:
             seen = noise_seen(path, self.load(self.models[label])) if label in self.models else None
             if seen is not None:
-                return f"Noise that the model sees in it: about σ = **{seen:.1f}** of 255."
+                return f"Noise in this image as the model sees it: about σ = **{seen:.1f}** of 255."
             return (
-                f"Noise that is in it already: about σ = **{estimate(path):.1f}** of 255. "
+                f"Noise in this image: about σ = **{estimate(path):.1f}** of 255. "
                 "This is an estimate from the finest wavelets, which misses correlated noise."
             )
         except (ValueError, OSError, ThinkingError, MemoryError):
-            return ""  # the button says what is wrong
+            return ""  # the Denoise button reports the error
 
     def ask(self, visitor: gr.Request) -> None:
-        """A visitor has pressed a button, and may press Stop while the request waits in the queue."""
+        """Register a request of a visitor, so that Stop also works while the request waits in the queue."""
         event = self._stops.get(visitor.session_hash or "")
         if event is None or event.is_set():
             self._stops[visitor.session_hash or ""] = threading.Event()
 
     def stop(self, visitor: gr.Request) -> None:
-        """End what this visitor has running, after the step that is under way, or waiting, as soon as it is served."""
+        """Stop the running request of this visitor after the current step, or the waiting one as soon as it starts."""
         event = self._stops.get(visitor.session_hash or "")
         if event is not None:
             event.set()
 
     def forget(self, visitor: gr.Request) -> None:
-        """The visitor has left."""
+        """Stop and remove the requests of a visitor who has left."""
         self.stop(visitor)
         self._stops.pop(visitor.session_hash or "", None)
 
     def _stop_of(self, visitor: gr.Request) -> threading.Event:
-        """The event of the visitor's last `ask`; a visitor who has left counts as one who stopped."""
+        """Return the event of the visitor's last `ask`; for a visitor who has left, an event that is already set."""
         event = self._stops.get(visitor.session_hash or "")
         if event is None:
             event = threading.Event()
@@ -146,7 +146,7 @@ class Service:
         return self.load(self.models[label])
 
     def _methods(self, label: str) -> dict[str, Callable[[], Denoiser]]:
-        """The chosen EBT, or the best there is, then DiT, regressor and BM3D."""
+        """Return the loaders of the chosen EBT (or the first EBT), DiT, regressor and BM3D."""
         found = {kind: name for name in reversed(self.models.values()) for kind in [model_type_of(name)]}
         if model_type_of(self.models.get(label, "")) == "patch_ebt":
             found["patch_ebt"] = self.models[label]
@@ -159,7 +159,7 @@ class Service:
         target = folder / f"{without_suffix(Path(request.path)).name}-denoised.png"
         write_image(target, answer.file)
         heat, legend = figures.heat_map(answer.steps)
-        model = self.models[label] if self.models[label] in list_pretrained() else label  # no folders of ours
+        model = self.models[label] if self.models[label] in list_pretrained() else label  # do not show server folders
         unfinished = recipes.UNFINISHED if answer.stopped else ""
         return (
             _pair(answer.before, answer.after, folder),
@@ -175,24 +175,27 @@ class Service:
         )
 
     def _guarded(self, news: Iterator, path: str | None) -> Iterator:
-        """`news`, with errors that are the visitor's told in a sentence."""
+        """Yield from `news` and turn errors into messages for the visitor."""
         try:
             yield from news
         except (ValueError, OSError, ThinkingError, MemoryError) as error:
-            raise gr.Error(friendly(error, path or ""), title="This did not work", print_exception=False) from None
+            raise gr.Error(friendly(error, path or ""), title="Error", print_exception=False) from None
         finally:
             free_memory()
 
 
 def _live(update: Update, folder: Path) -> tuple:
     drawn = figures.curves(update.energies, update.psnrs)
-    rest = [gr.skip()] * 3 + [gr.update(interactive=False)] + [gr.skip()] * 2  # but nothing of the last answer to take away
+    rest = [gr.skip()] * 3 + [gr.update(interactive=False)] + [gr.skip()] * 2  # the last answer cannot be downloaded any more
     return (_pair(update.before, update.after, folder), figures.progress(update), drawn, "", *rest)
 
 
 def _pair(before: np.ndarray, after: np.ndarray, folder: Path) -> tuple[str, str]:
-    """Two images as PNG files named by their pixels. Given arrays, gradio would write a picture that comes again, as the noisy
-    one does with every step, over the file that a browser is just fetching, and the browser would show a broken image."""
+    """Write two images as PNG files named by a hash of their pixels.
+
+    With arrays, gradio would overwrite the file of an unchanged image (such as the noisy one) while a browser downloads it. The
+    browser would then show a broken image.
+    """
     return _png(before, folder), _png(after, folder)
 
 
@@ -210,12 +213,12 @@ def _remove(folder: Path) -> None:
 
 
 def read_controls(path: str | None, values: Sequence[Any]) -> tuple[Request, str]:
-    """The request of the page's controls, in their order on it, and the model's label."""
+    """Return the request from the controls, in their order on the page, and the label of the model."""
     how, kind, *amounts, seed, steps, label, scale, tolerance, of, langevin, candidates, tile, strength = values
     amount = dict(zip(NOISE_KINDS, amounts, strict=True))[kind]
     size = 0 if tile == OWN_TILES else tile
     if of in get_args(ToleranceOf) and not tolerance:
-        of = "first"  # the choice beside a tolerance of 0 is nobody's wish
+        of = "first"  # without a tolerance the reference has no meaning
     noise = "none" if how == NOISY_ALREADY else kind
     return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size, of, strength)
 
@@ -235,9 +238,9 @@ def api_request(
     tolerance_of="first",
     strength=1.0,
 ) -> tuple[Request, str]:
-    """The request of what an endpoint was given, checked."""
+    """Check the inputs of an endpoint and return the request and the label of the model."""
     if not path:
-        raise gr.Error("Upload an image or pick one of the examples first.", title="No image", print_exception=False)
+        raise gr.Error("Upload an image or select an example first.", title="No image", print_exception=False)
     try:
         request = Request(
             path=path,
@@ -254,7 +257,7 @@ def api_request(
         )
         request.options()
     except (ValueError, TypeError) as error:
-        raise gr.Error(str(error), title="This did not work", print_exception=False) from None
+        raise gr.Error(str(error), title="Error", print_exception=False) from None
     return request, label
 
 
@@ -268,7 +271,7 @@ def _whole(value: Any, name: str, low: int, high: int) -> int:
 
 
 def friendly(error: BaseException, path: str) -> str:
-    """An error's message for a visitor: without the server's folders."""
+    """Return the error message for a visitor, without folders of the server."""
     if isinstance(error, MemoryError):
         return "There is not enough memory for this image; try a smaller one."
     return str(error).replace(str(Path(path).parent) + os.sep, "")

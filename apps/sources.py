@@ -1,4 +1,4 @@
-"""What a visitor asks for, and the image it is about: read, checked for size, with noise where it is wished for."""
+"""The request of a visitor, and its image: reading, size check, optional noise."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ MAX_BYTES = 100 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request(ThinkingOptions):
-    """What a visitor asks for."""
+    """The options that a visitor selected."""
 
     path: str
     noise: Noise | None = None
-    """Noise to add first; None for a photograph that is noisy already."""
+    """Noise to add first; None for a photograph that is already noisy."""
     num_steps: int = 4
     tile_size: int | None = None
-    """None for the model's own."""
+    """Tile size in pixels; None for the default of the model."""
     strength: float = 1.0
 
     def without_unused(self, options_used: Collection[str]) -> Request:
-        """The same without the controls that a denoiser with these `options_used` has no use for."""
+        """Return the request with defaults for all options that are not in `options_used`."""
         plain = Request(path=self.path)
         thinking = ("num_candidates", "tolerance", "tolerance_of", "langevin_std", "step_size_scale")
         return replace(self, **{field: getattr(plain, field) for field in thinking if field not in options_used})
 
     def options(self) -> DenoiseOptions:
-        """The same for a denoiser; ValueError for what is out of range."""
+        """Return the options for a denoiser. Raises ValueError for a value out of range."""
         return DenoiseOptions(
             **{field.name: getattr(self, field.name) for field in fields(ThinkingOptions)},
             strength=self.strength,
@@ -55,38 +55,40 @@ class Request(ThinkingOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """An image that was read, and what is to be denoised; both (1, 3, H, W), about [0, 1]."""
+    """An image file and its pixels, (1, 3, H, W), about [0, 1]."""
 
     file: ImageFile
     noisy: Tensor
     clean: Tensor | None
-    """None where it is not known."""
+    """None if it is not known."""
 
     def middle(self, side: int) -> Source:
-        """The middle `side` x `side` pixels of it, or what there is."""
+        """Return the middle `side` x `side` pixels; a shorter side is not cut."""
         top, left = (max(length - side, 0) // 2 for length in self.noisy.shape[-2:])
         cut = (..., slice(top, top + side), slice(left, left + side))
         return replace(self, noisy=self.noisy[cut], clean=None if self.clean is None else self.clean[cut])
 
     def psnr(self, image: Tensor) -> list[float]:
-        """PSNR in dB of an image (1, 3, H, W), clipped, as a list of one; empty if the clean image is not known."""
+        """Return the PSNR in dB of the clipped image (1, 3, H, W) as a list of one; empty if the clean image is not known."""
         if self.clean is None:
             return []
-        rows = zip(image.clamp(0, 1).split(256, -2), self.clean.split(256, -2), strict=True)  # they become float64
+        rows = zip(image.clamp(0, 1).split(256, -2), self.clean.split(256, -2), strict=True)  # in parts: mse needs float64
         errors = torch.stack([mse(part, known)[0] * known.numel() for part, known in rows])
         return [float(psnr_from_mse(errors.sum() / self.clean.numel(), data_range=1.0))]
 
 
 def open_source(request: Request) -> Source:
-    """Read an image and add noise. ImageFileError for a file that is no image or too large, ValueError for a bad amount."""
+    """Read an image and add noise. Raises ImageFileError for an unreadable or too large file, ValueError for a bad amount."""
     path = Path(request.path)
     if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise ImageFileError(f"{path} has more than {MAX_BYTES >> 20} MB; use the command line for it")
+        raise ImageFileError(f"{path} has more than {MAX_BYTES >> 20} MB; use the command line for this file")
     try:
         file = read_image(path, max_pixels=MAX_PIXELS)
     except ImageFileError as error:
         if isinstance(error.__cause__, TooLargeError):
-            raise ImageFileError(f"{error}: this page takes {MAX_PIXELS // 10**6} megapixels, the command line more") from None
+            raise ImageFileError(
+                f"{error}: this page accepts {MAX_PIXELS // 10**6} megapixels; use the command line for more"
+            ) from None
         raise
     image = file.visible_pixels()[None]
     if request.noise is None:
@@ -95,14 +97,14 @@ def open_source(request: Request) -> Source:
 
 
 def estimate(path: str) -> float:
-    """The standard deviation of the noise of a photograph, 0..255 units, by the wavelets of its middle 512 x 512 pixels."""
+    """Estimate the noise standard deviation of a photograph, 0..255 units, by wavelets on its middle 512 x 512 pixels."""
     return estimate_sigma(open_source(Request(path=path)).middle(512).noisy)[0]
 
 
 def noise_seen(path: str, denoiser: Denoiser) -> float | None:
-    """The standard deviation of the noise that a model sees in a photograph, 0..255 units, in its middle 256 x 256 pixels.
+    """Estimate the noise std of a photograph, 0..255 units, from the model's energy of the middle 256 x 256 pixels.
 
-    None for a model whose thinking does not start from the proposal: see noise_from_energy.
+    Returns None for a model whose thinking does not start from the proposal; see noise_from_energy.
     """
     if not denoiser.starts_from_proposal:
         return None
@@ -115,13 +117,13 @@ def noise_seen(path: str, denoiser: Denoiser) -> float | None:
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """The first of (B, 3, H, W), or (3, H, W), in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
+    """Convert (3, H, W), or the first of (B, 3, H, W), in [0, 1] to uint8 (H, W, 3), clipped and rounded."""
     image = images[0] if images.ndim == 4 else images
     return np.ascontiguousarray(quantise(image).transpose(1, 2, 0))  # CHW -> HWC
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
-    """(1, 3, H, W), made smaller where its longest side is above `side`."""
+    """Downscale (1, 3, H, W) so that its longest side is at most `side`."""
     height, width = images.shape[-2:]
     scale = side / max(height, width)
     if scale >= 1:

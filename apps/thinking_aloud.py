@@ -1,4 +1,4 @@
-"""What the page computes of one model: it thinks aloud, step by step. It knows no page."""
+"""Denoise with one model and report every step. This module does not depend on the page."""
 
 from __future__ import annotations
 
@@ -17,70 +17,71 @@ from ebt_vision.denoising.results import DenoiseResult
 from ebt_vision.denoising.tiling import TiledStep, denoise_tiled, energy_map_tiled
 
 CLOSE_UP_ABOVE = 1_000_000
-"""Pixels above which the steps are shown of a close-up: an image of every step of the whole would not fit into memory."""
+"""Images with more pixels show the steps of a close-up only, because images of all steps would not fit into memory."""
 CLOSE_UP, PREVIEW = 256, 640
-"""Longest sides in pixels of the close-up, and of the image while it is worked on."""
+"""Longest sides in pixels of the close-up and of the preview."""
 PREVIEW_SECONDS, PREVIEW_SHARE = 0.5, 0.1
-"""Of a large image: the least time between previews, and how much of all time they may take."""
+"""For a large image: the minimum seconds between previews, and the maximum fraction of the time for previews."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """How far the work is."""
+    """The progress of the work."""
 
     before: np.ndarray
-    """The noisy image, small, uint8 (h, w, 3)."""
+    """The noisy image, downscaled, uint8 (h, w, 3)."""
     after: np.ndarray
-    """The image so far, alike."""
+    """The image so far, downscaled, uint8 (h, w, 3)."""
     energies: list[float]
     """Mean energy per patch before the first and after every step so far."""
     psnrs: list[float]
-    """PSNR in dB, alike, if the clean image is known and the image is worked on in one piece; else the last one or none."""
+    """PSNR in dB before the first and after every step so far; only the last PSNR if the image is in tiles. Empty if the clean
+    image is not known."""
     step: int
     share: float
-    """Of the work that is done, in 0..1."""
+    """Fraction of the work that is done, in 0..1."""
     seconds: float
     words: str
-    """What is being worked on; empty for the whole image."""
+    """The current part of the work; empty for the whole image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One of the candidates of self-verification."""
+    """A candidate of self-verification."""
 
     energy: float
     image: np.ndarray
     psnrs: list[float]
     wins: int
-    """Tiles that kept it."""
+    """Number of tiles that kept this candidate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Steps:
-    """How thinking went, of the whole image or of the close-up: an entry for the start and for each step."""
+    """The steps of thinking on the whole image or the close-up: one entry for the start and for each step."""
 
     frames: list[np.ndarray]
     energies: list[float]
     psnrs: list[float]
     candidates: list[Candidate]
     heat: np.ndarray | None
-    """Energy of the patch that each pixel of the last frame lies in, float32 (h, w)."""
+    """For each pixel of the last frame, the energy of its patch, float32 (h, w)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What the page shows."""
+    """The final result for the page."""
 
     before: np.ndarray
     """The noisy image, uint8 (H, W, 3)."""
     after: np.ndarray
     """The denoised image, uint8 (H, W, 3)."""
     file: ImageFile
-    """The denoised image to be written."""
+    """The denoised image with the metadata of the input file."""
     energies: list[float]
-    """Of the whole image; empty for a model without an energy."""
+    """Energies of the whole image; empty for a model without an energy."""
     psnrs: list[float]
-    """Of the whole image before and after; empty if the clean one is not known."""
+    """PSNR of the whole image before and after; empty if the clean image is not known."""
     steps: Steps
     num_steps: int
     num_forward: int
@@ -90,9 +91,9 @@ class Answer:
 
 
 def think_aloud(request: Request, denoiser: Denoiser, stop: threading.Event) -> Iterator[Update | Answer]:
-    """Denoise; yields Updates while it goes on, and the Answer at last. Once `stop` is set the answer comes after this step.
+    """Denoise and yield Updates, then the Answer. If `stop` is set, the Answer follows after the current step.
 
-    Raises ValueError (ImageFileError among them), OSError and ThinkingError with a message for the visitor.
+    Raises ValueError (including ImageFileError), OSError and ThinkingError with a message for the visitor.
     """
 
     def work(post: Callable[[Update | Answer], None]) -> Update | Answer:
@@ -112,17 +113,17 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
     large = height * width > CLOSE_UP_ABOVE
     view, note, shown = source, "", options
     if large:
-        # Every step of the middle first, then the whole, whose steps would not fit into memory.
+        # First denoise the middle and keep every step; then the whole image, whose steps would not fit into memory.
         view = source.middle(CLOSE_UP)
         words = f"first a close-up of the middle {CLOSE_UP}×{CLOSE_UP} pixels"
-        note = f"The steps, the map and the candidates are those of the middle {CLOSE_UP}×{CLOSE_UP} pixels."
+        note = f"The steps, the map and the candidates show only the middle {CLOSE_UP}×{CLOSE_UP} pixels."
         reporter = _Reporter(view, stop, post, words)
         seen = denoise_tiled(denoiser, view.noisy, kept, tile_size=request.tile_size, on_step=reporter)
     else:
         shown = kept
     if large and stop.is_set():
         after, whole = source.noisy.clamp(0, 1), seen
-        note = f"Stopped before the whole image was begun. {note}"
+        note = f"Stopped before the whole image was started. {note}"
     else:
         whole = denoise_tiled(
             denoiser, source.noisy, shown, tile_size=request.tile_size, on_step=_Reporter(source, stop, post, "")
@@ -147,20 +148,20 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
 
 
 class _Reporter:
-    """Hears of the steps of an image, and posts what a visitor should see of them: all of a small one, some of a large one."""
+    """Receive the steps of an image and post Updates: for every step of a small image, at intervals for a large one."""
 
     def __init__(self, source: Source, stop: threading.Event, post: Callable[[Update], None], words: str):
         self.source, self.stop, self.post, self.words = source, stop, post, words
         self.before = to_bytes(reduced(source.noisy, PREVIEW))
         self.start = time.perf_counter()
         self.next = 0.0
-        self.energies: dict[int, list[float]] = {}  # step -> its sum over tiles, their number
+        self.energies: dict[int, list[float]] = {}  # step -> [sum over tiles, number of tiles]
         self.psnrs: list[float] = []
 
     def __call__(self, step: TiledStep) -> bool:
         now = time.perf_counter() - self.start
         if step.index == 0 and step.candidate == 0 and step.tiles_now == step.num_tiles:
-            self.energies, self.psnrs = {}, []  # a strength above 1 thinks twice
+            self.energies, self.psnrs = {}, []  # a strength above 1 runs thinking twice
         if step.energy is not None and step.candidate == 0:
             total = self.energies.setdefault(step.index, [0.0, 0.0])
             total[0] += step.energy * step.tiles_now
@@ -195,7 +196,7 @@ def _tiles(step: TiledStep) -> str:
 
 def _steps(result: DenoiseResult, view: Source, denoiser: Denoiser, request: Request) -> Steps:
     count = int(result.num_steps[0]) + 1
-    images = [view.noisy, *(result.trajectory or (view.noisy, result.image))[1:count]]  # the start as it is seen
+    images = [view.noisy, *(result.trajectory or (view.noisy, result.image))[1:count]]  # the start is shown as the noisy image
     images[-1] = result.image if count > 1 else images[-1]
     heat = energy_map_tiled(denoiser, result.image, view.noisy, tile_size=request.tile_size)
     return Steps(

@@ -1,6 +1,6 @@
 """Energy-Based Transformers for vision: train, compare, denoise.
 
-The public names below are loaded when they are first used, so that `import ebt_vision` is quick.
+The public names below are loaded on first use, so that `import ebt_vision` is fast.
 """
 
 import importlib

@@ -115,7 +115,7 @@ class Visitor:
         components = {component["id"]: component["props"] for component in self.server.config["components"]}
         values = [components[number].get("value") for number in event["inputs"]]
         values[0] = image
-        values[1] = "My photo is noisy already"  # what the page sets for an upload
+        values[1] = "My photo is already noisy"  # what the page sets for an upload
         joined = self._client.post(f"{API}/queue/join", json=self._body(event, values))
         if joined.status_code != 200:
             raise PageError(str(joined.json().get("detail", joined.text)))

@@ -1,4 +1,4 @@
-"""The page of the headline results, made from committed results.json files and nothing else.
+"""Write the page of the headline results from committed results.json files.
 
     python eval/results_page.py --readme README.md
 
@@ -9,7 +9,7 @@ reads docs/results/data/ and writes docs/results/index.md, docs/results/headline
     probe-MODEL.json    of eval/linear_probe.py, one a model
     speed.json          of eval/speed.py --parts inference
 
-A figure whose file is missing is "n/a". So is a figure of weights that are not the shipped ones any more.
+A figure is "n/a" if its file is missing or if its weights are no longer shipped.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MARKS = ("<!-- headline -->", "<!-- end -->")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What the committed files say of the shipped weights; a missing file is empty."""
+    """The figures of the shipped weights from the committed files; a missing file is empty."""
 
     paper: Sequence[Mapping]
     """Rows of paper.json."""
@@ -49,17 +49,17 @@ class Evidence:
     rates: Mapping[str, float]
     """Row of speed.json -> images a second."""
     sources: Mapping[str, Mapping]
-    """File -> how it came about."""
+    """File -> its provenance."""
     left_out: Sequence[str]
-    """What was measured on weights that are not shipped any more."""
+    """Figures of weights that are no longer shipped."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; returns the exit status: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="results_page", description="Make the page of the headline results.")
+    """Write the page and return the exit status: 0 success, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="results_page", description="Write the page of the headline results.")
     parser.add_argument("--data", type=named_path, default=DOCS / "data", help="folder of the results.json files")
     parser.add_argument("--output", type=named_path, default=DOCS, help="folder of the page")
-    parser.add_argument("--readme", type=named_path, help="put the table into this file, between its two marks")
+    parser.add_argument("--readme", type=named_path, help="also write the table into this file, between its two marks")
     settings = parser.parse_args(arguments)
     try:
         evidence = read_evidence(settings.data)
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_evidence(folder: Path) -> Evidence:
-    """Read the files that there are. Raises ValueError for one that is no results.json."""
+    """Read the existing files. Raises ValueError for a file that is not a results.json."""
     sources: dict[str, Mapping] = {}
     left_out: list[str] = []
     tables: dict[str, list[Mapping]] = {"paper": [], "photographs": []}
@@ -115,7 +115,7 @@ def read_evidence(folder: Path) -> Evidence:
 
 
 def _check_one_rule(file: str, rows: Sequence[Mapping]) -> None:
-    """ValueError unless each model has one stopping rule at most, its own: a choice among several is none of the page's."""
+    """Raise ValueError if a model has more than one stopping rule; the page does not choose among rules."""
     rules: dict[str, set[str]] = {}
     for row in rows:
         if _ruled(row["method"]):
@@ -123,7 +123,7 @@ def _check_one_rule(file: str, rows: Sequence[Mapping]) -> None:
     for model, methods in rules.items():
         if len(methods) > 1:
             raise ValueError(
-                f"{file} has {len(methods)} stopping rules of {model}; run it with the model's own tolerance alone"
+                f"{file} has {len(methods)} stopping rules of {model}; run it with only the model's suggested tolerance"
             )
 
 
@@ -131,19 +131,19 @@ def _read_json(path: Path, *fields: str) -> dict:
     try:
         results = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON; copy the results.json of the program again") from error
+        raise ValueError(f"{path} is not JSON; copy the program's results.json again") from error
     if missing := [name for name in fields if name not in results]:
-        raise ValueError(f"{path} has no {', '.join(missing)}: it is of another program; copy the right results.json")
+        raise ValueError(f"{path} has no {', '.join(missing)}: another program wrote it; copy the right results.json")
     return results
 
 
 def _is_shipped(model: str, weights: str | None) -> bool:
-    """Whether these are today's weights; methods without weights always are."""
+    """Whether these weights are shipped; always true for methods without weights."""
     return weights is None or (model in list_pretrained() and checkpoint_hash(model) == weights)
 
 
 def rows_of(rows: Sequence[Mapping], model: str, strength: float, method: Callable[[str], bool]) -> list[Mapping]:
-    """The rows of a model under one noise by some methods, by number of steps."""
+    """The rows of a model at one noise strength whose method is accepted, sorted by number of steps."""
     found = [r for r in rows if r["model"] == model and r["strength"] == strength and method(r["method"])]
     return sorted(found, key=lambda row: row["steps"])
 
@@ -179,18 +179,18 @@ def _noisy(method: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A line of the table: a model, and which of its rows count."""
+    """A line of the table: a model and the rows that it may use."""
 
     title: str
     model: str
     method: Callable[[str], bool]
     steps: int | None = None
-    """This number of steps alone; None takes the best number for each noise."""
+    """Use only this number of steps; None uses the best number for each noise."""
     probed: str | None = None
     rate: str | None = None
     """The row of speed.json."""
     photographs: str | None = None
-    """The model that is measured on photographs in its place."""
+    """The model for the photographs column."""
 
 
 LINES = (
@@ -201,19 +201,19 @@ LINES = (
     Line(title="DiT, best number of passes", model=DIT, method=_sampled),
     Line(title="regressor, once", model=REGRESSOR, method=_applied, steps=1, probed=REGRESSOR, rate="regressor, once"),
     Line(title="regressor, best of 1 to 3 times", model=REGRESSOR, method=_applied),
-    Line(title="BM3D, told the noise", model=BM3D, method=_told, photographs=BM3D),
+    Line(title="BM3D, true noise level", model=BM3D, method=_told, photographs=BM3D),
     Line(title="noisy input", model="identity", method=_noisy, photographs="identity"),
 )
 
 
 def row_for(rows: Sequence[Mapping], line: Line, strength: float, model: str) -> Mapping | None:
-    """The row that a line of the table stands for, or None."""
+    """The row for a line of the table, or None."""
     found = rows_of(rows, model, strength, line.method)
     return best([row for row in found if line.steps in (None, row["steps"])])
 
 
 def table(evidence: Evidence, *, short: bool = False) -> str:
-    """The headline table, Markdown. A short one leaves out columns without a figure."""
+    """The headline table as Markdown. The short table omits columns without a figure."""
 
     def psnr(strength: float) -> Callable[[Mapping], str]:
         return lambda record: _psnr(row_for(evidence.paper, record["line"], strength, record["line"].model))
@@ -260,10 +260,10 @@ def _psnr(row: Mapping | None) -> str:
 
 
 def sentences(evidence: Evidence) -> list[str]:
-    """Three sentences: in distribution, out of distribution, and what the regressor says of both."""
+    """Three findings: in distribution, out of distribution, and the comparison with the regressor."""
     known, unseen = ({line.title: row_for(evidence.paper, line, x, line.model) for line in LINES} for x in LEVELS)
     one, rule, most = "EBT, 1 step", "**EBT, stops by itself**", "EBT, best of 1 to 10 steps"
-    dit, regressor, bm3d = "DiT, best number of passes", "regressor, best of 1 to 3 times", "BM3D, told the noise"
+    dit, regressor, bm3d = "DiT, best number of passes", "regressor, best of 1 to 3 times", "BM3D, true noise level"
     needed = [known[one], unseen[one], *(rows[title] for rows in (known, unseen) for title in (rule, most, dit, regressor))]
     if None in needed:
         return ["**Not available**: paper.json is missing, or has no rows of the shipped weights for every model."]
@@ -274,23 +274,23 @@ def sentences(evidence: Evidence) -> list[str]:
         assert row is not None
         return row["psnr_image"]
 
-    told = f", and {_against(at(one, 0), at(bm3d, 0))} BM3D, which is told the noise" if bm3d in value else ""
+    told = f", and {_against(at(one, 0), at(bm3d, 0))} BM3D with the true noise level" if bm3d in value else ""
     loss = max(at(most, level) - at(rule, level) for level in (0, 1))
     return [
-        f"**In distribution** (level 0.1) one thinking step has {at(one, 0):.2f} dB, {_against(at(one, 0), at(dit, 0))} the "
+        f"**In distribution** (level 0.1): one thinking step has {at(one, 0):.2f} dB, {_against(at(one, 0), at(dit, 0))} the "
         f"DiT's best row{told}.",
-        f"**Out of distribution** (level 0.2, which no model was trained on) thinking rises from {at(one, 1):.2f} dB after "
-        f"one step to {at(most, 1):.2f}, {_against(at(most, 1), at(dit, 1))} the DiT's best row, and the model's own stopping "
-        f"rule, told nothing of the noise, is within {_up(loss)} dB of the best number of steps at both levels.",
-        f"**What does not hold**: an energy is not needed for these figures, since the regressor on the same trunk is "
+        f"**Out of distribution** (level 0.2, which no model was trained on): thinking improves from {at(one, 1):.2f} dB after "
+        f"one step to {at(most, 1):.2f}, {_against(at(most, 1), at(dit, 1))} the DiT's best row. The EBT decides from its own "
+        "energy when to stop, without the noise level. "
+        f"It is within {_up(loss)} dB of the best number of steps at both levels.",
+        f"**Limitation**: these figures do not need an energy. The best row of the regressor on the same trunk is "
         f"{_against(at(regressor, 0), at(most, 0))} the EBT's best at level 0.1 and "
-        f"{_against(at(regressor, 1), at(most, 1))} it at 0.2, where it is applied as often as is best; it has no rule for "
-        "when to stop.",
+        f"{_against(at(regressor, 1), at(most, 1))} it at level 0.2. The regressor has no rule for when to stop.",
     ]
 
 
 def _against(a: float, b: float) -> str:
-    """How a compares with b, both in dB: "0.10 dB above", "level with"."""
+    """Compare a with b, both in dB: "0.10 dB above", "level with"."""
     difference = round(a - b, 2)
     if abs(difference) < 0.05:
         return f"level with ({difference:+.2f} dB)"
@@ -302,14 +302,14 @@ def _up(value: float) -> str:
 
 
 def page(evidence: Evidence) -> str:
-    """The whole page, Markdown."""
+    """The whole page as Markdown."""
     said = [f"{number}. {text}" for number, text in enumerate(sentences(evidence), 1)]
     parts = [
         "# Results",
         "",
         "<!-- Made by `python eval/results_page.py` from docs/results/data; edits are lost. -->",
         "",
-        "Denoising by the shipped weights, PSNR in dB:",
+        "Denoising with the shipped weights, PSNR in dB:",
         "",
         table(evidence),
         *said,
@@ -317,7 +317,7 @@ def page(evidence: Evidence) -> str:
     ]
     if evidence.paper:
         parts += ["![PSNR against the number of steps or passes, at both noise levels](headline.png)", ""]
-    parts += [_legend(evidence), "## Where the figures come from", ""]
+    parts += [_legend(evidence), "## Sources of the figures", ""]
     for name, about in evidence.sources.items():
         images = f", {about['images']:,} images" if "images" in about else ""
         made = f"commit {about['commit']}, {about['hardware']}, torch {about['torch']}, {about['date']}{images}"
@@ -329,43 +329,43 @@ def page(evidence: Evidence) -> str:
     if missing:
         parts += [f"Not available: {', '.join(missing)}. See [how a figure is made](data.md).", ""]
     if evidence.left_out:
-        parts += [f"Left out, since the weights have changed: {', '.join(evidence.left_out)}.", ""]
+        parts += [f"Omitted, because the weights have changed: {', '.join(evidence.left_out)}.", ""]
     return "\n".join(parts)
 
 
 def with_headline(text: str, evidence: Evidence) -> str:
-    """The text with the table and the sentences between its marks. Raises ValueError where there are no marks."""
+    """Insert the table and the findings between the marks of the text. Raises ValueError without marks."""
     before, start, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not start or not end:
         raise ValueError(f"the file has no marks {MARKS[0]} and {MARKS[1]}; add them where the table belongs")
     said = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences(evidence), 1))
-    title = "PSNR in dB by the shipped weights; ID is noise as in training, OOD twice its level:"
+    title = "PSNR in dB of the shipped weights. ID is the training noise level 0.1, OOD is level 0.2:"
     return f"{before}{start}\n{title}\n\n{table(evidence, short=True)}\n{said}\n{end}{after}"
 
 
 def _legend(evidence: Evidence) -> str:
-    told = ["| column | what |", "|---|---|"]
+    told = ["| entry | meaning |", "|---|---|"]
     images = evidence.sources.get("paper.json", {}).get("images")
     number = f", {images:,} validation images" if images else ""
     told += [
-        f"| ID | Tiny ImageNet at 64 px{number}; VP noise of level 0.1, which all models were trained on |",
-        "| OOD | the same images at level 0.2, which none was trained on |",
+        f"| ID | Tiny ImageNet at 64 px{number}; VP noise of level 0.1, on which all models were trained |",
+        "| OOD | the same images at level 0.2, on which no model was trained |",
         f"| photographs | CBSD68, Gaussian noise of sigma {SIGMA:g}; the EBT is `{PHOTOGRAPHS}` |",
-        "| probe | top-1 accuracy of logistic regression on frozen features, Tiny ImageNet's 200 classes |",
-        "| GFLOPs | of matrix products and convolutions for one image of 64 px at level 0.1 |",
+        "| probe | top-1 accuracy of logistic regression on frozen features, 200 classes of Tiny ImageNet |",
+        "| GFLOPs | matrix products and convolutions for one image of 64 px at level 0.1 |",
         "| images/s | throughput on an idle machine, from speed.json |",
-        "| best | the best number for each noise on these very images, which nobody knows beforehand: an upper bound |",
+        "| best | the best number of steps for each noise, selected on these test images: an upper bound |",
         f"| {MISSING} | not available: no committed file has this figure for the shipped weights |",
     ]
     if row := row_for(evidence.paper, LINES[0], LEVELS[0], EBT):
         low, high = row["psnr_image_ci95"]
-        told.append(f"| interval | over images, 95 %: the first ID figure is within {low:.2f} to {high:.2f} dB |")
+        told.append(f"| interval | 95 % over images: {low:.2f} to {high:.2f} dB for the first ID figure |")
     return "\n".join(told) + "\n"
 
 
 def _wrapped(command: str) -> str:
-    """A command on lines that fit a narrow screen, indented as code."""
+    """Wrap a command to lines that fit a narrow screen, indented as code."""
     lines, line = [], ""
     for word in command.split():
         word = f'"{word}"' if "*" in word else word
@@ -377,7 +377,7 @@ def _wrapped(command: str) -> str:
 
 
 def draw(evidence: Evidence, path: Path) -> None:
-    """PSNR against steps or passes, one panel a level; nothing is drawn without rows."""
+    """Plot PSNR against steps or passes, one panel per level; draw nothing without rows."""
     if not evidence.paper:
         return
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
@@ -387,9 +387,9 @@ def draw(evidence: Evidence, path: Path) -> None:
             rows = rows_of(evidence.paper, model, level, method)
             axis.plot([r["steps"] for r in rows], [r["psnr_image"] for r in rows], marker="o", markersize=3, label=label)
         if ruled := best(rows_of(evidence.paper, EBT, level, _ruled)):
-            axis.plot(ruled["steps_used"], ruled["psnr_image"], "*", color="black", markersize=10, label="EBT, own rule")
+            axis.plot(ruled["steps_used"], ruled["psnr_image"], "*", color="black", markersize=10, label="EBT, stopping rule")
         if bm3d := best(rows_of(evidence.paper, BM3D, level, _told)):
-            axis.axhline(bm3d["psnr_image"], color="gray", linestyle="--", linewidth=1, label="BM3D, told the noise")
+            axis.axhline(bm3d["psnr_image"], color="gray", linestyle="--", linewidth=1, label="BM3D, true noise level")
         axis.set(xscale="log", xlabel="steps, applications or passes", title=f"level {level:g}")
     axes[0].set_ylabel("PSNR, dB")
     axes[1].legend(fontsize=7)

@@ -294,7 +294,7 @@ def test_denoise_in_a_browser(
         page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or outside.append(r.url))
         page.goto(address)
 
-        # An upload is noisy already, an example gets noise.
+        # An upload is treated as already noisy; an example gets noise.
         upload(page, photo)
         wait_for_noise(page, service.NOISY_ALREADY)
         page.wait_for_function("document.querySelector('#estimate').innerText.includes('finest wavelets')")
@@ -322,8 +322,8 @@ def test_denoise_in_a_browser(
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
-        # What is taken away is what the command line makes.
-        tab(page, "Take away")
+        # The downloaded file equals the output of the command line.
+        tab(page, "Download")
         with page.expect_download() as download:
             page.click("#download")
         taken = np.asarray(Image.open(download.value.path()))
@@ -343,7 +343,7 @@ def test_denoise_in_a_browser(
         page.wait_for_function("document.querySelector('#facts').innerText.includes('left')")
         page.click("#stop")
         page.wait_for_function("document.querySelector('#facts').innerText.includes('Stopped early')")
-        tab(page, "Take away")
+        tab(page, "Download")
         page.wait_for_function("document.querySelector('#command').innerText.includes('image was stopped early')")
         tab(page, "Result")
 

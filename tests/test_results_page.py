@@ -1,4 +1,4 @@
-"""The page of the headline results: made from committed files, and from figures of today's weights alone."""
+"""The page of the headline results: it uses only committed files and figures of the shipped weights."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def program(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder with a paper.json of round figures."""
+    """A folder with a paper.json that has round figures."""
     rows = []
     for (model, method, steps), values in FIGURES.items():
         weights = checkpoint_hash(model) if model.startswith("tiny") else None
@@ -80,7 +80,7 @@ def test_the_sentences_follow_from_the_figures(program, data: Path):
     assert "25.00 dB, 1.50 dB above the DiT's best row, and 0.50 dB above BM3D" in known
     assert "from 16.00 dB after one step to 21.00, 4.50 dB above the DiT's best row" in unseen
     assert "within 0.10 dB of the best number of steps" in unseen
-    assert "0.10 dB above the EBT's best at level 0.1 and 0.25 dB above it at 0.2" in regressor
+    assert "0.10 dB above the EBT's best at level 0.1 and 0.25 dB above it at level 0.2" in regressor
 
 
 def test_figures_of_other_weights_are_left_out(program, data: Path):
@@ -89,7 +89,7 @@ def test_figures_of_other_weights_are_left_out(program, data: Path):
     page = program.page(program.read_evidence(data))
     assert line(page, "EBT, 1 step")[1:3] == ["n/a", "n/a"] and line(page, "regressor, once")[1] == "25.10"
     assert (
-        "1. **Not available**" in page and "Left out, since the weights have changed: tiny_imagenet_ebt in paper.json." in page
+        "1. **Not available**" in page and "Omitted, because the weights have changed: tiny_imagenet_ebt in paper.json." in page
     )
 
 

@@ -1,4 +1,4 @@
-"""Make the example images of apps/denoise.py again, from photographs in scikit-image: python apps/examples/make_examples.py"""
+"""Make the example images of apps/denoise.py from photographs in scikit-image: python apps/examples/make_examples.py"""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`ebt-vision info`: the shipped checkpoints, or what is in one."""
+"""`ebt-vision info`: list the shipped checkpoints, or describe one."""
 
 import argparse
 
@@ -6,9 +6,9 @@ from ebt_vision.core.arguments import name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Define the arguments of the command."""
     parser.description = (
-        "Describe a checkpoint: kind, size, settings, hash of the weights. Without MODEL, list the shipped ones."
+        "Describe a checkpoint: kind, size, settings, hash of the weights. Without MODEL, list the shipped checkpoints."
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
     parser.set_defaults(run=_run)
@@ -23,7 +23,7 @@ def _run(args: argparse.Namespace) -> int:
         for line in shipped:
             print(line)
         if not shipped:
-            print(f"no checkpoint is shipped in {PRETRAINED_DIR}; train one with `ebt-vision train CONFIG`")
+            print(f"{PRETRAINED_DIR} has no checkpoint; train one with `ebt-vision train CONFIG`")
         return 0
     model = load_pretrained(args.model)
     print(f"{args.model}: {model.model_type}, {model.num_parameters:,} parameters")

@@ -1,4 +1,4 @@
-"""Types of argparse options: a value that cannot be used is refused in one line that says what to give."""
+"""Types of argparse options. An invalid value gives a one-line error that names the valid values."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """A finite number of `kind`, from `low` to `high`, both included."""
+    """Accept a finite number of `kind` from `low` to `high`, both included."""
     what = "a whole number" if kind is int else "a number"
     limits = f", {low:g} or more" if math.isinf(high) else f" from {low:g} to {high:g}"
 
@@ -30,7 +30,7 @@ not_negative = number(float, 0)
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Accept a finite number above 0."""
     try:
         value = float(not_negative(text))
     except argparse.ArgumentTypeError:
@@ -41,7 +41,7 @@ def positive(text: str) -> float:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """One of the words."""
+    """Accept one of the words."""
 
     def parse(text: str) -> str:
         if text not in words:
@@ -52,12 +52,12 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def name(text: str) -> str:
-    """A name that is not empty: a shell variable that is unset gives an empty one."""
+    """Accept a non-empty name. An unset shell variable would give an empty one."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is empty; is a shell variable unset?")
     return text
 
 
 def named_path(text: str) -> Path:
-    """A path that is not empty: an empty one would be the current folder."""
+    """Accept a non-empty path. An empty path would mean the current folder."""
     return Path(name(text))
