@@ -40,7 +40,7 @@ class Request(ThinkingOptions):
     def without_unused(self, options_used: Collection[str]) -> Request:
         """The same without the controls that a denoiser with these `options_used` has no use for."""
         plain = Request(path=self.path)
-        thinking = ("num_candidates", "tolerance", "tolerance_of", "langevin_std", "step_size_scale")
+        thinking = ("num_candidates", "tolerance", "tolerance_of", "step_rule", "langevin_std", "step_size_scale")
         return replace(self, **{field: getattr(plain, field) for field in thinking if field not in options_used})
 
     def options(self) -> DenoiseOptions:
