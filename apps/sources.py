@@ -40,7 +40,7 @@ class Request(ThinkingOptions):
     def without_unused(self, options_used: Collection[str]) -> Request:
         """Return the request with defaults for all options that are not in `options_used`."""
         plain = Request(path=self.path)
-        thinking = ("num_candidates", "tolerance", "tolerance_of", "langevin_std", "step_size_scale")
+        thinking = ("num_candidates", "tolerance", "tolerance_of", "step_rule", "langevin_std", "step_size_scale")
         return replace(self, **{field: getattr(plain, field) for field in thinking if field not in options_used})
 
     def options(self) -> DenoiseOptions:

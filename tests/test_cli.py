@@ -117,10 +117,10 @@ def test_more_overlap_is_taken(run, good: Path, tmp_path: Path) -> None:
 def test_other_noises_and_all_of_thinking_are_taken(run, good: Path, tmp_path: Path) -> None:
     plain = ("--add-noise", "salt-and-pepper:0.1")
     results = []
-    for number, more in enumerate(((), ("--step-size-scale", "3"), ("--langevin", "0.05"))):
+    for number, more in enumerate(((), ("--step-size-scale", "3"), ("--langevin", "0.05"), ("--step-rule", "momentum"))):
         assert run(good, *plain, *more, output=tmp_path / str(number))[0] == 0
         results.append((tmp_path / str(number) / "good.png").read_bytes())
-    assert len(set(results)) == 3
+    assert len(set(results)) == 4
 
 
 def test_png_is_written_when_asked_for(run, tmp_path: Path) -> None:
@@ -432,7 +432,14 @@ def test_tolerance_of_needs_a_tolerance(run, good: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--candidates", "2"], ["--tolerance", "0.1"], ["--langevin", "0.1"], ["--step-size-scale", "2"], ["--steps", "3"]],
+    [
+        ["--candidates", "2"],
+        ["--tolerance", "0.1"],
+        ["--langevin", "0.1"],
+        ["--step-size-scale", "2"],
+        ["--steps", "3"],
+        ["--step-rule", "momentum"],
+    ],
 )
 def test_options_that_a_model_has_no_use_for(good: Path, tmp_path: Path, capsys, words: list[str]) -> None:
     assert cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), "--model", "nlm", *words]) == 2

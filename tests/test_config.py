@@ -1,11 +1,13 @@
 """Configs: every shipped one loads, a typo is answered with the nearest key, overrides reach every section."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from ebt_vision.core.step_rules import Momentum
 from ebt_vision.training.build import build_model
 from ebt_vision.training.config import ConfigError, build_config, config_to_dict, load_config
 
@@ -183,3 +185,29 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path):
         with pytest.raises(ConfigError) as error:
             load_config(tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_a_step_rule_is_given_by_name_or_with_its_settings():
+    smoke = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+    rule = load_config(smoke, ["objective.thinking.step_rule=barzilai-borwein"]).objective.thinking.step_rule
+    assert rule == "barzilai-borwein"
+    config = load_config(smoke, ["objective.thinking.step_rule={name: momentum, momentum: 0.7}"])
+    assert config.objective.thinking.step_rule == Momentum(momentum=0.7)
+    assert build_config(config_to_dict(config)) == config
+    for value, said in {
+        "newton": "objective.thinking.step_rule",
+        "{momentum: 0.7}": "step_rule.name=None is unknown; use one of fixed, barzilai-borwein, momentum, backtracking",
+        "{name: momentum, longest: 3}": "unknown key 'objective.thinking.step_rule.longest'; known: name, momentum",
+        "{name: momentum, momentum: 1.5}": "momentum=1.5 is out of range",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_config(smoke, [f"objective.thinking.step_rule={value}"])
+
+
+def test_langevin_noise_is_a_number_or_one_a_step():
+    smoke = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+    for value, expected in {"0.1": 0.1, "0": 0.0, "[0.2, 0.1, 0.0]": (0.2, 0.1, 0.0)}.items():
+        overrides = ["objective.thinking.num_steps=3", f"objective.thinking.langevin_std={value}"]
+        config = load_config(smoke, overrides)
+        assert config.objective.thinking.langevin_std == expected
+        assert build_config(config_to_dict(config)) == config

@@ -13,6 +13,7 @@ from torch import nn
 
 from ebt_vision.core.checks import MissingExtraError
 from ebt_vision.core.metrics import psnr
+from ebt_vision.core.step_rules import Momentum
 from ebt_vision.core.thinking import ThinkingConfig, think
 from ebt_vision.denoising.base import IdentityDenoiser, for_photographs, for_vp_images
 from ebt_vision.denoising.classical import BM3DDenoiser, NonLocalMeansDenoiser, estimate_sigma
@@ -359,6 +360,22 @@ def test_ebt_is_thinking_in_the_model_range():
     torch.testing.assert_close(result.image, to_image_range(thought.final).clamp(0, 1))
     torch.testing.assert_close(result.energies, thought.energies / 16)  # 4 x 4 patches
     assert result.num_forward.tolist() == [4, 4] and result.num_steps.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("rule", ["barzilai-borwein", Momentum(momentum=0.8), "backtracking"])
+def test_ebt_takes_the_steps_of_the_rule_that_is_asked_for(rule):
+    denoiser, noisy = ebt(), noisy_images(2)
+    result = denoiser.denoise(noisy, DenoiseOptions(num_steps=3, step_rule=rule))
+    thought = think(
+        denoiser.model,
+        to_model_range(noisy),
+        ThinkingConfig(num_steps=3, step_rule=rule),
+        step_size=denoiser.model.step_size.detach(),
+    )
+    torch.testing.assert_close(result.image, to_image_range(thought.final).clamp(0, 1))
+    assert torch.equal(result.num_forward, thought.num_forward)
+    if rule != "backtracking":  # which takes plain steps as long as they lower the energy
+        assert not torch.allclose(result.image, denoiser.denoise(noisy, DenoiseOptions(num_steps=3)).image, atol=1e-4)
 
 
 def test_input_is_not_clipped():

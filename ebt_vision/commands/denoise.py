@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of the noisy image; stop when the energy falls below this fraction of it (try 0.05)",
     )
     parser.add_argument("--step-size-scale", metavar="F", type=positive, default=1.0, help="factor on the learned step size")
+    parser.add_argument(
+        "--step-rule",
+        choices=("fixed", "barzilai-borwein", "momentum", "backtracking"),
+        default="fixed",
+        help="how far a step goes: the learned step size (default), or longer steps for stronger noise than the training's",
+    )
     parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise in each thinking step")
     parser.add_argument(
         "--add-noise",
@@ -254,6 +260,7 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         num_steps=args.steps or denoiser.suggested_steps,
         num_candidates=args.candidates,
         **stopping,
+        step_rule=args.step_rule,
         langevin_std=args.langevin,
         step_size_scale=args.step_size_scale,
         strength=args.strength,
@@ -270,6 +277,7 @@ def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
     given = {"--steps": ("num_steps", args.steps), "--tolerance": ("tolerance", args.tolerance)}
     given |= {"--candidates": ("num_candidates", args.candidates - 1), "--langevin": ("langevin_std", args.langevin)}
     given |= {"--step-size-scale": ("step_size_scale", args.step_size_scale - 1)}
+    given |= {"--step-rule": ("step_rule", args.step_rule != "fixed")}
     for option, (field, value) in given.items():
         if value and field not in denoiser.options_used:
             raise ValueError(f"{option} has no effect on {denoiser.name}; leave it out")

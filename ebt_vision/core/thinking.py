@@ -5,6 +5,8 @@ and text differ by arguments alone:
 
     y <- y - step_size * dE(y, context)/dy        once per thinking step
 
+Other rules for the step are in step_rules.py.
+
 The energy function takes `(candidate, *context)`, all batch first, and returns one energy per element, lower is better:
 (B,) for images, (B, S) for text. Elements must not depend on one another, so that the gradient of the sum is the gradient
 of each.
@@ -23,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebt_vision.core.checks import check
 from ebt_vision.core.rng import Generators, rand_like, randn_like
+from ebt_vision.core.step_rules import AnyStepRule, BarzilaiBorwein, Memory, Step, StepRuleName, find_step_rule
 
 
 class EnergyFunction(Protocol):
@@ -116,6 +119,8 @@ class ThinkingConfig:
     """The paper's alpha, in candidate units squared per energy unit; a model's learned one takes its place."""
     step_size_factor: float = 1.0
     """Each sample's step size is drawn uniformly from [step_size / factor, step_size * factor]; 1 draws nothing."""
+    step_rule: StepRuleName | AnyStepRule = "fixed"
+    """How far a step goes along the gradient: the name of a rule of step_rules.py, or the rule itself with its settings."""
     langevin_std: float | tuple[float, ...] = 0.0
     """Standard deviation, in candidate units, of the noise added to the candidate before each gradient: one, or one a step."""
     detach_between_steps: bool = True
@@ -140,6 +145,7 @@ class ThinkingConfig:
         check(low is None or 0 <= low <= self.num_steps, "min_num_steps", low, f"use 0..{self.num_steps}")
         check(self.step_size > 0, "step_size", self.step_size, "use a positive number")
         check(self.step_size_factor >= 1, "step_size_factor", self.step_size_factor, "use 1 (off) or more")
+        find_step_rule(self.step_rule)
         self._check_langevin_std()
         check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
@@ -249,8 +255,7 @@ def think(
 
     Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
     NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph, for a `y0`
-    that needs a gradient which it would not get, for a schedule of noise that is too short, and for a `project`
-    that changes shapes.
+    that needs a gradient which it would not get, for a `project` that changes a shape, and for a schedule too short.
     """
     config = config or ThinkingConfig()
     if torch.is_inference_mode_enabled() or y0.is_inference():
@@ -258,13 +263,16 @@ def think(
     if config.tolerance is not None and create_graph:
         raise ValueError("tolerance stops samples one by one, which a training graph cannot follow; use tolerance=None")
     _check_differentiable_start(config, y0, create_graph, differentiate_start)
+    rule = find_step_rule(config.step_rule)
     steps = _draw_num_steps(config, num_steps, generator)
     config.check_schedule(steps)
     alpha = _draw_step_sizes(config, y0, step_size, generator)
     with torch.enable_grad(), _double_backward_attention(create_graph):
         start = y0 if differentiate_start and y0.requires_grad else y0.detach()
         observed = None if observation_energy is None else observation_energy.detach()
-        descent = _Descent(energy_fn, start, context, alpha, config, create_graph, project, generator, check_finite, observed)
+        descent = _Descent(
+            energy_fn, start, context, alpha, config, rule, create_graph, project, generator, check_finite, observed
+        )
         return descent.run(steps, callback, keep_predictions, evaluate_final)
 
 
@@ -277,6 +285,7 @@ class _Descent:
     context: tuple[Tensor, ...]
     alpha: Tensor  # (B,)
     config: ThinkingConfig
+    rule: AnyStepRule
     create_graph: bool
     project: Projection | None
     generator: Generators | None
@@ -293,6 +302,7 @@ class _Descent:
         norms: list[Tensor] = []
         first_graph_step = max(num_steps - (self.config.backprop_steps or num_steps), 0)
         previous: Tensor | None = None  # the candidates one update ago, to go back to where the energy rose
+        memory: Memory = ()  # of the step rule, of the moving samples
 
         for step in range(num_steps):
             # Energy and gradient of the samples that still move.
@@ -312,14 +322,26 @@ class _Descent:
             if moving is not None:
                 if not moving.any():  # without the cost of a gradient
                     return self._result(predictions, norms, used, forwards)
-                candidate = candidate[moving]
+                candidate, energy = candidate[moving], energy[moving]
+                memory = tuple(kept[moving] for kept in memory)
             gradient = gradient_of() if moving is None else gradient_of()[moving]
             norm = gradient.detach().flatten(energy.ndim).norm(dim=-1)
             self._check(norm, self._index(), step)
 
             # Update.
             previous = self.y
-            self._update(candidate - _per_sample(self._alpha(), gradient) * gradient)
+            moved, memory = self.rule.move(
+                Step(
+                    candidate=candidate,
+                    energy=energy.detach(),
+                    gradient=gradient,
+                    step_size=self._select(self.alpha),
+                    memory=memory if connected else tuple(kept.detach() for kept in memory),
+                    project=self._projected,
+                    energy_of=functools.partial(self._trial_energy, step, forwards),
+                )
+            )
+            self._update(moved)
             used[self._index()] += 1
             norms.append(self._spread(norm.detach(), torch.zeros_like(self.energies[0])))
             if keep_predictions:
@@ -371,6 +393,14 @@ class _Descent:
     def _energy(self, candidate: Tensor, step: int) -> Tensor:
         energy_fn = self.energy_fn.at_step(step) if isinstance(self.energy_fn, SteppedEnergy) else self.energy_fn
         return energy_fn(candidate, *(self._select(tensor) for tensor in self.context))
+
+    @torch.no_grad()
+    def _trial_energy(self, step: int, forwards: Tensor, candidate: Tensor, rows: Tensor) -> Tensor:
+        """Energies of `rows` of candidates of the moving samples, where a step rule asks for them."""
+        index = self._index()[rows]
+        forwards[index] += 1
+        energy_fn = self.energy_fn.at_step(step) if isinstance(self.energy_fn, SteppedEnergy) else self.energy_fn
+        return energy_fn(candidate[rows], *(tensor[index] for tensor in self.context))
 
     def _nan_energy(self) -> Tensor:
         return torch.full(self.y.shape[:1], torch.nan, device=self.y.device)
@@ -464,9 +494,6 @@ class _Descent:
     def _spread(self, values: Tensor, full: Tensor) -> Tensor:
         return values if self.active is None else full.index_copy(0, self.active, values)
 
-    def _alpha(self) -> Tensor:
-        return self._select(self.alpha)
-
     def _generators(self) -> Generators | None:
         if self.active is None or self.generator is None or isinstance(self.generator, torch.Generator):
             return self.generator
@@ -488,6 +515,11 @@ def _check_differentiable_start(config: ThinkingConfig, y0: Tensor, create_graph
         raise ValueError(
             f"differentiate_start=True with detach_between_steps={config.detach_between_steps} and "
             f"backprop_steps={config.backprop_steps}: the graph is cut before it reaches y0; use False and None"
+        )
+    elif isinstance(find_step_rule(config.step_rule), BarzilaiBorwein):
+        raise ValueError(
+            "step_rule='barzilai-borwein' has lengths that depend on y0 and are no part of the graph: the gradient would be "
+            "wrong with differentiate_start=True; use 'fixed', 'momentum' or 'backtracking'"
         )
 
 
@@ -513,11 +545,6 @@ def _draw_step_sizes(
         return alpha
     draw = rand_like(alpha.detach(), generator)
     return alpha * (1.0 / factor + draw * (factor - 1.0 / factor))
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1) to broadcast over `like`."""
-    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _double_backward_attention(create_graph: bool) -> contextlib.AbstractContextManager[None]:

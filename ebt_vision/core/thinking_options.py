@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ebt_vision.core.checks import check, check_number, check_whole
+from ebt_vision.core.step_rules import AnyStepRule, StepRuleName, find_step_rule
 from ebt_vision.core.thinking import ThinkingConfig, ToleranceOf
 
 
@@ -20,6 +21,8 @@ class ThinkingOptions:
     tolerance_of: ToleranceOf = "first"
     """What the tolerance is a share of: the gain of the first step, of the previous one, or of a first step at the training's
     noise, or the energy of the observation."""
+    step_rule: StepRuleName | AnyStepRule = "fixed"
+    """How far a step goes along the gradient: see step_rules.py."""
     langevin_std: float = 0.0
     """Standard deviation of the noise added to the candidate before each gradient, in the candidate's units."""
     step_size_scale: float = 1.0
@@ -41,6 +44,7 @@ class ThinkingOptions:
         check(self.tolerance_of in known, "tolerance_of", self.tolerance_of, f"use one of {known}")
         if self.tolerance is None and self.tolerance_of != "first":
             raise ValueError(f"tolerance_of={self.tolerance_of!r} has no effect without a tolerance; give one, or leave it out")
+        find_step_rule(self.step_rule)
         check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
         check(self.step_size_scale > 0, "step_size_scale", self.step_size_scale, "use a positive number")
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
@@ -52,6 +56,7 @@ class ThinkingOptions:
         """
         return ThinkingConfig(
             num_steps=self.num_steps - num_before,
+            step_rule=self.step_rule,
             langevin_std=self.langevin_std,
             tolerance=self.tolerance,
             tolerance_of=self.tolerance_of,

@@ -106,7 +106,16 @@ class EBTDenoiser(ModelDenoiser):
 
     model: PatchEBT
     options_used = frozenset(
-        ("num_steps", "num_candidates", "candidate_noise_std", "tolerance", "tolerance_of", "langevin_std", "step_size_scale")
+        (
+            "num_steps",
+            "num_candidates",
+            "candidate_noise_std",
+            "tolerance",
+            "tolerance_of",
+            "step_rule",
+            "langevin_std",
+            "step_size_scale",
+        )
     )
 
     def __init__(

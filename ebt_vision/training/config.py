@@ -151,7 +151,7 @@ def _check_keys(cls: type, raw: Any, path: tuple[str, ...], hints: dict[str, Any
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
             raise ConfigError(f"unknown key {'.'.join((*path, str(key)))!r}; {hint}")
-        if section := _dataclass_of(types[key]):
+        if section := _dataclass_of(types[key], value, (*path, key)):
             _check_keys(section, value, (*path, key), {})
 
 
@@ -164,11 +164,18 @@ def _check_finite(value: Any, path: str) -> None:
         _check_finite(part, f"{path}.{key}" if path else str(key))
 
 
-def _dataclass_of(hint: Any) -> type | None:
+def _dataclass_of(hint: Any, value: Any, path: tuple[str, ...]) -> type | None:
+    """The dataclass that a mapping of this type becomes; of several the one that its `name` says."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint
     options = get_args(hint) if get_origin(hint) in (Union, type(int | str)) else ()
-    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+    classes = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
+    if len(classes) < 2 or not isinstance(value, dict):
+        return classes[0] if classes else None
+    named = {field_.default: cls for cls in classes for field_ in dataclasses.fields(cls) if field_.name == "name"}
+    if value.get("name") not in named:
+        raise ConfigError(f"{'.'.join(path)}.name={value.get('name')!r} is unknown; use one of {', '.join(map(str, named))}")
+    return named[value["name"]]
 
 
 def _validate(cls: Any, raw: Any, section: str) -> Any:
@@ -176,7 +183,8 @@ def _validate(cls: Any, raw: Any, section: str) -> Any:
     try:  # strictly: "16" and true are no numbers. As JSON, for a list is then a tuple and a mapping a dataclass.
         return TypeAdapter(cls).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()  # of a value that may have several types: one for each, and a refusal by its own says most
+        first = next((each for each in errors if each["type"] == "value_error"), errors[0])
         place = ".".join([section] * bool(section) + [str(part) for part in first["loc"]])
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("value_error", "missing") else f" (got {first['input']!r})"
