@@ -126,6 +126,11 @@ class DiT(ImageFeatures):
         term = self._variational_term(clean, noisy, timesteps, eps.detach(), variance_values)
         return loss + 0.001 * NUM_TRAIN_TIMESTEPS * term
 
+    def noise_error(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Mean squared error of the predicted noise, (B,): L_simple of each image. Arguments as in `loss`."""
+        noisy = self._table("signal_scale", timesteps) * clean + self._table("noise_scale", timesteps) * noise
+        return (self(noisy, timesteps)[0] - noise).square().flatten(1).mean(1)
+
     def _variational_term(self, clean: Tensor, noisy: Tensor, timesteps: Tensor, eps: Tensor, values: Tensor) -> Tensor:
         """L_t of Ho et al. 2020, eq. 5, in bits per dimension, (B,): a KL divergence, or at t = 0 the decoder's likelihood."""
 

@@ -1,0 +1,90 @@
+"""One number for how unlikely an image is, and one for each patch, from every kind of network. Higher is less likely.
+
+    EBT            its energy E(y), a map over patches
+    regressor, EqM |y - N(y)|^2 / 2 a patch: how much the network would change
+    DiT            its error at one timestep: the mean squared error of the noise that it predicts (no map)
+
+Scores are means over patches, so images of different sizes compare.
+"""
+
+from typing import cast
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from ebt_vision.core.rng import sample_generators
+from ebt_vision.denoising.networks import DiTDenoiser, ModelDenoiser, signal_scale_of
+from ebt_vision.models.equilibrium import PatchEqM
+from ebt_vision.models.patch_ebt import PatchEBT
+from ebt_vision.models.patches import patchify
+from ebt_vision.models.regressor import PatchRegressor
+from ebt_vision.noise.processes import to_model_range
+
+NOISE_DRAWS = 4
+"""Draws of the noise that a DiT's error is averaged over."""
+_BATCH_SIZE = 100
+
+
+class Scorer:
+    """Scores images (B, 3, H, W) in [0, 1], H and W multiples of the patch size, by one network.
+
+    A network that was trained on the VP process sees the image times its training's signal scale, as a photograph. The DiT is
+    told `timestep`, in 0..999, and gets the same noise for an image whatever else is scored. ValueError for a denoiser
+    without a network.
+    """
+
+    def __init__(self, denoiser: ModelDenoiser, *, timestep: int = 50, seed: int = 0):
+        if not isinstance(denoiser, ModelDenoiser):
+            raise ValueError(f"{getattr(denoiser, 'name', denoiser)} has no network; score with an EBT, a regressor or a DiT")
+        self.denoiser, self.timestep, self.seed = denoiser, timestep, seed
+        self.has_map = not isinstance(denoiser, DiTDenoiser)
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> Tensor:
+        """Scores (B,), float64, on the CPU."""
+        parts = []
+        for start in range(0, len(images), _BATCH_SIZE):
+            part = images[start : start + _BATCH_SIZE]
+            parts.append(self._map(part).flatten(1).mean(1) if self.has_map else self._dit_error(part, start))
+        return torch.cat(parts).double().cpu()
+
+    @torch.no_grad()
+    def score_map(self, images: Tensor) -> Tensor:
+        """Scores of the patches, (B, H / patch_size, W / patch_size), float64, on the CPU; ValueError for a DiT."""
+        if not self.has_map:
+            raise ValueError(f"{self.denoiser.name} has no map of scores; use an EBT, a regressor or an EqM")
+        parts = [self._map(images[start : start + _BATCH_SIZE]) for start in range(0, len(images), _BATCH_SIZE)]
+        return torch.cat(parts).double().cpu()
+
+    def _map(self, images: Tensor) -> Tensor:
+        model = self.denoiser.model
+        y = to_model_range(self.denoiser.to_network(images)) * signal_scale_of(model)
+        if isinstance(model, PatchEBT):
+            return model.energy_map(y, *model.context_of(y))
+        change = model(y) if isinstance(model, PatchEqM) else y - cast(PatchRegressor, model)(y)
+        grid = tuple(side // self.denoiser.patch_size for side in images.shape[-2:])
+        return 0.5 * patchify(change, self.denoiser.patch_size).square().sum(-1).unflatten(1, grid)
+
+    def _dit_error(self, images: Tensor, first: int) -> Tensor:
+        from ebt_vision.models.dit import DiT  # diffusers takes seconds to import
+
+        model = cast(DiT, self.denoiser.model)
+        clean = to_model_range(self.denoiser.to_network(images))
+        timesteps = torch.full((len(images),), self.timestep, dtype=torch.int64, device=clean.device)
+        total = torch.zeros(len(images), device=clean.device)
+        for draw in range(NOISE_DRAWS):
+            generators = sample_generators(self.seed, range(first, first + len(images)), draw)
+            noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean)
+            total += model.noise_error(clean, noise, timesteps)
+        return total / NOISE_DRAWS
+
+
+def detection_auroc(inside: Tensor, outside: Tensor) -> float:
+    """The chance that an image of `outside` (M,) scores higher than one of `inside` (N,), ties counting half.
+
+    Mann & Whitney 1947; 0.5 tells nothing, 1 tells all.
+    """
+    ranks = rankdata(torch.cat([inside, outside]).numpy())  # ties share their mean rank
+    count = len(outside)
+    return float((ranks[len(inside) :].sum() - count * (count + 1) / 2) / (count * len(inside)))
