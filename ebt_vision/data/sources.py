@@ -377,7 +377,7 @@ def _choose_image(fields: dict[str, _Member], image_column: str) -> _Member:
     if len(chosen) > 1:
         names = ", ".join(chosen[:3]) + (", ..." if len(chosen) > 3 else "")
         raise DataError(
-            f"sample {member.key} in {member.shard} has {len(chosen)} images ({names}; a key ends at the first dot of the name); "
+            f"sample {member.key} in {member.shard} has {len(chosen)} images ({names}; keys end at the name's first dot); "
             f"set image_column to one of them, or rename the files"
         )
     return member
