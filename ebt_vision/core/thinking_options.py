@@ -1,4 +1,4 @@
-"""The options of thinking that people choose when they use a model, on a command line, on a page or in a program."""
+"""The options of thinking for users of a model: on a command line, on a page or in a program."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -9,23 +9,23 @@ from ebt_vision.core.thinking import ThinkingConfig, ToleranceOf
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThinkingOptions:
-    """How to think with a trained energy. DenoiseOptions and GenerateOptions add what is for images, or for text, alone."""
+    """How to think with a trained energy. DenoiseOptions and GenerateOptions add options for images and for text."""
 
     num_steps: int = 1
-    """Thinking steps; the largest number of them with a tolerance."""
+    """Number of thinking steps; the maximum number with a tolerance."""
     num_candidates: int = 1
-    """Think from so many starts and keep the candidate of lowest energy (self-verification)."""
+    """Number of starts; the candidate of lowest energy is kept (self-verification)."""
     tolerance: float | None = None
-    """A sample stops once a step gains no more than this share of what tolerance_of names (see ThinkingConfig). None: never."""
+    """A sample stops when the gain of a step is at most this fraction of the reference tolerance_of. None: never."""
     tolerance_of: ToleranceOf = "first"
-    """What the tolerance is a share of: the gain of the first step, of the previous one, or of a first step at the training's
-    noise, or the energy of the observation."""
+    """Reference of the tolerance: the gain of the first step, of the previous step, or of a first step at the training noise
+    level, or the energy of the observation. See ThinkingConfig for the formulas."""
     langevin_std: float = 0.0
     """Standard deviation of the noise added to the candidate before each gradient, in the candidate's units."""
     step_size_scale: float = 1.0
     """Factor on the learned step size."""
     seed: int = 0
-    """All randomness depends on it and on the sample."""
+    """All random draws depend on the seed and the sample."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_candidates", "seed"):
@@ -40,15 +40,15 @@ class ThinkingOptions:
         known = get_args(ToleranceOf)
         check(self.tolerance_of in known, "tolerance_of", self.tolerance_of, f"use one of {known}")
         if self.tolerance is None and self.tolerance_of != "first":
-            raise ValueError(f"tolerance_of={self.tolerance_of!r} has no effect without a tolerance; give one, or leave it out")
+            raise ValueError(f"tolerance_of={self.tolerance_of!r} has no effect without a tolerance; set one or remove it")
         check(self.langevin_std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
         check(self.step_size_scale > 0, "step_size_scale", self.step_size_scale, "use a positive number")
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
 
     def thinking(self, *, num_before: int = 0, training_gain: float | None = None) -> ThinkingConfig:
-        """The ThinkingConfig of these options. `num_before` of the steps were made before thinking starts (a proposal).
+        """Return the ThinkingConfig of these options. `num_before` steps were made before thinking starts (a proposal).
 
-        `training_gain` is the model's, for tolerance_of="training". The scale of the step size is the caller's to apply.
+        `training_gain` comes from the model, for tolerance_of="training". The caller applies the scale of the step size.
         """
         return ThinkingConfig(
             num_steps=self.num_steps - num_before,

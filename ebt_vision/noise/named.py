@@ -22,9 +22,7 @@ class NoiseKind:
 
 NOISE_KINDS: dict[str, NoiseKind] = {
     "gaussian": NoiseKind(unit="standard deviation, 0 to 255 units", low=0, high=255, default=25, step=1),
-    "paper": NoiseKind(
-        unit="noise level of the paper's VP process; the paper trains at 0.1", low=0.01, high=1, default=0.1, step=0.01
-    ),
+    "paper": NoiseKind(unit="VP noise level; the paper trains at 0.1", low=0.01, high=1, default=0.1, step=0.01),
     "poisson": NoiseKind(unit="photons at white; fewer is noisier", low=1, high=1000, default=30, step=1),
     "salt-and-pepper": NoiseKind(unit="fraction of the pixels", low=0, high=1, default=0.1, step=0.01),
     "jpeg": NoiseKind(unit="JPEG quality; lower is worse", low=1, high=100, default=10, step=1),
