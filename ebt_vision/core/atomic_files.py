@@ -12,9 +12,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     An existing file keeps its permissions. If writing fails, nothing is left and the error is raised.
     """
-    temporary = path.with_name(
-        f".{os.getpid()}.writing"
-    )  # short, because the name of `path` may already have the maximum length
+    temporary = path.with_name(f".{os.getpid()}.writing")  # short: `path` may have the maximum length
     try:
         if path.exists():
             temporary.touch(0o600)  # never readable by more users than the old file
