@@ -142,7 +142,7 @@ def test_a_model_can_begin_with_the_weights_of_another(tmp_path: Path):
         ("data.flip=1", "data.flip"),
         ("optim={lr: 1, lr: 2}", "not a YAML value"),
         ("data.crop=corner", "data.crop"),
-        ("name", "not of the form"),
+        ("name", "does not have the form"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override: str, answer: str):

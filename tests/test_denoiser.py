@@ -127,13 +127,13 @@ def test_trajectory_ends_with_the_image(kind):
     ("noisy", "message"),
     [
         (torch.zeros(3, 16, 16), r"shape \(3, 16, 16\); give \(B, 3, H, W\)"),
-        (torch.zeros(1, 1, 16, 16), "1 channels; give RGB"),
+        (torch.zeros(1, 1, 16, 16), "1 channels; use RGB"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "image / 255"),
         (torch.zeros(1, 3, 7, 16), "7x16 px; both sides must be 8 px or more"),
         (torch.full((1, 3, 16, 16), torch.nan), "NaN"),
         (torch.full((1, 3, 16, 16), torch.inf), "infinite"),
         (torch.zeros(0, 3, 16, 16), "empty batch"),
-        (torch.full((1, 3, 16, 16), 30.0), r"values up to 30; give images in \[0, 1\], for 0..255 image / 255"),
+        (torch.full((1, 3, 16, 16), 30.0), r"values up to 30; use images in \[0, 1\]; divide 0..255 by 255"),
         (torch.full((1, 3, 16, 16), -0.8), r"mean of -0.8; .* for -1..1 \(image \+ 1\) / 2"),
         (np.zeros((16, 16, 3), np.uint8), r"a numpy ndarray, not a torch.Tensor; .* / 255"),
         (Image.new("RGB", (16, 16)), "a PIL Image, not a torch.Tensor"),
@@ -221,7 +221,7 @@ def test_an_image_of_one_colour_is_given_back(make):
 def test_image_ids():
     with pytest.raises(ValueError, match="2 ids for a batch of 1"):
         IdentityDenoiser().denoise(noisy_images(), image_ids=[0, 1])
-    with pytest.raises(ValueError, match=r"not whole numbers; give one per image, say range\(1\)"):
+    with pytest.raises(ValueError, match=r"not whole numbers; use one per image, for example range\(1\)"):
         IdentityDenoiser().denoise(noisy_images(), image_ids=[0.5])
     with pytest.raises(ValueError, match="image_ids=-1 is out of range"):
         IdentityDenoiser().denoise(noisy_images(), image_ids=[-1])

@@ -116,7 +116,7 @@ def test_a_wrong_request_is_one_line(
 
 def test_models_without_the_part_are_refused(tmp_path: Path):
     regressor = PatchRegressor(PatchRegressorConfig(**TINY))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no energy to take a step on"):
+    with pytest.raises(ValueError, match="no energy and no step"):
         export_model(regressor, tmp_path / "step.pt2", part="step", size=(8, 8))
     linear = tiny_ebt(energy_head="linear", embed_dim=48)
     with pytest.raises(ValueError, match="no proposal"):

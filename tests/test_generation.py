@@ -136,10 +136,10 @@ def test_the_command_answers_bad_input_in_one_line(
 ):
     for words, answer in [
         (["", "--model", checkpoint], "the prompt is empty"),
-        (["x" * 24, "--model", checkpoint], "24 tokens, the model looks back on 23"),
+        (["x" * 24, "--model", checkpoint], "24 tokens, but the model accepts 23"),
         (["caf\udce9", "--model", checkpoint], "not valid UTF-8 at character 3"),
         (["x", "--model", checkpoint, "--tokenizer", "wordy"], "tokenizer 'wordy' is unknown"),
-        (["x", "--model", str(tiny_checkpoint)], "writes no text"),
+        (["x", "--model", str(tiny_checkpoint)], "cannot generate text"),
         (["x", "--model", str(tmp_path / "none")], "neither a shipped checkpoint"),
         (["x", "--model", checkpoint, "--top-p", "2"], "top_p=2"),
     ]:

@@ -107,9 +107,9 @@ def test_wrong_uses_are_one_line():
         model.forward_intermediates(x, [1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
-    with pytest.raises(ValueError, match="a DiT takes images and their timesteps, got 1"):
+    with pytest.raises(ValueError, match="a DiT needs images and timesteps, got 1"):
         model_of("dit").forward_features(x)
-    with pytest.raises(ValueError, match="takes 1 context images, got 0"):
+    with pytest.raises(ValueError, match="needs 1 context images, got 0"):
         model_of("context").forward_features(x)
 
 

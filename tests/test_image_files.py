@@ -398,7 +398,7 @@ def test_find_images(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = find_images([tmp_path / "b", str(tmp_path / "b" / "1.JPG")])
     assert [str(path.relative_to(tmp_path / "b")) for path in found] == ["1.JPG", "2.png", "deep/3.webp"]
-    with pytest.raises(ImageFileError, match="holds no images"):
+    with pytest.raises(ImageFileError, match="has no images"):
         find_images([tmp_path / "c"])
     with pytest.raises(ImageFileError, match="does not exist"):
         find_images([tmp_path / "d"])

@@ -51,7 +51,7 @@ def test_without_weights_it_says_what_to_pass(backbone, tmp_path, monkeypatch):
         PerceptualDistance(net="squeeze")
     with pytest.raises(ValueError, match="no LPIPS backbone at nowhere.pth"):
         PerceptualDistance("nowhere.pth", net="squeeze")
-    with pytest.raises(ValueError, match="does not hold the weights of torchvision's squeezenet1_1"):
+    with pytest.raises(ValueError, match="does not contain the weights of torchvision's squeezenet1_1"):
         torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
         PerceptualDistance(str(tmp_path / "other.pth"), net="squeeze")
     # What torchvision's download left behind is found.

@@ -84,7 +84,7 @@ def test_a_tiff_of_very_many_pages_is_refused_without_looking_at_all(tmp_path):
     page = struct.pack("<H", 0)
     data = b"II*\0" + struct.pack("<I", 8) + b"".join(page + struct.pack("<I", 8 + 6 * (n + 1)) for n in range(500_000))
     start = time.perf_counter()
-    with pytest.raises(DecodeError, match="more than 256"):
+    with pytest.raises(DecodeError, match="more than the limit of 256"):
         decode_image(data)
     assert time.perf_counter() - start < 2
 
@@ -120,7 +120,7 @@ def test_a_strip_that_holds_far_more_than_its_pixels_is_refused(compression):
     struct.pack_into("<H", data, kind, 8 if compression == "zlib" else 34925)
     struct.pack_into("<I" if tags[273].dtype == 4 else "<H", data, offsets, len(data))
     struct.pack_into("<I" if tags[279].dtype == 4 else "<H", data, counts, len(packed))
-    with pytest.raises(DecodeError, match="more than its pixels"):
+    with pytest.raises(DecodeError, match="more data than pixels"):
         decode_image(bytes(data) + packed)
 
 

@@ -140,18 +140,18 @@ def test_a_shipped_name_needs_no_network(monkeypatch: pytest.MonkeyPatch):
     model = PatchEBT.from_pretrained("tiny_imagenet_ebt")
     assert not model.training and model.config == load_pretrained("tiny_imagenet_ebt").config
     assert type(PretrainedModel.from_pretrained("tiny_imagenet_regressor")).__name__ == "PatchRegressor"
-    with pytest.raises(CheckpointError, match="holds a 'patch_regressor' model, not 'patch_ebt'"):
+    with pytest.raises(CheckpointError, match="is for a 'patch_regressor' model, not for 'patch_ebt'"):
         PatchEBT.from_pretrained("tiny_imagenet_regressor")
 
 
 @pytest.mark.parametrize(
     ("keyword", "remedy"),
     [
-        ("torch_dtype", r"takes no torch_dtype; call .to\(device, dtype\) on the model"),
+        ("torch_dtype", r"does not accept torch_dtype; call .to\(device, dtype\) on the model"),
         ("map_location", r"call .to\(device, dtype\)"),
         ("strict", "loading is always strict"),
         ("revison", "did you mean revision"),
-        ("config", "it takes force_download, token"),
+        ("config", "it accepts force_download, token"),
     ],
 )
 def test_keywords_that_loading_does_not_take(keyword: str, remedy: str):

@@ -144,7 +144,7 @@ def test_replay_keeps_every_process_s_rows_and_wants_as_many_processes_again(pho
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     rows = [load_file(folder / f"replay-{rank}.safetensors")["rows.candidate"] for rank in (0, 1)]
     assert len(rows[0]) and not torch.equal(*rows)
-    with pytest.raises(ConfigError, match="trained by 2 processes.*resume with as many, not 1") as refusal:
+    with pytest.raises(ConfigError, match="trained by 2 processes.*resume with the same number, not 1") as refusal:
         Trainer(build_config(raw), tmp_path / "run", device="cpu")
     assert "\n" not in str(refusal.value)
 

@@ -480,7 +480,7 @@ def test_resuming_on_more_or_fewer_samples_is_refused(photos: Path, tmp_path: Pa
     raw = experiment(data, train=dict(num_updates=1), validation=dict(path=None))
     train(raw, tmp_path / "run")
     (data / path.name).unlink()
-    with pytest.raises(ConfigError, match="trained on 24 samples, data.path holds 23 now"):
+    with pytest.raises(ConfigError, match="trained on 24 samples, but data.path now has 23"):
         train(raw | {"train": raw["train"] | dict(num_updates=2)}, tmp_path / "run")
 
 
@@ -511,7 +511,7 @@ def test_a_second_training_in_a_folder_is_one_line(photos: Path, tmp_path: Path)
     with FileLock(tmp_path / "run" / ".lock"):
         second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert second.returncode == 2
-    assert second.stderr == "ebt-vision: another training is at work in run; wait for its end or choose another --output\n"
+    assert second.stderr == "ebt-vision: another training uses in run; wait for its end or choose another --output\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     train(raw, tmp_path / "run")  # the lock is gone with its holder
 
@@ -530,7 +530,7 @@ def test_a_training_holds_its_folder_and_lets_go_of_it(photos: Path, tmp_path: P
     trainer.update = watch  # type: ignore[method-assign]
     trainer.run()
     assert len(held) == 12
-    with FileLock(tmp_path / ".lock", timeout=0), pytest.raises(ConfigError, match="another training is at work"):
+    with FileLock(tmp_path / ".lock", timeout=0), pytest.raises(ConfigError, match="another training uses"):
         Trainer(build_config(experiment(photos)), tmp_path, device="cpu")
 
 

@@ -1,4 +1,5 @@
-"""Files that are there whole or as they were before, whenever the process ends. The one writer of the project."""
+"""Atomic writing: a file is complete or unchanged, even if the process is killed. Everything in the project uses this
+writer."""
 
 import os
 from collections.abc import Callable
@@ -7,14 +8,14 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` with a file beside `path`, bring it to the disk and rename it to `path`.
+    """Call `write` with a file next to `path`, flush it to the disk and rename it to `path`.
 
-    A file that was there before keeps its permissions. Where writing fails nothing is left, and the error is raised.
+    An existing file keeps its permissions. If writing fails, nothing is left and the error is raised.
     """
-    temporary = path.with_name(f".{os.getpid()}.writing")  # short: the name itself may be as long as a name can be
+    temporary = path.with_name(f".{os.getpid()}.writing")  # short: `path` may have the maximum length
     try:
         if path.exists():
-            temporary.touch(0o600)  # not even for a moment readable by more people than the old file
+            temporary.touch(0o600)  # never readable by more users than the old file
         with temporary.open("wb") as file:
             write(file)
             file.flush()
@@ -27,6 +28,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text in one go; the folder is made if it is missing."""
+    """Write UTF-8 text atomically; create the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,6 +1,6 @@
-"""Image quality, per sample: float64 (B,) on the CPU, explicit data range, no average over the batch that is not named so.
+"""Image quality per sample: float64 (B,) on the CPU, with an explicit data range; averages over the batch are named as such.
 
-Not every device has float64 (Apple's has not), so images come to the CPU first.
+Images are moved to the CPU first, because some devices (Apple's) have no float64.
 """
 
 import hashlib
@@ -29,16 +29,16 @@ def psnr(prediction: Tensor, target: Tensor, *, data_range: float) -> Tensor:
 
 
 def psnr_from_mse(error: Tensor, *, data_range: float) -> Tensor:
-    """10 log10(data_range^2 / error), any shape. The paper's PSNR is this, of the *mean* error of a batch."""
+    """10 log10(data_range^2 / error), any shape. The paper applies it to the *mean* error of a batch."""
     if data_range <= 0:
         raise ValueError(f"data_range={data_range} must be positive: 1 for [0, 1] images")
     return 20.0 * math.log10(data_range) - 10.0 * torch.log10(error.cpu().double())
 
 
 def ssim(prediction: Tensor, target: Tensor, *, data_range: float) -> Tensor:
-    """Structural similarity of each image, float64 (B,): 11x11 Gaussian, sigma 1.5, valid area (Wang et al. 2004), by kornia.
+    """Structural similarity of each image, float64 (B,), by kornia: 11x11 Gaussian, sigma 1.5, valid area (Wang et al. 2004).
 
-    Raises ValueError where an image is smaller than the window.
+    Raises ValueError if an image is smaller than the window.
     """
     from kornia.metrics import ssim as ssim_map
 
@@ -50,19 +50,19 @@ def ssim(prediction: Tensor, target: Tensor, *, data_range: float) -> Tensor:
 
 
 LPIPS_MIN_SIDE = 32
-"""Pixels; AlexNet's last maps of a smaller image are empty."""
+"""Minimum side in pixels; for a smaller image the last feature maps of AlexNet are empty."""
 
 
 class MissingBackboneError(ValueError):
-    """LPIPS has no trained backbone to run on; the message says what to pass."""
+    """LPIPS has no trained backbone; the message says what to pass."""
 
 
 class PerceptualDistance:
-    """LPIPS (Zhang et al. 2018), version 0.1, by the `lpips` package, on an ImageNet backbone that is never random.
+    """LPIPS (Zhang et al. 2018), version 0.1, from the `lpips` package, on an ImageNet backbone that is never random.
 
-    `backbone` is a file with torchvision's weights of the network (.pth, or .safetensors), "download" for torchvision's usual
-    download, or None for what that download left in torch.hub's folder earlier. `name` says what was used, with the SHA-256.
-    Raises MissingBackboneError where there are no weights, ValueError where the file does not hold them.
+    `backbone` is a file with torchvision's weights of the network (.pth or .safetensors), "download" for torchvision's usual
+    download, or None for the file that an earlier download left in torch.hub's folder. `name` has the network and the SHA-256
+    of its weights. Raises MissingBackboneError if there are no weights, ValueError if the file does not contain them.
     """
 
     def __init__(self, backbone: str | None = None, *, net: Literal["alex", "vgg", "squeeze"] = "alex", device: str = "cpu"):
@@ -79,12 +79,12 @@ class PerceptualDistance:
         build, weights_name = builders[net]
         file = _backbone_file(backbone, getattr(torchvision.models, weights_name).IMAGENET1K_V1.url)
         trunk = _load_trunk(build, file)
-        # The package's own loader fetches the trunk; it is built without weights and given ours.
+        # The loader of the package would download the trunk, so build the trunk without weights and load ours.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it builds the trunk by arguments that torchvision has deprecated
+            warnings.simplefilter("ignore", UserWarning)  # the package uses arguments that torchvision has deprecated
             model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         for piece in (child for child in model.net.children() if isinstance(child, nn.Sequential)):
-            for name, layer in piece.named_children():  # named by their place in the trunk
+            for name, layer in piece.named_children():  # the name is the position in the trunk
                 layer.load_state_dict(trunk[int(name)].state_dict())
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = device
@@ -120,7 +120,7 @@ def _backbone_file(backbone: str | None, url: str) -> Path:
 
 
 def _load_trunk(build: Callable[..., nn.Module], file: Path) -> nn.Sequential:
-    """The feature layers of the torchvision network with the weights in `file`, every one of them."""
+    """Return all feature layers of the torchvision network with the weights in `file`."""
     from safetensors.torch import load_file
 
     model = build(weights=None)
@@ -129,9 +129,9 @@ def _load_trunk(build: Callable[..., nn.Module], file: Path) -> nn.Sequential:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
         state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
         features.load_state_dict(state)
-    except Exception as error:  # from a damaged zip to a missing key, each reader has its own errors
+    except Exception as error:  # each reader has its own errors, from a damaged zip to a missing key
         reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{file} does not hold the weights of torchvision's {build.__name__} ({reason})") from error
+        raise ValueError(f"{file} does not contain the weights of torchvision's {build.__name__} ({reason})") from error
     return features
 
 

@@ -1,4 +1,4 @@
-"""Where bfloat16 is fast, and the autocast context that uses it."""
+"""Whether bfloat16 is fast on a device, and the autocast context that uses it."""
 
 import contextlib
 from typing import Literal, get_args
@@ -6,13 +6,13 @@ from typing import Literal, get_args
 import torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
-"""auto: bfloat16 where the device is fast at it and the network loses nothing by it, float32 elsewhere."""
+"""auto: bfloat16 if the device is fast at bfloat16 and the network loses no quality, otherwise float32."""
 
 
 def has_fast_bfloat16(device: str | torch.device) -> bool:
     """Whether the device has instructions for bfloat16: CUDA from compute capability 8.0, CPUs with AVX512-BF16 or AMX.
 
-    Other CPUs emulate bfloat16 and are many times slower with it than with float32. MPS is not asked: its autocast is young.
+    Other CPUs emulate bfloat16 and are many times slower than with float32. MPS counts as slow, because its autocast is new.
     """
     kind = torch.device(device).type
     if kind == "cuda":
@@ -29,6 +29,6 @@ def autocast(device: str | torch.device, *, bfloat16: bool) -> contextlib.Abstra
 
 
 def check_precision(precision: str) -> None:
-    """ValueError unless it is one of Precision."""
+    """Raise ValueError unless `precision` is one of Precision."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(get_args(Precision))}")

@@ -1,4 +1,4 @@
-"""How a figure came about: what every results.json says of the command, the code and the machine that made it."""
+"""The provenance of a figure: the command, code and machine, for every results.json."""
 
 import datetime
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def provenance(program: str, arguments: Sequence[str], device: str = "cpu") -> dict[str, str]:
-    """command, commit ("unknown" outside a repository), hardware of `device`, torch's version and today's date."""
+    """Return command, commit ("unknown" outside a repository), hardware of `device`, torch's version and today's date."""
     root = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root)
     on_gpu = device.startswith("cuda")

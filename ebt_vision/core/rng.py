@@ -1,11 +1,11 @@
-"""Generators made from (seed, and where we are), so that no draw depends on what was drawn before.
+"""Generators from a seed and a position, so that no draw depends on earlier draws.
 
-A draw that is made for a training sample or an image gets a generator of its own: the value then depends on the seed and
-on the sample alone, not on its batch, its process or the step at which a run was resumed.
+Each training sample or image has its own generator. Its draws depend only on the seed and the sample, not on the batch, the
+process or the step at which a run resumed.
 
-Draws for candidates (start, Langevin noise, step size) are made on the device of the candidates. A CPU and a GPU draw different
-numbers from one seed, and so may two kinds of GPU. The noise of observations is drawn on the CPU, so that all
-devices see the same images.
+Draws for candidates (start, Langevin noise, step size) are made on the device of the candidates. With one seed, a CPU and a GPU
+draw different numbers; two kinds of GPU may also differ. The noise of observations is drawn on the CPU, so that all devices
+see the same images.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 def make_generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose state depends on `seed` and on the integers of `stream` (say rank, epoch, index) and nothing else.
+    """Return a generator whose state depends only on `seed` and the integers of `stream` (for example rank, epoch, index).
 
     numpy's SeedSequence mixes the integers (O'Neill 2014, sec. 4.2), so neighbouring seeds give independent streams.
     Raises ValueError for a negative integer.
@@ -33,14 +33,14 @@ def make_generator(seed: int, *stream: int, device: torch.device | str = "cpu") 
 def sample_generators(
     seed: int, indices: Sequence[int], *stream: int, device: torch.device | str = "cpu"
 ) -> list[torch.Generator]:
-    """One generator for each sample index: sample i gets the same one in whatever batch it stands."""
+    """Return one generator for each sample index; sample i gets the same generator in any batch."""
     return [make_generator(seed, *stream, index, device=device) for index in indices]
 
 
 def generators_on(generators: Sequence[torch.Generator], device: torch.device) -> list[torch.Generator]:
-    """Generators on `device`: those that are there already as they are, others anew from their seeds.
+    """Return generators on `device`: those already there unchanged, the others created again from their seeds.
 
-    A new one starts at its beginning, whatever was drawn from the old one, and draws other numbers (see above).
+    A new generator starts at its beginning, regardless of earlier draws, and draws other numbers (see above).
     """
     return [g if g.device == device else _seeded(g.initial_seed(), device) for g in generators]
 
@@ -64,6 +64,6 @@ def _draw(draw: Callable[..., Tensor], tensor: Tensor, generator: Generators | N
         device = generator.device if generator is not None else tensor.device
         return draw(tensor.shape, generator=generator, device=device, dtype=tensor.dtype).to(tensor.device)
     if len(generator) != tensor.shape[0]:
-        raise ValueError(f"got {len(generator)} generators for a batch of {tensor.shape[0]}; give one per sample")
+        raise ValueError(f"got {len(generator)} generators for a batch of {tensor.shape[0]}; use one per sample")
     parts = [draw(tensor.shape[1:], generator=g, device=g.device, dtype=tensor.dtype) for g in generator]
     return torch.stack(parts).to(tensor.device)

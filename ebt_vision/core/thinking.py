@@ -1,9 +1,9 @@
 """Thinking: predict by gradient descent on an energy (Gladstone et al. 2025, arXiv 2507.02092, sec. 3).
 
-This file has the one thinking loop of the project. It knows an energy function and no model; training and inference, images
-and text differ by arguments alone:
+This file has the only thinking loop of the project. It takes an energy function, not a model. Training and inference, images
+and text differ only in arguments:
 
-    y <- y - step_size * dE(y, context)/dy        once per thinking step
+   y <- y - step_size * dE(y, context)/dy        once per thinking step
 
 Other rules for the step are in step_rules.py.
 
@@ -36,9 +36,9 @@ class EnergyFunction(Protocol):
 
 @runtime_checkable
 class SteppedEnergy(Protocol):
-    """An energy that changes with the thinking step: `at_step(t)` is the one whose gradient makes update t + 1.
+    """An energy that changes with the thinking step: update t + 1 uses the gradient of `at_step(t)`.
 
-    The energy after the last of T updates is `at_step(T)`'s.
+    After the last of T updates the energy is `at_step(T)`.
     """
 
     def at_step(self, step: int) -> EnergyFunction: ...
@@ -52,13 +52,13 @@ class EnergyWithGradient(Protocol):
 
 
 class CompiledEnergy:
-    """An energy function whose value and gradient come from one graph compiled by torch.compile, for long training.
+    """An energy function whose value and gradient come from one graph of torch.compile, for long training.
 
     Candidate (B, ...) and context (B, ...) -> energies (B,) or (B, S).
 
     torch.compile cannot differentiate a compiled forward pass twice. It can compile the gradient (torch.func.grad) as a
-    function of its own, whose backward is then the second order. Same values to rounding; needs a C++ compiler on the CPU.
-    Where compiling fails it says so once, as a warning, and goes on without it.
+    function; the backward pass of this function is the second order. Values agree up to rounding. A CPU needs a C++ compiler.
+    If compiling fails, a warning is given once and the energy runs without compiling.
     """
 
     def __init__(self, energy_fn: EnergyFunction, *, backend: str | Callable[..., Any] = "inductor"):
@@ -70,12 +70,12 @@ class CompiledEnergy:
         return self.energy_fn(candidate, *context)
 
     def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """(energies (B,) or (B, S), gradient (B, ...) of their sum), both part of the graph where one is recorded."""
+        """Return (energies (B,) or (B, S), gradient (B, ...) of their sum); both are in the graph if one is recorded."""
         try:
             gradient, energy = self._energy_and_gradient(candidate, *context)
-        except torch._dynamo.exc.TorchDynamoException as error:  # without a C++ compiler, say
+        except torch._dynamo.exc.TorchDynamoException as error:  # for example without a C++ compiler
             reason = " ".join(str(error).split())[:200]
-            warnings.warn(f"the energy's gradient cannot be compiled ({reason}); going on without", stacklevel=2)
+            warnings.warn(f"the energy's gradient cannot be compiled ({reason}); continuing without compiling", stacklevel=2)
             self._energy_and_gradient = self._eager
             gradient, energy = self._eager(candidate, *context)
         return energy, gradient
@@ -90,7 +90,7 @@ def _functional_gradient(energy_fn: EnergyFunction, candidate: Tensor, *context:
 
 
 class ThinkingError(RuntimeError):
-    """Thinking cannot go on; the message says why and what to do."""
+    """Thinking is impossible; the message gives the reason and the remedy."""
 
 
 class NonFiniteGradientError(ThinkingError):
@@ -109,14 +109,14 @@ ToleranceOf = Literal["first", "previous", "training", "observation"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThinkingConfig:
-    """How to think; the defaults are the plain deterministic descent of inference."""
+    """Options of thinking; the defaults are plain deterministic descent for inference."""
 
     num_steps: int = 1
-    """Updates of the candidate; the largest number of them with a random number or a tolerance."""
+    """Number of updates of the candidate; the maximum if the number is random or there is a tolerance."""
     min_num_steps: int | None = None
-    """If set, each call draws its number of steps uniformly from min_num_steps..num_steps (a landscape regulariser)."""
+    """If set, each call draws its number of steps uniformly from min_num_steps..num_steps (regularises the landscape)."""
     step_size: float = 1.0
-    """The paper's alpha, in candidate units squared per energy unit; a model's learned one takes its place."""
+    """The paper's alpha, in candidate units squared per energy unit; the learned step size of a model replaces it."""
     step_size_factor: float = 1.0
     """Each sample's step size is drawn uniformly from [step_size / factor, step_size * factor]; 1 draws nothing."""
     step_rule: StepRuleName | AnyStepRule = "fixed"
@@ -124,20 +124,23 @@ class ThinkingConfig:
     langevin_std: float | tuple[float, ...] = 0.0
     """Standard deviation, in candidate units, of the noise added to the candidate before each gradient: one, or one a step."""
     detach_between_steps: bool = True
-    """Cut the graph before every step, so that a loss on step t trains step t alone."""
+    """Cut the graph before every step, so that a loss on step t trains only step t."""
     backprop_steps: int | None = None
-    """If set, only the last so many steps are part of the graph (truncation); None keeps all of them."""
+    """If set, only this number of last steps is in the graph (truncation); None keeps all steps."""
     tolerance: float | None = None
-    """If set, a sample stops once a step lowers its energy by no more than this share of what its first step did, or of what
-    tolerance_of names."""
+    """If set, a sample stops after step k when its gain g_k = E_(k-1) - E_k is at most `tolerance` times a reference; see
+    tolerance_of."""
     tolerance_of: ToleranceOf = "first"
-    """previous: of what the step before did. An energy that falls step by step at an even rate, as that of an input far from
-    anything that was trained on, is then thought on; one that settles at once stops. training: of `training_gain` times
-    training_gain / what the sample's own first step did: the noisier the input, the smaller the gains that are worth a step.
-    observation: a sample stops once its energy is no more than this share of the energy of what was observed. A candidate with
-    so little energy needs no step, so a good start ends at once. See `observation_energy` of think()."""
+    """When a sample stops after step k. E_k is the energy after step k, g_k = E_(k-1) - E_k the gain, t the tolerance:
+
+    - first: g_k <= t * g_1, relative to the first gain
+    - previous: g_k <= t * g_(k-1), relative to the previous gain
+    - training: g_k <= t * G^2 / g_1, where G is training_gain; stronger noise has a larger g_1 and so a lower threshold
+    - observation: E_k <= t * E_observation (see think()); this rule can stop before the first step
+
+    Under every rule a step that raises the energy is undone, and the sample stops."""
     training_gain: float | None = None
-    """By how much a first step lowers the energy of an input with the training's noise, on average; for `training` alone."""
+    """G of the rule `training`: the mean gain of a first step on inputs with the training noise."""
 
     def __post_init__(self) -> None:
         check(self.num_steps >= 0, "num_steps", self.num_steps, "use 1 or more, or 0 to return the start")
@@ -185,7 +188,7 @@ class ThinkingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThinkingStep:
-    """What a callback sees: the candidate before the first update (index 0) or after update `index`, and its energy."""
+    """The input of a callback: the candidate before the first update (index 0) or after update `index`, and its energy."""
 
     index: int
     candidate: Tensor  # (B, ...)
@@ -194,23 +197,23 @@ class ThinkingStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThinkingResult:
-    """What thinking found. T is the number of steps; E is (B,) for images, (B, S) for text."""
+    """The result of thinking. T is the number of steps; E is (B,) for images, (B, S) for text."""
 
     final: Tensor
     """The last candidate of every sample, (B, ...)."""
     predictions: tuple[Tensor, ...]
     """The candidate after each update, T of (B, ...), part of the graph if create_graph; empty if not kept."""
     energies: Tensor
-    """Energy before the first and after every update, (T + 1, *E); a stopped sample repeats its last one. The last row
-    is NaN with evaluate_final=False."""
+    """Energy before the first and after every update, (T + 1, *E); a stopped sample repeats its last energy. The last row is
+    NaN with evaluate_final=False."""
     gradient_norms: Tensor
-    """Norm of each element's energy gradient at each update, (T, *E); 0 where a sample had stopped."""
+    """Norm of each element's energy gradient at each update, (T, *E); 0 for stopped samples."""
     num_steps: Tensor
-    """Updates that each sample's final candidate has had, int64 (B,)."""
+    """Number of updates of each sample's final candidate, int64 (B,)."""
     num_forward: Tensor
-    """Energy evaluations spent on each sample, the last one without a gradient included, int64 (B,)."""
+    """Energy evaluations for each sample, including the last one without a gradient, int64 (B,)."""
     finite: Tensor
-    """Whether every energy with its gradient was finite, bool (), on the candidates' device; True unless check_finite=False."""
+    """Whether all energies and gradients were finite, bool (), on the candidates' device; True unless check_finite=False."""
 
 
 Callback = Callable[[ThinkingStep], object]
@@ -236,26 +239,27 @@ def think(
     evaluate_final: bool = True,
     check_finite: bool = True,
 ) -> ThinkingResult:
-    """Descend the energy from `y0` (B, ...); the caller's tensors are never changed, and it works under torch.no_grad().
+    """Descend the energy from `y0` (B, ...). The caller's tensors never change. Works under torch.no_grad().
 
-    `context` tensors (B, ...) are handed to the energy after the candidate. `step_size`, a number or a tensor () or (B,),
-    takes the config's place and may need a gradient; so does `num_steps`. `observation_energy` (B,), for a tolerance of the
-    observation alone, defaults to the energies of `y0`. `create_graph` makes the predictions differentiable
-    with respect to the energy's parameters and the step size; with `differentiate_start` with respect to `y0` too, as unrolled
-    and plug-and-play methods need. That takes a config with detach_between_steps=False and no backprop_steps.
+    The energy gets the `context` tensors (B, ...) after the candidate. `step_size`, a number or a tensor () or (B,), overrides
+    the config and may require a gradient; `num_steps` also overrides the config. `observation_energy` (B,) is for
+    tolerance_of="observation" and defaults to the energies of `y0`. `create_graph` makes the predictions differentiable with
+    respect to the parameters of the energy and the step size. `differentiate_start` makes them differentiable with respect to
+    `y0` as well, for unrolled and plug-and-play methods. It needs a config with detach_between_steps=False and no
+    backprop_steps.
 
-    `project` is applied to the candidates after each update, to put known pixels back, say. It is given all of them (B, ...),
-    those of stopped samples too, whose results are not used. A start that meets the constraint is the caller's to give.
+    `project` is applied to the candidates after each update, for example to restore known pixels. It gets all candidates
+    (B, ...), also those of stopped samples, whose results are not used. The caller gives a start that meets the constraint.
 
-    `generator` feeds every random draw. `callback` is called with the start and after each update; if it returns True, thinking
-    ends there. With a tolerance an update that raised the energy of a sample is taken back, after the callback has seen it.
-    Without `evaluate_final` the last energy is not computed, which saves a forward pass. Without `check_finite`
-    the host does not wait for the device at every step: nothing is raised for a gradient that is not finite, and
-    `ThinkingResult.finite` says whether there was one.
+    `generator` is used for every random draw. `callback` is called with the start and after each update; if it returns True,
+    thinking stops. With a tolerance, an update that raised the energy of a sample is undone after the callback. Without
+    `evaluate_final` the last energy is not computed, which saves a forward pass. Without `check_finite` the host does not wait
+    for the device at every step: a non-finite gradient raises no error, and `ThinkingResult.finite` reports it.
 
-    Raises ThinkingError under torch.inference_mode() and where the energy does not depend on the candidate,
-    NonFiniteGradientError where a gradient is not finite, ValueError for a tolerance together with create_graph, for a `y0`
-    that needs a gradient which it would not get, for a `project` that changes a shape, and for a schedule too short.
+    Raises ThinkingError under torch.inference_mode() and for an energy that does not depend on the candidate,
+    NonFiniteGradientError for a gradient that is not finite, ValueError for a tolerance together with create_graph, for a
+    `y0` that requires a gradient but would not get one, for a `project` that changes a shape, and for a schedule of Langevin
+    noise that is too short.
     """
     config = config or ThinkingConfig()
     if torch.is_inference_mode_enabled() or y0.is_inference():
@@ -278,7 +282,7 @@ def think(
 
 @dataclass(slots=True)
 class _Descent:
-    """The state of one call of think(): the candidates and which samples still move."""
+    """The state of one call of think(): the candidates and the samples that still move."""
 
     energy_fn: EnergyFunction
     y: Tensor
@@ -291,8 +295,8 @@ class _Descent:
     generator: Generators | None
     check_finite: bool
     observation_energy: Tensor | None = None  # (B,)
-    finite: Tensor | None = None  # (), of the steps that were not checked
-    active: Tensor | None = None  # indices of the moving samples; None stands for all of them
+    finite: Tensor | None = None  # (), for steps without a check
+    active: Tensor | None = None  # indices of the moving samples; None means all
     energies: list[Tensor] = field(default_factory=list)
 
     def run(self, num_steps: int, callback: Callback | None, keep_predictions: bool, evaluate_final: bool) -> ThinkingResult:
@@ -307,7 +311,7 @@ class _Descent:
         for step in range(num_steps):
             # Energy and gradient of the samples that still move.
             in_graph = self.create_graph and step >= first_graph_step
-            # At the first step the graph leads to y0, if think() has left it there, and no further back.
+            # At the first step the graph leads back to y0 if think() kept it, and no further.
             connected = in_graph and not self.config.detach_between_steps and (step > first_graph_step or step == 0)
             start = self.y if connected and self.y.requires_grad else self.y.detach()
             candidate, energy, gradient_of = self._evaluate(start, step, in_graph)
@@ -320,7 +324,7 @@ class _Descent:
             if ended:
                 return self._result(predictions, norms, used, forwards)
             if moving is not None:
-                if not moving.any():  # without the cost of a gradient
+                if not moving.any():  # saves the cost of a gradient
                     return self._result(predictions, norms, used, forwards)
                 candidate, energy = candidate[moving], energy[moving]
                 memory = tuple(kept[moving] for kept in memory)
@@ -360,7 +364,7 @@ class _Descent:
         return self._result(predictions, norms, used, forwards)
 
     def _evaluate(self, start: Tensor, step: int, in_graph: bool) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
-        """(candidate, energy, what computes the gradient) of the moving samples, Langevin noise added to the candidate."""
+        """Return (candidate, energy, gradient function) of the moving samples; Langevin noise is added to the candidate."""
         candidate = self._select(start)
         langevin_std = self.config.langevin_std_at(step)
         if langevin_std > 0:
@@ -370,7 +374,7 @@ class _Descent:
         return (candidate if in_graph else candidate.detach()), (energy if in_graph else energy.detach()), gradient_of
 
     def _check(self, values: Tensor, index: Tensor, step: int) -> None:
-        """Note, or raise NonFiniteGradientError, where a value of a sample of `index` is not finite."""
+        """Record whether the values of samples `index` are finite, or raise NonFiniteGradientError."""
         finite = torch.isfinite(values).reshape(len(values), -1).all(1)
         if not self.check_finite:
             self.finite = finite.all() if self.finite is None else self.finite & finite.all()
@@ -406,7 +410,7 @@ class _Descent:
         return torch.full(self.y.shape[:1], torch.nan, device=self.y.device)
 
     def _settle(self, used: Tensor, previous: Tensor | None, step: int) -> Tensor | None:
-        """Drop the samples whose last update gained too little; returns which of the active ones go on (None: all)."""
+        """Stop the samples whose last update gained too little; return which active samples continue (None: all)."""
         if self.config.tolerance is None:
             return None
         index = self._index()
@@ -414,7 +418,7 @@ class _Descent:
         if previous is not None and step >= 1:
             gain = self._gain(step)[index]
             rose = index[gain < 0]
-            if len(rose):  # the update made it worse: take it back
+            if len(rose):  # the update raised the energy: undo it
                 self.y = self.y.index_copy(0, rose, previous[rose])
                 self.energies[-1] = self.energies[-1].index_copy(0, rose, self.energies[-2][rose])
                 used[rose] -= 1
@@ -429,23 +433,24 @@ class _Descent:
         return moving
 
     def _gain(self, step: int) -> Tensor:
-        """By how much update `step` (1, 2, ...) lowered the energy of each sample, summed over its elements, (B,)."""
+        """Return the gain of update `step` (1, 2, ...): the decrease of each sample's energy, summed over its elements,
+        (B,)."""
         return self._total(step - 1) - self._total(step)
 
     def _total(self, step: int) -> Tensor:
-        """The energy of each sample after update `step`, summed over its elements, (B,)."""
+        """Return the energy of each sample after update `step`, summed over its elements, (B,)."""
         return self.energies[step].reshape(len(self.energies[step]), -1).sum(1)
 
     def _observed(self) -> Tensor:
-        """The energy of what was observed, (B,)."""
+        """Return the energy of the observation, (B,)."""
         return self._total(0) if self.observation_energy is None else self.observation_energy
 
     def _yardstick(self, step: int) -> Tensor:
-        """What a tolerance is a share of after update `step`, (B,)."""
+        """Return the reference of the tolerance after update `step`, (B,)."""
         of = self.config.tolerance_of
         gain = self._gain(max(1, step - 1) if of == "previous" else 1).clamp(min=0)
         if of == "training":
-            assert self.config.training_gain is not None  # ThinkingConfig sees to it
+            assert self.config.training_gain is not None  # checked by ThinkingConfig
             return self.config.training_gain**2 / gain.clamp(min=torch.finfo(gain.dtype).tiny)
         return gain
 
@@ -507,7 +512,7 @@ def _check_differentiable_start(config: ThinkingConfig, y0: Tensor, create_graph
     if not differentiate_start:
         if create_graph and y0.requires_grad:
             raise ValueError(
-                "y0 needs a gradient, which create_graph alone does not give it; use differentiate_start=True or y0.detach()"
+                "y0 requires a gradient, which create_graph alone does not provide; use differentiate_start=True or y0.detach()"
             )
     elif not create_graph:
         raise ValueError("differentiate_start=True needs the graph of the steps; use create_graph=True with it")
@@ -554,16 +559,16 @@ def _double_backward_attention(create_graph: bool) -> contextlib.AbstractContext
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestOfResult:
-    """The winner of N candidates by energy (self-verification), and all that were tried."""
+    """The candidate of lowest energy among N (self-verification), and all tried candidates."""
 
     final: Tensor
     """The candidate of lowest energy of each element, (B, ...)."""
     energies: Tensor
     """Final energy of every candidate, (N, *E)."""
     chosen: Tensor
-    """Which candidate won, int64, shape E."""
+    """Index of the winning candidate, int64, shape E."""
     results: tuple[ThinkingResult, ...]
-    """How each candidate was thought, N of them, without trajectories."""
+    """The thinking result of each of the N candidates, without trajectories."""
 
     @property
     def candidates(self) -> Tensor:
@@ -588,10 +593,10 @@ def best_of(
     generator: Generators | None = None,
     callback: Callback | None = None,
 ) -> BestOfResult:
-    """Think from each of N starts, each (B, ...), one after the other, and keep the candidate of lowest energy per element.
+    """Think from each of N starts, each (B, ...), one after another, and keep the candidate of lowest energy per element.
 
-    The generator goes on from one candidate to the next, so Langevin noise and random step sizes differ between them. Ties keep
-    the earlier one. Raises ValueError without a start, and what think() raises.
+    All candidates draw from the same generator in turn, so Langevin noise and random step sizes differ between them. With equal
+    energies the earlier candidate wins. Raises ValueError without a start, and the errors of think().
     """
     results = tuple(
         think(

@@ -1,4 +1,4 @@
-"""The options of thinking that people choose when they use a model, on a command line, on a page or in a program."""
+"""The options of thinking for users of a model: on a command line, on a page or in a program."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -10,14 +10,14 @@ from ebt_vision.core.thinking import ThinkingConfig, ToleranceOf
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThinkingOptions:
-    """How to think with a trained energy. DenoiseOptions and GenerateOptions add what is for images, or for text, alone."""
+    """How to think with a trained energy. DenoiseOptions and GenerateOptions add options for images and for text."""
 
     num_steps: int = 1
-    """Thinking steps; the largest number of them with a tolerance."""
+    """Number of thinking steps; the maximum number with a tolerance."""
     num_candidates: int = 1
-    """Think from so many starts and keep the candidate of lowest energy (self-verification)."""
+    """Number of starts; the candidate of lowest energy is kept (self-verification)."""
     tolerance: float | None = None
-    """A sample stops once a step gains no more than this share of what tolerance_of names (see ThinkingConfig). None: never."""
+    """A sample stops when the gain of a step is at most this fraction of the reference tolerance_of. None: never."""
     tolerance_of: ToleranceOf = "first"
     """What the tolerance is a share of: the gain of the first step, of the previous one, or of a first step at the training's
     noise, or the energy of the observation."""
@@ -28,7 +28,7 @@ class ThinkingOptions:
     step_size_scale: float = 1.0
     """Factor on the learned step size."""
     seed: int = 0
-    """All randomness depends on it and on the sample."""
+    """All random draws depend on the seed and the sample."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_candidates", "seed"):
@@ -50,9 +50,9 @@ class ThinkingOptions:
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
 
     def thinking(self, *, num_before: int = 0, training_gain: float | None = None) -> ThinkingConfig:
-        """The ThinkingConfig of these options. `num_before` of the steps were made before thinking starts (a proposal).
+        """Return the ThinkingConfig of these options. `num_before` steps were made before thinking starts (a proposal).
 
-        `training_gain` is the model's, for tolerance_of="training". The scale of the step size is the caller's to apply.
+        `training_gain` comes from the model, for tolerance_of="training". The caller applies the scale of the step size.
         """
         return ThinkingConfig(
             num_steps=self.num_steps - num_before,

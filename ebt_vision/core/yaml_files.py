@@ -1,4 +1,4 @@
-"""YAML as people write settings: 1e-3 is a number, 1:30 and 010 are not what YAML 1.1 makes of them, no key comes twice."""
+"""YAML for settings: 1e-3 is a number, 1:30 and 010 are not converted as in YAML 1.1, and a repeated key is an error."""
 
 import re
 from typing import Any
@@ -49,5 +49,5 @@ _SettingsLoader.add_constructor(_INT, _decimal)
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text; yaml.YAMLError for a text that is no YAML and for a key that comes twice."""
+    """Parse a YAML text. Raises yaml.YAMLError for invalid YAML and for a repeated key."""
     return yaml.load(text, Loader=_SettingsLoader)

@@ -1,1 +1,1 @@
-"""Images and text: found, decoded, ordered, written."""
+"""Images and text: finding, decoding, ordering, writing."""

@@ -1,4 +1,4 @@
-"""What a decoder gives back and how it refuses: shared by the decoders of all formats."""
+"""The result type and the errors of all decoders."""
 
 import io
 import time
@@ -9,43 +9,43 @@ import numpy as np
 from ebt_vision.data.metadata import Metadata
 
 MAX_PIXELS = 89_478_485
-"""The largest image that is decoded, in pixels: 89 megapixels, Pillow's own limit (a quarter GB in 8-bit RGB)."""
+"""The largest image that is decoded, in pixels: 89 megapixels, the limit of Pillow (a quarter GB in 8-bit RGB)."""
 
 MIN_SIDE = 8
-"""The smallest side that is decoded, in pixels: below it there is no patch to work on."""
+"""The smallest side that is decoded, in pixels; a smaller image has no complete patch."""
 
 MAX_SECONDS = 60.0
-"""The longest time that reading one image may take; 89 megapixels take about a tenth of it."""
+"""The maximum time to read one image; 89 megapixels take about a tenth of it."""
 
 
 class DecodeError(ValueError):
-    """The bytes are no usable image. The message is the reason and the remedy, to be put after the file's name."""
+    """The bytes are not a usable image. The message is the reason and the remedy, for use after the file name."""
 
 
 class TooLargeError(DecodeError):
-    """The image has more pixels than the caller takes."""
+    """The image has more pixels than the caller accepts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedImage:
-    """One upright image as its file holds it."""
+    """One upright image with the contents of its file."""
 
     pixels: np.ndarray
     """(H, W, 3) RGB or (H, W, 1) grey; uint8 in 0..255 or uint16 in 0..65535."""
     alpha: np.ndarray | None
     """(H, W), dtype and range of `pixels`, not premultiplied; None for an opaque file."""
     icc_profile: bytes | None
-    """The profile `pixels` are in; None without one, and for CMYK, which is converted to sRGB."""
+    """The colour profile of `pixels`; None without a profile, and for CMYK, which is converted to sRGB."""
     exif: bytes | None
-    """EXIF block that starts with b"Exif\\0\\0", its orientation reset to 1 because the pixels are upright already."""
+    """EXIF block that starts with b"Exif\\0\\0"; its orientation is 1, because the pixels are already upright."""
     metadata: Metadata = field(default_factory=Metadata)
-    """Resolution, XMP, comments and what else says something about the image."""
+    """Resolution, XMP, comments and other information about the image."""
     notes: tuple[str, ...] = ()
-    """What was left out in reading, a sentence each."""
+    """What the decoder left out, one sentence each."""
 
 
 class TimedBytes(io.BytesIO):
-    """Bytes as a file that raises DecodeError once MAX_SECONDS have passed, so that no decoder can read it for ever."""
+    """Bytes as a file that raises DecodeError after MAX_SECONDS, so that no decoder reads it endlessly."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -69,21 +69,21 @@ class TimedBytes(io.BytesIO):
 
     def _check(self) -> None:
         if time.monotonic() > self._end:
-            raise DecodeError(f"takes more than {MAX_SECONDS:.0f} s to read; save it anew as PNG")
+            raise DecodeError(f"takes more than {MAX_SECONDS:.0f} s to read; save it as PNG")
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """DecodeError for an image that is too small, TooLargeError for more than `max_pixels`."""
+    """Raise DecodeError for an image that is too small, TooLargeError for more than `max_pixels`."""
     if width * height > max_pixels:
-        raise TooLargeError(f"is {width}x{height} pixels, more than the {max_pixels} that are decoded; make it smaller")
+        raise TooLargeError(f"is {width}x{height} pixels, more than the limit of {max_pixels} pixels; make it smaller")
     if min(width, height) < MIN_SIDE:
         raise DecodeError(f"is {width}x{height} pixels, too small; each side needs at least {MIN_SIDE}")
 
 
 def check_frames(num_frames: int | str) -> None:
-    """DecodeError unless there is one frame; a word such as "several" says that they were not counted."""
+    """Raise DecodeError unless there is one frame; a word such as "several" means that the frames were not counted."""
     if num_frames != 1:
-        raise DecodeError(f"has {num_frames} frames or pages; save the one you mean as PNG")
+        raise DecodeError(f"has {num_frames} frames or pages; save the frame you want as PNG")
 
 
 def assemble(
@@ -94,7 +94,7 @@ def assemble(
     metadata: Metadata,
     notes: tuple[str, ...] = (),
 ) -> DecodedImage:
-    """(H, W, C) of 1 to 4 channels as stored, the last being alpha where their number is even -> upright DecodedImage."""
+    """Convert (H, W, C) as stored to an upright DecodedImage; C = 1..4, and alpha is last if C is even."""
     upright = np.ascontiguousarray(_orient(array, orientation))
     has_alpha = upright.shape[2] in (2, 4)
     return DecodedImage(
@@ -117,5 +117,5 @@ def _orient(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error of somebody else's, short and in one line."""
+    """The message of an error from another library, short and in one line."""
     return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,8 +1,8 @@
-"""Image bytes -> 8- or 16-bit pixels, upright, with alpha and metadata: the one decoder for training and for people's files.
+"""Image bytes -> upright 8- or 16-bit pixels, with alpha and metadata: the one decoder for training and for users' files.
 
-Pillow reads everything but what it would cut to 8 bits: 16-bit PNG goes through torchvision, 16-bit and float TIFF through
-tifffile (tiff.py), PGM and PPM of more than 8 bits through pnm.py. Sizes are checked from the header, before any pixel is
-decoded, and so is what could take for ever: see MAX_SECONDS, MAX_PAGES and MAX_SCANNED.
+Pillow reads all formats that it does not reduce to 8 bits. 16-bit PNG uses torchvision, 16-bit and float TIFF use tifffile
+(tiff.py), PGM and PPM of more than 8 bits use pnm.py. Sizes are checked in the header, before any pixel is decoded. Input that
+could take endless time is refused as well: see MAX_SECONDS, MAX_PAGES and MAX_SCANNED.
 """
 
 import contextlib
@@ -62,15 +62,15 @@ SUFFIXES = frozenset(
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
 UNSUPPORTED = ("unsupported", "not supported", "unknown raw mode")
-"""Words of Pillow's messages on whole files of a kind that it does not read."""
+"""Words in Pillow's messages about complete files of an unsupported kind."""
 MAX_BOXES = 1000
-"""Boxes of an AVIF that are looked at for the one that describes its image; it is among the first."""
+"""Maximum number of boxes of an AVIF to search for the description of the image, which is among the first."""
 MAX_SCANNED = 4_000_000_000
-"""Pixels times scans of a JPEG: a progressive one of 89 megapixels in 10 scans has 0.9e9, and a scan costs time even where it
-is empty."""
+"""Maximum pixels times scans of a JPEG. A progressive JPEG of 89 megapixels in 10 scans has 0.9e9. A scan costs time even if
+it is empty."""
 
-# Pillow's remarks on damaged files are not printed: what matters becomes an error or a note. Not with catch_warnings, which
-# threads cannot use.
+# Pillow's warnings about damaged files are not printed: relevant ones become an error or a note. catch_warnings is not used,
+# because it is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -78,10 +78,10 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Decode one still image (PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, AVIF, HEIC) and apply its orientation.
 
-    16-bit PNG, TIFF, PGM and PPM keep their 16 bits; float TIFF must lie in [0, 1] and becomes 16 bit; palettes become RGB.
-    EXIF fields that cannot be read are left out and named in `notes`; the EXIF thumbnail is left out. A TIFF's smaller pages
-    are not looked at. HEIC needs the extra "heic". Raises DecodeError for bytes that are empty, no image, damaged, animated,
-    smaller than MIN_SIDE, not finite, or longer to read than MAX_SECONDS; TooLargeError for more than `max_pixels`.
+    16-bit PNG, TIFF, PGM and PPM keep 16 bits. Float TIFF must lie in [0, 1] and becomes 16 bit. Palettes become RGB.
+    Unreadable EXIF fields are left out and listed in `notes`; the EXIF thumbnail is left out. Smaller pages of a TIFF are
+    ignored. HEIC needs the extra "heic". Raises DecodeError for bytes that are empty, not an image, damaged, animated, smaller
+    than MIN_SIDE, not finite, or slower to read than MAX_SECONDS. Raises TooLargeError for more than `max_pixels`.
     """
     if not data:
         raise DecodeError("is empty (0 bytes); copy it again")
@@ -96,10 +96,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     except Image.UnidentifiedImageError:
         raise DecodeError(_unidentified(data)) from None
     except Image.DecompressionBombError:
-        raise TooLargeError(f"has far more than the {MAX_PIXELS} pixels that are decoded; make it smaller") from None
-    except Exception as error:  # on damaged bytes the decoders raise nearly anything: SyntaxError, struct.error, KeyError
+        raise TooLargeError(f"has far more than {MAX_PIXELS} pixels, the limit; make it smaller") from None
+    except Exception as error:  # damaged bytes raise almost any error: SyntaxError, struct.error, KeyError
         if isinstance(error, NotImplementedError) or any(word in str(error).lower() for word in UNSUPPORTED):
-            raise DecodeError(f"is of a kind that is not supported ({one_line(error)}); save it as PNG") from error
+            raise DecodeError(f"is of an unsupported kind ({one_line(error)}); save it as PNG") from error
         raise DecodeError(f"is damaged or truncated ({one_line(error)}); copy it again") from error
 
 
@@ -109,11 +109,11 @@ def _unidentified(data: bytes) -> str:
         return 'is a HEIC image, which needs pillow-heif; `pip install "ebt_vision[heic]"`, or save it as PNG'
     if brand in AVIF_BRANDS and "AVIF" not in FORMATS:
         return "is an AVIF image, which needs Pillow 11.3 or later; `pip install -U pillow`, or save it as PNG"
-    return "is not an image, or is damaged; PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, AVIF and HEIC are read"
+    return "is not an image or is damaged; use PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, AVIF or HEIC"
 
 
 def to_rgb8(image: DecodedImage) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: 16 bit is divided by 257 and rounded, grey is repeated, alpha is composited on white."""
+    """Convert to (H, W, 3) uint8 RGB: 16 bit is divided by 257 and rounded, grey is repeated, alpha is composited on white."""
     pixels = _to_8_bit(image.pixels)
     if image.alpha is not None:
         alpha = _to_8_bit(image.alpha)[:, :, None].astype(np.uint32)
@@ -130,17 +130,17 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> DecodedImage:
         check_size(*image.size, max_pixels)
         check_frames(_num_frames(image, len(data)))
         if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANNED:
-            raise DecodeError("is a JPEG of very many scans, which would take for ever; save it as PNG")
+            raise DecodeError("is a JPEG of too many scans, which would take too long; save it as PNG")
         image.load()
         icc_profile = image.info.get("icc_profile")
-        # A TIFF is turned upright by Pillow, and decode_tiff reads its EXIF.
+        # Pillow rotates a TIFF upright, and decode_tiff reads its EXIF.
         orientation, exif, notes = (1, None, ()) if image.format == "TIFF" else read_exif(image)
         metadata = read_metadata(image, data)
         bits = _avif_bits(data) if image.format == "AVIF" else image.info.get("bit_depth", 8) if image.format == "HEIF" else 8
         if bits > 8:
-            notes = (*notes, f"its {bits} bits are read as 8")
+            notes = (*notes, f"its {bits} bits are reduced to 8")
         if data.startswith(PNG_SIGNATURE) and data[24] == 16:  # IHDR's bit depth
-            array = _decode_png16(data, image.info.get("transparency"))  # after load(), whose messages on damage are better
+            array = _decode_png16(data, image.info.get("transparency"))  # after load(), which has better messages about damage
         elif image.mode.startswith("I;16"):
             array = np.asarray(image).astype(np.uint16)[:, :, None]
         elif image.mode == "CMYK":
@@ -151,7 +151,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> DecodedImage:
 
 
 def _avif_bits(data: bytes) -> int:
-    """Bits of a sample of an AVIF, 8, 10 or 12, by its AV1 configurations (AV1-ISOBMFF, sec. 2.3); Pillow does not say."""
+    """Bits per sample of an AVIF (8, 10 or 12) from its AV1 configurations (AV1-ISOBMFF, sec. 2.3); Pillow does not report
+    it."""
     place = 0
     for _ in range(MAX_BOXES):
         if place + 8 > len(data):
@@ -167,17 +168,17 @@ def _avif_bits(data: bytes) -> int:
 
 def _num_frames(image: Image.Image, num_bytes: int) -> int | str:
     if image.format in ("MPO", "HEIF", "TIFF"):
-        # An MPO is a photograph followed by a preview or a second view: the first frame is the picture. A HEIF's first frame
-        # is the one that it calls primary, and a TIFF has one page left here.
+        # An MPO is a photograph followed by a preview or a second view, so the first frame is the image. The first frame of a
+        # HEIF is its primary image, and a TIFF has only one page here.
         return 1
-    if image.format == "GIF" and num_bytes > 2**20:  # its frames are counted by reading all of them
+    if image.format == "GIF" and num_bytes > 2**20:  # counting its frames would read all of them
         return "several" if getattr(image, "is_animated", False) else 1
     return getattr(image, "n_frames", 1)
 
 
 def _decode_png16(data: bytes, transparent: int | tuple[int, int, int] | None) -> np.ndarray:
-    """(H, W, C) uint16; `transparent` is the one colour that stands for alpha 0 (PNG's tRNS)."""
-    from torchvision.io import ImageReadMode, decode_png  # takes a second to import
+    """Decode to (H, W, C) uint16; `transparent` is the one colour with alpha 0 (tRNS of PNG)."""
+    from torchvision.io import ImageReadMode, decode_png  # importing takes a second
 
     samples = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     array = samples.permute(1, 2, 0).numpy()  # CHW -> HWC
@@ -189,7 +190,7 @@ def _decode_png16(data: bytes, transparent: int | tuple[int, int, int] | None) -
 
 def _target_mode(image: Image.Image) -> str:
     if image.mode in ("I", "F", "LAB", "HSV"):
-        raise DecodeError(f"has pixels of Pillow mode {image.mode}, which is not read; save it as 8- or 16-bit RGB")
+        raise DecodeError(f"has pixels of Pillow mode {image.mode}, which is not supported; save it as 8- or 16-bit RGB")
     grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         return "LA" if grey else "RGBA"
@@ -204,5 +205,5 @@ def _cmyk_to_rgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
             if converted is not None:
                 return converted
         except (ImageCms.PyCMSError, OSError):
-            pass  # a profile that cannot be used: convert without one
+            pass  # unusable profile: convert without it
     return image.convert("RGB")

@@ -14,13 +14,13 @@ from ebt_vision.data.metadata import IPTC_RESOURCE, IPTC_TAG, PNG_SIGNATURE, TIF
 
 JPEG_QUALITY = 95
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
-"""Formats that hold 16 bits."""
+"""Formats that can hold 16 bits."""
 MAX_SEGMENT = 65_502
-"""Bytes of XMP, of IPTC or of a comment that one segment of a JPEG holds."""
+"""Maximum bytes of XMP, IPTC or a comment in one segment of a JPEG."""
 
 
 class Description(Protocol):
-    """What is written beside the samples."""
+    """The metadata to write with the samples."""
 
     @property
     def icc_profile(self) -> bytes | None: ...
@@ -33,7 +33,7 @@ class Description(Protocol):
 
 
 def encode(suffix: str, array: np.ndarray, image: Description) -> bytes:
-    """(H, W, C) uint8 or, for PNG and TIFF, uint16, C = 1..4, alpha last where C is even -> the bytes of a file."""
+    """Encode (H, W, C) to the bytes of a file: uint8, or uint16 for PNG and TIFF; C = 1..4, and alpha is last if C is even."""
     if suffix in (".tif", ".tiff"):
         return _encode_tiff(array, image)
     if suffix == ".png":
@@ -61,7 +61,7 @@ def encode(suffix: str, array: np.ndarray, image: Description) -> bytes:
 
 
 def _iptc_segment(iptc: bytes) -> bytes:
-    """The segment APP13 of a JPEG that holds IPTC alone: one image resource without a name, padded to an even length."""
+    """Return the segment APP13 of a JPEG with only IPTC: one image resource without a name, padded to an even length."""
     resource = b"8BIM" + struct.pack(">HHI", IPTC_RESOURCE, 0, len(iptc)) + iptc + b"\0" * (len(iptc) % 2)
     content = b"Photoshop 3.0\0" + resource
     return b"\xff\xed" + struct.pack(">H", 2 + len(content)) + content
@@ -79,7 +79,7 @@ def _encode_png8(array: np.ndarray, image: Description) -> bytes:
 
 
 def _png_chunks(image: Description) -> list[tuple[bytes, bytes]]:
-    """What both writers of PNG write beside profile, EXIF and resolution: colours, texts and XMP."""
+    """Return the PNG chunks other than profile, EXIF and resolution: colours, texts and XMP."""
     metadata = image.metadata
     texts = PngImagePlugin.PngInfo()
     for key, value in metadata.text:
@@ -91,7 +91,7 @@ def _png_chunks(image: Description) -> list[tuple[bytes, bytes]]:
 
 
 def _encode_png16(array: np.ndarray, image: Description) -> bytes:
-    """16-bit PNG, which Pillow cannot write (PNG specification, third edition, sec. 5, 9 and 11)."""
+    """Encode a 16-bit PNG, which Pillow cannot write (PNG specification, third edition, sec. 5, 9 and 11)."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -116,14 +116,14 @@ def _encode_png16(array: np.ndarray, image: Description) -> bytes:
 
 
 def _encode_tiff(array: np.ndarray, image: Description) -> bytes:
-    """TIFF with tifffile, because Pillow cannot write 16-bit colour, nor compress where there is an EXIF block."""
+    """Encode a TIFF with tifffile; Pillow cannot write 16-bit colour, and cannot compress if there is an EXIF block."""
     exif = Image.Exif()
     if image.exif:
         exif.load(image.exif)
     kept = {name: exif[ExifTags.Base[name]] for name in TIFF_TAGS_KEPT if ExifTags.Base[name] in exif}
     tags: list[tuple] = [(ExifTags.Base[name].value, "s", 0, str(kept[name]), True) for name in kept if "Resol" not in name]
     blocks = {int(ifd): fields for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo) if (fields := exif.get_ifd(ifd))}
-    # tifffile writes no pointer to an EXIF block: the number before it holds the place until the block is there.
+    # tifffile writes no pointer to an EXIF block, so a placeholder number holds its position until the block is written.
     tags += [(ifd - 1, "I", 1, 0, True) for ifd in blocks]
     if image.metadata.iptc:
         tags.append((IPTC_TAG, "B", len(image.metadata.iptc), image.metadata.iptc, True))

@@ -1,7 +1,7 @@
-"""Drawings made by a program: text, shapes, tables and gradients, as screenshots and line art have them.
+"""Synthetic drawings: text, shapes, tables and gradients, as in screenshots and line art.
 
-A denoiser that saw photographs alone takes flat colours and sharp edges for something unlikely. A share of such drawings among
-its training images teaches it what they look like (DataConfig.graphics_share).
+A denoiser trained only on photographs treats flat colours and sharp edges as unlikely. A fraction of drawings among its
+training images corrects this (DataConfig.graphics_share).
 """
 
 import string
@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 _LETTERS = string.ascii_letters + string.digits + "      .,;:-()"
 _SCALE = 2
-"""Shapes are drawn at this many times the size and reduced, so that their edges are smooth, as most programs draw them."""
+"""Shapes are drawn at this multiple of the size and downscaled, so that their edges are smooth, as in most programs."""
 
 
 class _Dice:
-    """Draws from one generator."""
+    """Random values from one generator."""
 
     def __init__(self, generator: torch.Generator):
         self._generator = generator
@@ -25,11 +25,11 @@ class _Dice:
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
     def number(self, low: int, high: int) -> int:
-        """A whole number in low..high."""
+        """Return a whole number in low..high."""
         return int(torch.randint(low, high + 1, (), generator=self._generator))
 
     def colour(self) -> tuple[int, int, int]:
-        """Often black, white, grey or a pure colour; else any."""
+        """Return a colour: often black, white, grey or a pure colour, otherwise any."""
         kind = self.share()
         if kind < 0.35:
             grey = (0, 255, 255, 240, 128)[self.number(0, 4)]
@@ -41,13 +41,13 @@ class _Dice:
         return red, green, blue
 
     def box(self, size: int) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of a rectangle that lies at least in part inside."""
+        """Return left, top, right, bottom of a rectangle that is at least partly inside."""
         left, top = self.number(-size // 4, size - 2), self.number(-size // 4, size - 2)
         return left, top, left + self.number(2, size), top + self.number(2, size)
 
 
 def draw_graphic(size: int, generator: torch.Generator) -> np.ndarray:
-    """One drawing, (3, size, size) uint8 RGB; every draw is from `generator`."""
+    """Draw one image, (3, size, size) uint8 RGB; every draw is from `generator`."""
     dice = _Dice(generator)
     smooth = dice.share() < 0.6
     side = size * _SCALE if smooth else size
@@ -102,11 +102,11 @@ def _grid(draw: ImageDraw.ImageDraw, side: int, dice: _Dice) -> None:
 
 
 _SHAPES = (_rectangle, _rectangle, _ellipse, _polygon, _lines, _grid)
-"""Each is drawn as often as it stands here."""
+"""A kind that is listed twice is drawn twice as often."""
 
 
 def _text(draw: ImageDraw.ImageDraw, size: int, dice: _Dice) -> None:
-    """Some lines of random letters in Pillow's own font."""
+    """Draw some lines of random letters in Pillow's own font."""
     height = dice.number(8, 24)
     font, colour = ImageFont.load_default(size=height), dice.colour()
     top, left = dice.number(-height // 2, size // 2), dice.number(-height, size // 3)

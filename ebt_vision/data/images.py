@@ -1,4 +1,4 @@
-"""Images for training and measuring: one size, uint8, every draw from (seed, epoch, sample) alone."""
+"""Images for training and measuring: one size, uint8, every draw depends only on (seed, epoch, sample)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,53 +18,54 @@ from ebt_vision.data.graphics import draw_graphic
 from ebt_vision.data.sources import DataError, Source, open_source
 
 MAX_ASPECT_RATIO = 20
-"""Images longer than this are skipped: nothing of them is left in a square crop, and resized they grow without bound."""
+"""Longer images are skipped: a square crop contains almost nothing of them, and resizing makes them very large."""
 
 AUGMENT_STREAM, GRAPHICS_STREAM = 0x63726F70, 0x64726177
-"""Keep the draws of crops and flips, and of drawings, apart from every other use of the seed."""
+"""Separate the draws of crops and flips, and of drawings, from other uses of the seed."""
 
 NUM_DECODE_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which images, and how they become squares of `img_size`."""
+    """Which images to use, and how they become squares of `img_size`."""
 
     path: str
-    """Folder of images, parquet or shards; image or parquet file or glob; *.tar shards, braces allowed; hub:OWNER/NAME."""
+    """Folder of images, parquet or shards; image or parquet file or glob; *.tar shards with braces; hub:OWNER/NAME."""
     split: str | None = None
-    """Sub-folder, file-name prefix or hub split; None is all of a folder (an error if it holds several), a hub's "train"."""
+    """Sub-folder, file-name prefix or hub split. None: the whole folder (an error if it has several splits), or "train" of a
+    hub."""
     image_column: str = "image"
-    """Column of the images in parquet and hub sets; field of a shard's samples where they have several (jpg, depth.png)."""
+    """Column of the images in parquet and hub sets; field of a shard's samples if they have several (jpg, depth.png)."""
     label_column: str | None = "label"
-    """Column of the labels in parquet and hub sets, field of a shard's .json; None for no labels from any source."""
+    """Column of the labels in parquet and hub sets, field of a shard's .json; None ignores all labels."""
     img_size: int = 64
     """Side of the square crop, pixels."""
     short_side: int | None = None
-    """What an image's shorter side is resized to before it is cropped; longer images only, shorter ones are resized no further
-    than img_size needs. None: img_size, up or down."""
+    """Length to which the shorter side of longer images is resized before cropping. Smaller images are resized only as far as
+    img_size needs. None: resize to img_size, up or down."""
     cut_sizes: tuple[int, ...] = ()
-    """Training alone: cut each crop into squares of one of these sides, drawn for each epoch, so that a network sees images of
-    several sizes at the same number of pixels an update. Each must divide img_size. Empty: crops stay whole."""
+    """Only in training: cut each crop into squares of one of these sides, drawn for each epoch. The network then sees several
+    image sizes at the same number of pixels per update. Each must divide img_size. Empty: crops stay whole."""
     crop: Literal["center", "random"] = "center"
-    """Where the square is cut out; "random" draws it anew in every epoch."""
+    """Position of the square crop; "random" draws a new position in every epoch."""
     flip: bool = False
-    """Mirror left-right with probability 1/2, drawn anew in every epoch."""
+    """Mirror left-right with probability 1/2, drawn again in every epoch."""
     rotate: bool = False
-    """Turn by 0, 90, 180 or 270 degrees, drawn anew in every epoch."""
+    """Rotate by 0, 90, 180 or 270 degrees, drawn again in every epoch."""
     zoom: float = 1.0
-    """With crop "random": enlarge half of the crops (bicubic) by a factor drawn in 1..zoom, evenly in its logarithm, so that
-    small images stand for the smoother ones of large photographs too. 1 enlarges none."""
+    """With crop "random": enlarge half of the crops (bicubic) by a factor in 1..zoom, log-uniform. Small images then also
+    represent large photographs, which are smoother. 1 disables this."""
     graphics_share: float = 0.0
-    """Share of the images, in [0, 1], that a drawing made by a program takes the place of (see graphics.py), drawn anew in
-    every epoch. Their labels stay: it is for denoising alone."""
+    """Fraction of the images, in [0, 1], replaced by synthetic drawings (see graphics.py), drawn again in every epoch. Labels
+    do not change, so use it only for denoising."""
     cache: bool = True
     """Hold all images in memory as uint8 (3 * img_size^2 bytes each when cropped at the centre); False decodes on every use."""
     check: bool = True
-    """Decode every image at the start, to leave out those that cannot be used. False, with cache=False alone, trusts them
-    and fails at the first that cannot: for a million images known to be good, which every process would else decode."""
+    """Decode every image at the start and skip unusable ones. False (only with cache=False) skips this check and fails at the
+    first unusable image. Use it for a million images known to be good, which every process would otherwise decode."""
     limit: int | None = None
-    """Take at most this many images, spread evenly over the set; None for all."""
+    """Maximum number of images, spread evenly over the set; None for all."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -76,7 +77,7 @@ class DataConfig:
         if not 1 <= self.zoom <= self.img_size:
             raise ValueError(f"zoom={self.zoom:g} is not in 1..{self.img_size} (img_size); use 1 to enlarge nothing")
         if self.zoom > 1 and self.crop != "random":
-            raise ValueError(f"zoom={self.zoom:g} needs crop: random")
+            raise ValueError(f"zoom={self.zoom:g} needs crop: random; set crop: random or zoom: 1")
         if not 0 <= self.graphics_share <= 1:
             raise ValueError(f"graphics_share={self.graphics_share:g} is not in [0, 1]")
         for size in self.cut_sizes:
@@ -91,21 +92,21 @@ class DataConfig:
 
 
 class ImageSet:
-    """A fixed list of readable images. Made by `load_image_set`, which has decoded each of them once."""
+    """A fixed list of readable images. `load_image_set` creates it and decodes each image once."""
 
     labels: list[int] | None
-    """The class of each image, or None."""
+    """The class index of each image, or None."""
     class_names: list[str] | None
-    """The name of each class number, where the source tells."""
+    """The name of each class index, if the source has names."""
     skipped: list[tuple[str, str]]
-    """(name, reason) of every image that cannot be used; they are in no index."""
+    """(name, reason) of every unusable image; these images have no index."""
 
     def __init__(self, config: DataConfig, source: Source, seed: int = 0) -> None:
         self.config, self.seed, self._source = config, seed, source
         count = len(source) if config.limit is None else min(config.limit, len(source))
         candidates = [place * len(source) // count for place in range(count)]
         self.skipped = []
-        self._entries: list[int] = []  # the source's index of each image
+        self._entries: list[int] = []  # index of each image in the source
         self._cache: np.ndarray | list[np.ndarray] = []
         if config.check:
             self._load(candidates)
@@ -118,9 +119,9 @@ class ImageSet:
         self.class_names = source.class_names
 
     def _load(self, candidates: Sequence[int]) -> None:
-        """Decode everything once: fills the cache, and tells the images that can be used from those that cannot."""
+        """Decode everything once: fill the cache and find the usable images."""
         size = self.config.img_size
-        # Cropped at the centre all have one shape and share one array; for random crops the longer side is kept.
+        # Centre crops have one shape and share one array; random crops need the longer side as well.
         squares = self.config.cache and self.config.crop == "center"
         cache = np.empty((len(candidates), 3, size, size), np.uint8) if squares else None
         ragged: list[np.ndarray] = []
@@ -137,7 +138,7 @@ class ImageSet:
 
     def _decode_all(self, entries: Sequence[int]) -> Iterator[np.ndarray | DecodeError]:
         with ThreadPoolExecutor(NUM_DECODE_THREADS) as pool:
-            for start in range(0, len(entries), 256):  # in pieces, so that results do not pile up
+            for start in range(0, len(entries), 256):  # in chunks, so that results do not accumulate
                 yield from pool.map(self._try_decode, entries[start : start + 256])
 
     def _try_decode(self, entry: int) -> np.ndarray | DecodeError:
@@ -156,16 +157,16 @@ class ImageSet:
         return len(self._entries)
 
     def name(self, index: int) -> str:
-        """What a person would call image `index`."""
+        """Return a readable name of image `index`."""
         return self._source.name(self._entries[index])
 
     @property
     def num_skipped(self) -> int:
-        """How many images cannot be used."""
+        """Number of unusable images."""
         return len(self.skipped)
 
     def report(self) -> str:
-        """One line for people: how many images, of which size and classes, and what was skipped and why."""
+        """Describe the set in one line: number, size and classes of images, and the skipped images with reasons."""
         line = f"{len(self)} images of {self.config.img_size}x{self.config.img_size} from {self.config.path}"
         if self.labels is not None:
             line += f", {len(self.class_names) if self.class_names else len(set(self.labels))} classes"
@@ -175,10 +176,10 @@ class ImageSet:
         return line
 
     def images(self, indices: Sequence[int] | Tensor, epochs: int | Sequence[int] | Tensor = 0) -> Tensor:
-        """uint8 RGB (B, 3, img_size, img_size) of the images `indices`, each cropped, flipped and so on as drawn for its epoch.
+        """Return uint8 RGB (B, 3, img_size, img_size) of the images `indices`, with the crops, flips and so on of their epochs.
 
-        `epochs` is one epoch for all or one per image; it has no effect where nothing is drawn. The draws depend on
-        (seed, epoch, index) alone. Raises IndexError outside 0..len-1, DataError for a file that has vanished since loading.
+        `epochs` is one epoch for all or one per image; it has no effect if nothing is drawn. The draws depend only on
+        (seed, epoch, index). Raises IndexError outside 0..len-1, DataError for a file that has disappeared since loading.
         """
         chosen = [int(index) for index in indices]
         if chosen and not 0 <= min(chosen) <= max(chosen) < len(self):
@@ -201,7 +202,7 @@ class ImageSet:
         return config.crop == "random" or config.flip or config.rotate or config.graphics_share > 0
 
     def _or_drawing(self, image: np.ndarray, index: int, epoch: int) -> np.ndarray:
-        """The image, or with the probability of graphics_share a drawing of its size."""
+        """Return the image, or with probability graphics_share a drawing of the same size."""
         (generator,) = sample_generators(self.seed, [index], GRAPHICS_STREAM, epoch)
         is_photograph = float(torch.rand((), generator=generator)) >= self.config.graphics_share
         return image if is_photograph else draw_graphic(self.config.img_size, generator)
@@ -212,17 +213,17 @@ class ImageSet:
         result = self._try_decode(self._entries[index])
         if isinstance(result, DecodeError):
             name = self._source.name(self._entries[index])
-            known = "it was readable when the set was loaded" if self.config.check else "data.check: true leaves it out"
+            known = "it was readable when the set was loaded" if self.config.check else "data.check: true would skip it"
             raise DataError(f"{name} of {self.config.path} {result} ({known})")
         return result
 
     def _draw(self, index: int, epoch: int) -> list[float]:
-        """Five uniforms in [0, 1) for (flip, top, left, turns, zoom)."""
+        """Draw five uniforms in [0, 1) for (flip, top, left, turns, zoom)."""
         (generator,) = sample_generators(self.seed, [index], AUGMENT_STREAM, epoch)
         return [u for count in (3, 2) for u in torch.rand(count, generator=generator, dtype=torch.float64).tolist()]
 
     def _augmented(self, image: np.ndarray, draw: list[float]) -> np.ndarray:
-        """(3, h, w) -> (3, img_size, img_size), by the draws of _draw."""
+        """(3, h, w) -> (3, img_size, img_size), with the draws of _draw."""
         size, (flip, top, left, turns, zoom) = self.config.img_size, draw
         if self.config.crop == "random":
             side = round(size / self.config.zoom ** max(0.0, 2.0 * zoom - 1.0))
@@ -238,18 +239,18 @@ class ImageSet:
 def load_image_set(config: DataConfig, seed: int = 0) -> ImageSet:
     """Open the source of `config` and decode every image once, with a progress bar on stderr.
 
-    Unreadable images are left out and listed in `ImageSet.skipped`; tell the user with `report()`. With cache=False the
-    images are decoded all the same, to know which are readable, and again whenever they are asked for. `seed` is that of
-    the crops and flips. Raises DataError where there is no image to use.
+    Unreadable images are skipped and listed in `ImageSet.skipped`; `report()` describes them. With cache=False the images are
+    also decoded here, to find the readable ones, and again on every use. `seed` is for crops and flips. Raises DataError if
+    there is no usable image.
     """
     return ImageSet(config, open_source(config.path, config.split, config.image_column, config.label_column), seed)
 
 
 def fit(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
-    """(H, W, 3) uint8 -> (3, h, w) uint8, resized as `config` says and, with crop="center", cut to a centred square.
+    """Resize (H, W, 3) uint8 to (3, h, w) uint8 by `config`; with crop="center", also cut a centred square.
 
-    Bicubic with antialiasing; pixels are untouched where the shorter side fits already. Raises DecodeError for an image
-    longer than MAX_ASPECT_RATIO.
+    Bicubic with antialiasing; pixels do not change if the shorter side already fits. Raises DecodeError for an image longer
+    than MAX_ASPECT_RATIO.
     """
     height, width = pixels.shape[:2]
     shorter, size = min(height, width), config.img_size

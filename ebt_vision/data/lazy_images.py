@@ -1,7 +1,7 @@
-"""Images that are decoded when they are asked for: for sets that are read once, or partly, or by several processes.
+"""Images that are decoded on use: for sets that are read once, or partly, or by several processes.
 
-`ImageSet` decodes everything at the start to know which images are readable. Here an unreadable image takes a place all the
-same, and the mask beside the pixels says so; opening a set of a million images reads their names and labels alone.
+`ImageSet` decodes everything at the start to find the readable images. Here an unreadable image keeps its index, and a mask
+is returned with the pixels. Opening a set of a million images reads only their names and labels.
 """
 
 import math
@@ -21,14 +21,14 @@ from ebt_vision.data.sources import open_source
 
 _VIEW_STREAM = 0x76696577
 MIN_AREA, MAX_RATIO = 0.08, 4.0 / 3.0
-"""Of random resized crops: the share of the image's area is uniform in [0.08, 1], the aspect ratio log-uniform in [3/4, 4/3]
-(Szegedy et al. 2015, sec. 6, with torchvision's defaults). A box that is too wide or high is cut, not drawn again."""
+"""For random resized crops: the area fraction is uniform in [0.08, 1], the aspect ratio log-uniform in [3/4, 4/3] (Szegedy et
+al. 2015, sec. 6, with torchvision's defaults). A box that is too wide or high is cut, not drawn again."""
 
 
 class LazyImages:
-    """Squares of config.img_size from any source of `DataConfig`, which alone says which images; its crop, flip and cache are
-    not read. View 0 of an image is its centred square; view v > 0 is the random resized crop and flip of (seed, v,
-    place in the source).
+    """Squares of config.img_size from any source of `DataConfig`. Only the fields that select images are used, not crop, flip
+    and cache. View 0 of an image is its centred square. View v > 0 is the random resized crop and flip of (seed, v, position in
+    the source).
     """
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
@@ -37,7 +37,7 @@ class LazyImages:
         total = len(self._source)
         count = total if config.limit is None else min(config.limit, total)
         self.entries = [place * total // count for place in range(count)]
-        """The place in the source of each image: with a limit, spread evenly over it."""
+        """The position of each image in the source; with a limit, spread evenly over the source."""
         labels = self._source.labels
         self.labels = None if labels is None else [labels[entry] for entry in self.entries]
         self.class_names = self._source.class_names
@@ -47,11 +47,11 @@ class LazyImages:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """What a person would call image `index`."""
+        """Return a readable name of image `index`."""
         return self._source.name(self.entries[index])
 
     def read(self, indices: Sequence[int], view: int = 0) -> tuple[Tensor, np.ndarray]:
-        """(uint8 RGB (B, 3, img_size, img_size), bool (B,): which of them could be read; the others are black)."""
+        """Return (uint8 RGB (B, 3, img_size, img_size), bool (B,): which images are readable); unreadable images are black."""
         size = self.config.img_size
         pixels = np.zeros((len(indices), 3, size, size), np.uint8)
         readable = np.zeros(len(indices), bool)
@@ -75,7 +75,7 @@ class LazyImages:
 
 
 def random_box(height: int, width: int, draw: Sequence[float]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) in pixels, inside the image, from four uniforms in [0, 1): area, ratio, top, left."""
+    """Return (left, top, right, bottom) in pixels, inside the image, from four uniforms in [0, 1): area, ratio, top, left."""
     area = height * width * (MIN_AREA + (1.0 - MIN_AREA) * draw[0])
     ratio = math.exp((2.0 * draw[1] - 1.0) * math.log(MAX_RATIO))  # width / height
     w, h = min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)
@@ -84,7 +84,7 @@ def random_box(height: int, width: int, draw: Sequence[float]) -> tuple[float, f
 
 
 def _resized_crop(pixels: np.ndarray, img_size: int, draw: Sequence[float]) -> np.ndarray:
-    """(H, W, 3) -> (3, img_size, img_size), bicubic with antialiasing; mirrored where the fifth uniform is below 1/2."""
+    """(H, W, 3) -> (3, img_size, img_size), bicubic with antialiasing; mirrored if the fifth uniform is below 1/2."""
     box = random_box(pixels.shape[0], pixels.shape[1], draw)
     square = Image.fromarray(pixels).resize((img_size, img_size), Image.Resampling.BICUBIC, box=box)
     image = np.asarray(square).transpose(2, 0, 1)  # HWC -> CHW

@@ -1,4 +1,4 @@
-"""What an image file says beside its pixels: EXIF, XMP, IPTC, resolution, comments, and how PNG describes colours."""
+"""Metadata of an image file: EXIF, XMP, IPTC, resolution, comments, and PNG's description of colours."""
 
 import re
 import struct
@@ -14,43 +14,43 @@ TIFF_TAGS_KEPT = (
 )
 ORIENTATION = ExifTags.Base.Orientation.value
 IPTC_RESOURCE = 0x0404
-"""Number of IPTC among Photoshop's image resources, which a JPEG has in its segment APP13."""
+"""Number of IPTC among Photoshop's image resources, which a JPEG stores in its segment APP13."""
 IPTC_TAG = 33723
-"""Number of IPTC among a TIFF's tags."""
+"""Number of IPTC among the tags of a TIFF."""
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 INTEROP = ExifTags.IFD.Interop
 EXIF_BLOCKS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 POINTERS = (*EXIF_BLOCKS, INTEROP)
 DAMAGED_EXIF = "its EXIF block is damaged and is left out"
 MAX_ENTRIES = 4096
-"""Fields of one directory of a TIFF or EXIF block; cameras write fewer than a hundred."""
+"""Maximum number of fields in one directory of a TIFF or EXIF block; cameras write fewer than a hundred."""
 PNG_COLOUR_CHUNKS = (b"cICP", b"sRGB", b"gAMA", b"cHRM")
 MAX_PNG_CHUNKS = 10_000
 EXIF_HEADER = b"Exif\0\0"
 TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-"""Bytes of a value of each type of TIFF 6.0 and BigTIFF."""
+"""Bytes per value of each type of TIFF 6.0 and BigTIFF."""
 NOT_TEXT = re.compile(r"Raw profile type|XML:com\.adobe\.xmp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metadata:
-    """What a file says about its image and another file can say too."""
+    """Metadata of a file that another format can also hold."""
 
     dpi: tuple[float, float] | None = None
     """Pixels per inch, horizontal and vertical."""
     xmp: bytes | None = None
-    """XMP packet, its orientation reset to 1."""
+    """XMP packet; its orientation is 1."""
     iptc: bytes | None = None
-    """IPTC records (caption, author, keywords) of a JPEG or TIFF, as they are stored."""
+    """IPTC records (caption, author, keywords) of a JPEG or TIFF, as stored."""
     comment: bytes | None = None
     """Comment of a JPEG or GIF."""
     text: tuple[tuple[str, str], ...] = ()
     """Keywords and texts of a PNG."""
     png_colour: tuple[tuple[bytes, bytes], ...] = ()
-    """The PNG chunks cICP, sRGB, gAMA and cHRM, by name: what the pixels mean where there is no ICC profile."""
+    """The PNG chunks cICP, sRGB, gAMA and cHRM, by name: the meaning of the pixels if there is no ICC profile."""
 
     def turned(self) -> "Metadata":
-        """The same of the image turned by 90 degrees."""
+        """Return the metadata for the image rotated by 90 degrees."""
         return self if self.dpi is None else replace(self, dpi=(self.dpi[1], self.dpi[0]))
 
 
@@ -60,23 +60,23 @@ class Entry:
 
     tag: int
     size: int
-    """Bytes of its value; -1 for a type that is not known."""
+    """Size of the value in bytes; -1 for an unknown type."""
     place: int
-    """Where the value lies in the data."""
+    """Position of the value in the data."""
     stored: bytes
     """The entry itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class TiffLayout:
-    """How numbers are stored in a TIFF, BigTIFF or EXIF block."""
+    """The number format of a TIFF, BigTIFF or EXIF block."""
 
     order: str
     big: bool
 
     @classmethod
     def of(cls, data: bytes) -> "TiffLayout":
-        """From the first four bytes; ValueError for others."""
+        """Read the layout from the first four bytes. Raises ValueError for other bytes."""
         if data[:4] not in TIFF_SIGNATURES:
             raise ValueError("not a TIFF header")
         return cls("<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+"))
@@ -88,18 +88,19 @@ class TiffLayout:
 
     @property
     def first(self) -> int:
-        """Where the offset of the first directory lies."""
+        """Position of the offset of the first directory."""
         return 8 if self.big else 4
 
     def number(self, data: bytes | bytearray, place: int, code: str) -> int:
-        """The integer at `place`; ValueError beyond the end."""
+        """Read the integer at `place`. Raises ValueError beyond the end."""
         try:
             return struct.unpack_from(self.order + code, data, place)[0]
         except struct.error:
             raise ValueError("truncated directory") from None
 
     def directory(self, data: bytes | bytearray, start: int) -> tuple[list[Entry], int]:
-        """The fields of the directory at `start`, and where the offset of the next one lies. ValueError if it is damaged."""
+        """Return the fields of the directory at `start`, and the position of the offset of the next one. Raises ValueError if
+        damaged."""
         size, head = (20, 8) if self.big else (12, 2)
         count = self.number(data, start, "Q" if self.big else "H")
         if count > MAX_ENTRIES:
@@ -117,11 +118,11 @@ class TiffLayout:
 
 
 def clean_block(block: bytes, start: int | None = None) -> tuple[bytes, list[int]]:
-    """A TIFF or EXIF block of one directory, the first or that at `start`, and its sub-blocks, without the fields that point
-    outside; and the numbers of those fields. Pillow would give up at the first of them.
+    """Copy a TIFF or EXIF block with one directory (the first, or the one at `start`) and its sub-blocks. Leave out fields that
+    point outside, and return their numbers. Pillow would stop at the first such field.
 
-    All values together are no longer than four times the block, so that a small file cannot fill the memory.
-    Raises ValueError for a block whose header or directory cannot be read.
+    All values together are at most four times as long as the block, so that a small file cannot fill the memory. Raises
+    ValueError for a block with an unreadable header or directory.
     """
     layout, data = TiffLayout.of(block), bytearray(block)
     start = layout.number(block, layout.first, layout.offset) if start is None else start
@@ -150,7 +151,7 @@ def clean_block(block: bytes, start: int | None = None) -> tuple[bytes, list[int
         fields = count + b"".join(kept)
         end = place + len(fields)
         data[place:end] = fields
-        if place == start:  # no directory follows; some programs leave this offset out of sub-blocks
+        if place == start:  # no directory follows; some programs omit this offset in sub-blocks
             data[end : end + struct.calcsize("=" + layout.offset)] = bytes(struct.calcsize("=" + layout.offset))
 
     clean(start)
@@ -159,7 +160,7 @@ def clean_block(block: bytes, start: int | None = None) -> tuple[bytes, list[int
 
 
 def read_exif(image: Image.Image) -> tuple[int, bytes | None, tuple[str, ...]]:
-    """(orientation, EXIF block with the orientation reset or None, notes on what cannot be read and is left out)."""
+    """Return (orientation, EXIF block with the orientation reset or None, notes on unreadable fields that are left out)."""
     block = _stored_block(image)
     if not block:
         return _xmp_orientation(image), None, () if block is None else (DAMAGED_EXIF,)
@@ -167,7 +168,7 @@ def read_exif(image: Image.Image) -> tuple[int, bytes | None, tuple[str, ...]]:
     try:
         block, dropped = clean_block(block)
         exif.load(block)
-    except Exception:  # Pillow raises nearly anything on a damaged block, and the pixels are still good
+    except Exception:  # a damaged block raises almost any error, but the pixels are still good
         return _xmp_orientation(image), None, (DAMAGED_EXIF,)
     kept, unwritable = readable_exif(exif)
     orientation = kept.get(ORIENTATION, _xmp_orientation(image))
@@ -179,7 +180,7 @@ def read_exif(image: Image.Image) -> tuple[int, bytes | None, tuple[str, ...]]:
 
 
 def readable_exif(exif: Image.Exif) -> tuple[Image.Exif, list[int]]:
-    """The fields that can be written again, and the numbers of those that cannot."""
+    """Return the fields that can be written again, and the numbers of the others."""
     kept, dropped = Image.Exif(), []
     for tag in list(exif):
         if tag in EXIF_BLOCKS:
@@ -210,7 +211,7 @@ def readable_exif(exif: Image.Exif) -> tuple[Image.Exif, list[int]]:
 
 
 def tiff_exif(data: bytes) -> tuple[bytes | None, tuple[str, ...]]:
-    """A TIFF's descriptive tags, EXIF and GPS as an EXIF block, without the tags that say how its pixels are stored; notes.
+    """Return a TIFF's descriptive tags, EXIF and GPS as an EXIF block, without the tags about storage of the pixels; and notes.
 
     `data` comes from clean_block.
     """
@@ -231,17 +232,17 @@ def tiff_exif(data: bytes) -> tuple[bytes | None, tuple[str, ...]]:
 
 
 def upright_xmp(xmp: bytes | str | None) -> bytes | None:
-    """The packet with tiff:Orientation reset to 1, since the pixels are upright; None for an empty one."""
+    """Return the packet with tiff:Orientation reset to 1, because the pixels are upright; None for an empty packet."""
     data = xmp.encode() if isinstance(xmp, str) else xmp
     return re.sub(rb'(tiff:Orientation(?:="|>))[0-9]', rb"\g<1>1", data) if data else None
 
 
 def read_metadata(image: Image.Image, data: bytes) -> Metadata:
-    """Resolution, XMP, IPTC, comment, texts and PNG colours of an image that Pillow has opened from `data`."""
+    """Return resolution, XMP, IPTC, comment, texts and PNG colours of an image that Pillow has opened from `data`."""
     info = image.info
     dpi = info.get("dpi")
     if dpi == (72, 72) and info.get("jfif_unit") not in (1, 2) and image.format in ("JPEG", "MPO"):
-        dpi = None  # Pillow makes it up for a JPEG that does not say
+        dpi = None  # Pillow invents a value for a JPEG without resolution
     comment = info.get("comment")
     is_png = data.startswith(PNG_SIGNATURE)
     colour = tuple(_png_colour(data)) if is_png else _heif_colour(info.get("nclx_profile"))
@@ -257,7 +258,7 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
 
 
 def usable_dpi(dpi: object) -> tuple[float, float] | None:
-    """Two positive finite numbers, or None."""
+    """Return two positive finite numbers, or None."""
     try:
         x, y = (float(value) for value in dpi)  # type: ignore[attr-defined]
     except (TypeError, ValueError, ZeroDivisionError):
@@ -266,7 +267,7 @@ def usable_dpi(dpi: object) -> tuple[float, float] | None:
 
 
 def _png_colour(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The chunks before the pixels that say what colours mean (PNG specification, third edition, sec. 11.3.2)."""
+    """Return the chunks before the pixels that describe colours (PNG specification, third edition, sec. 11.3.2)."""
     place = len(PNG_SIGNATURE)
     for _ in range(MAX_PNG_CHUNKS):
         if place + 8 > len(data):
@@ -280,18 +281,18 @@ def _png_colour(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _heif_colour(profile: dict | None) -> tuple[tuple[bytes, bytes], ...]:
-    """What a HEIC says of its colours in numbers (ITU-T H.273), as a PNG says it; nothing for sRGB."""
+    """Return a HEIC's colour description (ITU-T H.273) as PNG chunks; empty for sRGB."""
     names = ("color_primaries", "transfer_characteristics")
     primaries, transfer = (int((profile or {}).get(name, 2)) for name in names)
-    if 2 in (primaries, transfer) or (primaries, transfer) in ((1, 13), (1, 1), (1, 6)):  # 2 says nothing
+    if 2 in (primaries, transfer) or (primaries, transfer) in ((1, 13), (1, 1), (1, 6)):  # 2 means unspecified
         return ()
     return ((b"cICP", bytes((primaries & 255, transfer & 255, 0, 1))),)  # RGB, full range
 
 
 def _stored_block(image: Image.Image) -> bytes | None:
-    """The EXIF block of a file that Pillow has opened, without its header."""
+    """Return the EXIF block of a file that Pillow has opened, without its header."""
     block = image.info.get("exif")
-    if block is None and "Raw profile type exif" in image.info:  # ImageMagick's way, in hexadecimal digits
+    if block is None and "Raw profile type exif" in image.info:  # as ImageMagick stores it, in hexadecimal digits
         try:
             block = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
         except ValueError:
@@ -306,7 +307,7 @@ def _xmp_orientation(image: Image.Image) -> int:
 
 
 def _written_alone(tag: int, value: object) -> object:
-    """`value`, after trying to write it; raises what Pillow does for one that cannot be written."""
+    """Return `value` after a trial write; raises Pillow's error for a value that cannot be written."""
     trial = Image.Exif()
     trial[tag] = value
     trial.tobytes()
@@ -321,7 +322,7 @@ def field_note(dropped: list[int]) -> tuple[str, ...]:
 
 
 def tiff_directory(fields: dict, group: int, start: int) -> bytes:
-    """The fields of an EXIF or GPS block as a little-endian directory to be put at `start` of a TIFF."""
+    """Encode the fields of an EXIF or GPS block as a little-endian directory for position `start` of a TIFF."""
     directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=group)
     for tag, value in fields.items():
         if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which samples a training step sees: a pure function of (seed, step), whatever the number of processes."""
+"""The samples of a training step: a pure function of (seed, step), independent of the number of processes."""
 
 import functools
 from collections.abc import Iterator
@@ -10,39 +10,41 @@ from torch import Tensor
 from ebt_vision.core.rng import make_generator
 
 ORDER_STREAM = 0x6F726472
-"""Keeps the draws of the order apart from every other use of the seed."""
+"""Separates the draws of the order from other uses of the seed."""
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of 0..num_samples-1 in which `epoch` (0, 1, ...) visits the samples: int64 (num_samples,)."""
+    """Return the order in which `epoch` (0, 1, ...) visits the samples: a permutation of 0..num_samples-1, int64
+    (num_samples,)."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     return torch.randperm(num_samples, generator=make_generator(seed, ORDER_STREAM, epoch))
 
 
-_cached_order = functools.lru_cache(maxsize=4)(epoch_order)  # a batch needs two epochs at most but where sets are tiny
+_cached_order = functools.lru_cache(maxsize=4)(epoch_order)  # a batch needs at most two epochs, except for tiny sets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchIndices:
-    """One process's part of the global batch of one step; every tensor is int64 (batch_size / world_size,)."""
+    """The part of one process in the global batch of one step; every tensor is int64 (batch_size / world_size,)."""
 
     step: int
-    """The global step, from 0."""
+    """The global step, counted from 0."""
     epochs: Tensor
-    """The epoch each sample is drawn in: more than one where an epoch's tail meets the next one's head."""
+    """The epoch of each sample; a batch contains several epochs if the end of one epoch meets the start of the next."""
     indices: Tensor
     """The samples, as indices into the set."""
     positions: Tensor
-    """The places in the endless stream of samples: step * batch_size + place in the global batch. Never repeats."""
+    """Positions in the endless stream of samples: step * batch_size + position in the global batch. They never repeat."""
 
 
 class BatchStream:
-    """The endless iterator over steps; started at step k it yields what an older one would have yielded from k on.
+    """An endless iterator over steps. Started at step k, it yields the same as an iterator started earlier yields from step k
+    on.
 
-    `batch_size` is that of the global batch, of which process `rank` gets the contiguous slice rank out of `world_size`. An
-    epoch's tail is joined with the next epoch's head, so every batch is full, even one larger than the set.
-    Raises ValueError for a batch that the processes cannot share evenly.
+    `batch_size` is the size of the global batch; process `rank` gets contiguous slice `rank` out of `world_size`. The end of an
+    epoch is joined with the start of the next, so every batch is full, even one larger than the set. Raises ValueError for a
+    batch that is not divisible by the number of processes.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class BatchStream:
         self.step = start_step
 
     def batch_at(self, step: int) -> BatchIndices:
-        """The batch of any step, without moving the stream."""
+        """Return the batch of any step, without moving the stream."""
         size = self.batch_size // self.world_size
         start = step * self.batch_size + self.rank * size
         positions = torch.arange(start, start + size)

@@ -1,8 +1,8 @@
-"""Where training images come from: folders, parquet, the Hugging Face hub and WebDataset shards, as bytes by index.
+"""Sources of training images: folders, parquet, the Hugging Face hub and WebDataset shards, as bytes by index.
 
-Folders are walked here and not through `datasets`' ImageFolder, which takes words such as "test" in file names for splits
-and finds no classes in ROOT/CLASS/images/FILE. Shards are indexed with tarfile, because a WebDataset is a stream and an
-epoch's order needs random access.
+This module walks folders itself. `datasets`' ImageFolder treats words such as "test" in file names as splits and finds no
+classes in ROOT/CLASS/images/FILE. Shards are indexed with tarfile, because WebDataset only streams, and the order of an epoch
+needs random access.
 """
 
 import glob
@@ -27,11 +27,11 @@ HUB_PREFIX = "hub:"
 
 
 class DataError(ValueError):
-    """The data set is missing, empty or unreadable; the message is one line that says where and what to do."""
+    """The data set is missing, empty or unreadable; the one-line message names the place and the remedy."""
 
 
 class MissingSplitError(DataError):
-    """The data set is there, but has no split of that name."""
+    """The data set exists, but it has no split of this name."""
 
 
 class Source(Protocol):
@@ -43,19 +43,19 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """Changes when the files do: what a cache of something made from the images is keyed by."""
+        """A key that changes when the files change, for caches of data made from the images."""
 
     def name(self, index: int) -> str:
-        """What a person would call image `index`."""
+        """Return a readable name of image `index`."""
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of image `index`, empty where there are none; OSError where they cannot be read."""
+        """Return the encoded bytes of image `index`, empty if there are none. Raises OSError if they cannot be read."""
 
 
 def open_source(path: str, split: str | None, image_column: str, label_column: str | None) -> Source:
-    """Find out what `path` is and index it, without decoding an image; see `DataConfig.path` for the forms.
+    """Detect the kind of `path` and index it, without decoding an image; see `DataConfig.path` for the forms.
 
-    Raises DataError where nothing is found, where a split is missing or ambiguous, or where a column is missing.
+    Raises DataError if nothing is found, if a split is missing or ambiguous, or if a column is missing.
     """
     if path.startswith(HUB_PREFIX):
         return _open_table(path, path.removeprefix(HUB_PREFIX), split or "train", None, image_column, label_column)
@@ -66,7 +66,7 @@ def open_source(path: str, split: str | None, image_column: str, label_column: s
         patterns = [str(root)] if root.is_file() else expand_braces(str(root))
         files = sorted({Path(match) for pattern in patterns for match in _matches(pattern)})
         if split is not None and files:
-            raise DataError(f"split={split!r} goes with a folder or {HUB_PREFIX}OWNER/NAME, not with {path}; leave it out")
+            raise DataError(f"split={split!r} is only for a folder or {HUB_PREFIX}OWNER/NAME, not for {path}; remove it")
         root = Path(os.path.commonpath([file.parent for file in files])) if files else root
     by_suffix = {suffix: [file for file in files if file.suffix.lower() == suffix] for suffix in (".parquet", ".tar")}
     if by_suffix[".parquet"]:
@@ -77,27 +77,27 @@ def open_source(path: str, split: str | None, image_column: str, label_column: s
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         raise DataError(
-            f"no images at {path}: it is not there or holds none; "
+            f"no images at {path}: it does not exist or has no images; "
             f"give a folder of images, *.parquet, *.tar shards or {HUB_PREFIX}OWNER/NAME"
         )
     return FolderSource(root, images, has_labels=label_column is not None)
 
 
 def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
-    """SHA-256 over name, size and time of change of each file: cheap for a million of them, and moving `root` keeps it."""
+    """SHA-256 over name, size and modification time of each file: fast for a million files, and independent of `root`."""
     digest = hashlib.sha256()
     for file in files:
         try:
             status = file.stat()
             state = f"{status.st_size}\0{status.st_mtime_ns}"
-        except OSError:  # a link to nowhere: an image that cannot be read
+        except OSError:  # a broken link: an unreadable image
             state = "missing"
         digest.update(f"{os.path.relpath(file, root)}\0{state}\n".encode())
     return digest.hexdigest()
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The shell's braces, as WebDataset writes shard names: "a-{000..011}.tar" gives 12 names, "{a,b}.tar" two."""
+    """Expand the shell's braces, as in WebDataset's shard names: "a-{000..011}.tar" gives 12 names, "{a,b}.tar" two."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -110,7 +110,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """The files of one brace-free pattern. A name without a wildcard is one file, which must be there."""
+    """Return the files of one brace-free pattern. A name without a wildcard is one file, which must exist."""
     if os.path.isfile(pattern):
         return [pattern]
     matches = [match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
@@ -120,7 +120,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _files_of_folder(root: Path, split: str | None) -> tuple[Path, list[Path]]:
-    """(root, all files under it, sorted) of one split: a sub-folder of that name, or the files that begin with it."""
+    """Return (root, all files under it, sorted) of one split: a sub-folder of this name, or the files that start with it."""
     if split is not None and (root / split).is_dir():
         return root / split, walk(root / split)
     files = walk(root)
@@ -133,12 +133,12 @@ def _files_of_folder(root: Path, split: str | None) -> tuple[Path, list[Path]]:
             )
         return root, chosen
     if len(found) > 1:
-        raise DataError(f"{root} holds the splits {', '.join(sorted(found))}; choose one with split=")
+        raise DataError(f"{root} has the splits {', '.join(sorted(found))}; choose one with split=")
     return root, files
 
 
 def _split_of(file: Path, root: Path) -> str | None:
-    """The split that a top folder ("train/...") or the name of a table or shard ("train-00000.parquet") stands for."""
+    """Return the split of a top folder ("train/...") or of the name of a table or shard ("train-00000.parquet")."""
     parts = file.relative_to(root).parts
     is_table = len(parts) == 1 and file.suffix.lower() in (".parquet", ".tar")
     word = parts[0] if len(parts) > 1 else re.split(r"[-_.\d]", parts[0])[0] if is_table else ""
@@ -146,10 +146,10 @@ def _split_of(file: Path, root: Path) -> str | None:
 
 
 def walk(root: Path) -> list[Path]:
-    """Every file under `root` but the hidden ones, sorted. Links to folders are followed, but for one that leads back to a
-    folder that it lies in."""
+    """Return every file under `root` except hidden ones, sorted. Links to folders are followed, except a link to a folder that
+    contains the link itself."""
     found: list[Path] = []
-    above = {str(root): frozenset({_identity(root)})}  # of each folder: itself and those that it lies in
+    above = {str(root): frozenset({_identity(root)})}  # for each folder: itself and its parents
     for folder, subfolders, names in os.walk(root, followlinks=True):
         inside = above.pop(folder)
         kept = []
@@ -164,13 +164,13 @@ def walk(root: Path) -> list[Path]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
-    """Which folder it is, by whatever path."""
+    """Return the identity of a folder, independent of its path."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
 class FolderSource:
-    """Image files; the class of ROOT/CLASS/.../FILE is CLASS, and there are no classes unless every file has one."""
+    """Image files. The class of ROOT/CLASS/.../FILE is CLASS; there are no classes unless every file has one."""
 
     def __init__(self, root: Path, files: Sequence[Path], has_labels: bool) -> None:
         self._root, self._files = root, list(files)
@@ -232,18 +232,19 @@ class TableSource:
 
 
 def _read_labels(where: str, table: "datasets.Dataset", column: str | None) -> tuple[list[int] | None, list[str] | None]:
-    """Labels and class names of a column of integers, ClassLabel or strings; a missing column called "label" is no label."""
+    """Return labels and class names of a column of integers, ClassLabel or strings; a missing column "label" means no
+    labels."""
     if column is None or (column == "label" and column not in table.column_names):
         return None, None
     if column not in table.column_names:
         raise DataError(f"{where} has no column {column!r}; set label_column to one of {table.column_names} or to null")
     values = list(table[column])
-    if all(value is None or value == -1 for value in values):  # how the hub's test splits say "no label"
+    if all(value is None or value == -1 for value in values):  # test splits on the hub mark "no label" like this
         return None, None
     if None in values:
         raise DataError(
             f"{values.count(None)} of {len(values)} rows have no label in column {column!r} of {where} (the first is row "
-            f"{values.index(None)}); label them, leave them out, or set label_column to null"
+            f"{values.index(None)}); label them, remove them, or set label_column to null"
         )
     if all(isinstance(value, str) for value in values):
         return _numbered(values)
@@ -253,7 +254,7 @@ def _read_labels(where: str, table: "datasets.Dataset", column: str | None) -> t
 
 
 def _numbered(values: list[str]) -> tuple[list[int], list[str]]:
-    """Class names as labels 0, 1, ... in their alphabetical order, and the names."""
+    """Number class names 0, 1, ... in alphabetical order; return labels and names."""
     names = sorted(set(values))
     numbers = {name: number for number, name in enumerate(names)}
     return [numbers[value] for value in values], names
@@ -263,20 +264,20 @@ def _open_table(
     where: str, builder: str, split: str, files: list[str] | None, image_column: str, label_column: str | None
 ) -> TableSource:
     if files is not None and _num_rows(files) == 0:
-        raise DataError(f"{where} holds no images: 0 rows in {len(files)} parquet file(s); check the files")
+        raise DataError(f"{where} has no images: 0 rows in {len(files)} parquet file(s); check the files")
     import datasets
 
     try:
         table = datasets.load_dataset(builder, data_files=files, split=split)
-    except Exception as error:  # from a name that does not exist to a damaged file, each library below has its own errors
+    except Exception as error:  # each library below has its own errors, from an unknown name to a damaged file
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         kind = MissingSplitError if files is None and reason.lower().startswith("unknown split") else DataError
         raise kind(f"{where} cannot be loaded ({reason}); check the name, the split {split!r} and the files") from error
 
     def fingerprint() -> str:
-        if files is None:  # a set of the hub: its own record of what was downloaded
-            downloads = sorted(map(str, table.info.download_checksums or {}))  # addresses with the revision in them
+        if files is None:  # a hub set: use its own record of downloads
+            downloads = sorted(map(str, table.info.download_checksums or {}))  # addresses that contain the revision
             return f"{where} {split} {table.info.version} {table.info.download_size} {len(table)} {downloads}"
         return files_fingerprint(Path(files[0]).parent, [Path(file) for file in files])
 
@@ -284,7 +285,7 @@ def _open_table(
 
 
 def _num_rows(files: list[str]) -> int | None:
-    """Rows of parquet files; None where one is damaged, which load_dataset explains."""
+    """Return the rows of parquet files; None if one is damaged, which load_dataset then explains."""
     import pyarrow
     from pyarrow import parquet
 
@@ -303,10 +304,10 @@ class _Member:
 
 
 class TarSource:
-    """WebDataset shards: files that share a key (the path up to the name's first dot) are a sample, the image one of them.
+    """WebDataset shards. Files with the same key (the path up to the first dot of the name) form a sample, with one image.
 
-    Of several images the one whose field (what follows the key) is `image_column` is taken, or else the only one whose field
-    has no dot: 000.jpg beside 000.depth.png. Labels come from KEY.cls (an integer or a class name), or from `label_column` of
+    If a sample has several images, `image_column` names the field (the part after the key). Without it, the only field without
+    a dot is used: 000.jpg, not 000.depth.png. Labels come from KEY.cls (an integer or a class name), or from `label_column` of
     KEY.json; there are none unless every image has one.
     """
 
@@ -344,7 +345,7 @@ class TarSource:
         names = [label for label in labels if isinstance(label, str)]
         if numbers and names:
             raise DataError(
-                f"labels of {shards[0]} are not all integers or all names (both {numbers[0]} and {names[0]!r} are there); "
+                f"labels of {shards[0]} are not all integers or all names (both {numbers[0]} and {names[0]!r} occur); "
                 "set label_column to null"
             )
         self.labels: list[int] | None = numbers if len(numbers) == len(labels) else None
@@ -369,21 +370,21 @@ class TarSource:
 
 
 def _choose_image(fields: dict[str, _Member], image_column: str) -> _Member:
-    """The image of a sample, of its images by field; DataError where it is not clear which one is meant."""
+    """Return the image of a sample from its images by field. Raises DataError if the choice is ambiguous."""
     plain = [field for field in fields if "." not in field]
     chosen = [image_column.lower()] if image_column.lower() in fields else plain or list(fields)
     member = fields[chosen[0]]
     if len(chosen) > 1:
         names = ", ".join(chosen[:3]) + (", ..." if len(chosen) > 3 else "")
         raise DataError(
-            f"sample {member.key} in {member.shard} has {len(chosen)} images ({names}; a key ends at the name's first dot); "
+            f"sample {member.key} in {member.shard} has {len(chosen)} images ({names}; keys end at the name's first dot); "
             f"set image_column to one of them, or rename the files"
         )
     return member
 
 
 def _member_label(content: bytes, suffix: str, label_column: str, where: str) -> int | str | None:
-    """The label in a .cls or .json file of a shard; None if it says none. DataError for a file that cannot be read."""
+    """Return the label in a .cls or .json file of a shard; None without a label. Raises DataError for an unreadable file."""
     try:
         text = content.decode().strip()
         if suffix == ".cls":
@@ -391,6 +392,6 @@ def _member_label(content: bytes, suffix: str, label_column: str, where: str) ->
         value = json.loads(text)
     except ValueError as error:
         reason = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
-        raise DataError(f"{where} is not valid {reason} ({error}); mend it, or set label_column to null") from error
+        raise DataError(f"{where} is not valid {reason} ({error}); correct it, or set label_column to null") from error
     value = value.get(label_column) if isinstance(value, dict) else value
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None

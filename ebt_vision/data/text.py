@@ -1,8 +1,8 @@
 """Text for training and measuring: documents from files, parquet or the hub, packed into sequences of one length.
 
-The tokens lie in memory as one stream, `boundary doc boundary doc boundary`, because an epoch's order needs random access; a
-hub set is streamed and read no further than `max_tokens`. Sequences are cut from the stream whatever the documents, and each
-token carries the place where its document starts, which is what attention may look back to.
+The tokens are one stream in memory, `boundary doc boundary doc boundary`, because the order of an epoch needs random access.
+A hub set is streamed only up to `max_tokens`. Sequences are cut from the stream regardless of documents. Each token carries
+the position where its document starts; attention may look back to this position.
 """
 
 import glob
@@ -22,15 +22,15 @@ from ebt_vision.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".py")
 _OFFSET_STREAM = 0x74657874
 IGNORED = -1
-"""The target of a place that is no token: the padding behind the last sequence."""
+"""The target of a position without a token: the padding after the last sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextDataConfig:
-    """Which text, and how it becomes sequences of `context_length` predictions."""
+    """Which text to use, and how it becomes sequences of `context_length` predictions."""
 
     path: str
-    """Text file, parquet file, a glob of either, a folder of them, or hub:OWNER/NAME; a file or a row is one document."""
+    """Text file, parquet file, a glob of either, a folder, or hub:OWNER/NAME; each file or row is one document."""
     split: str | None = None
     """Split of a hub set (default "train")."""
     text_column: str = "text"
@@ -38,13 +38,13 @@ class TextDataConfig:
     tokenizer: str = BYTES
     """bytes, a tokenizer.json of the `tokenizers` library, or a folder that has one."""
     context_length: int = 256
-    """Predictions in a sequence."""
+    """Number of predictions per sequence."""
     share: tuple[float, float] = (0.0, 1.0)
-    """The part of the token stream to use, so that one file can hold training and validation text."""
+    """The part of the token stream to use; one file can then hold training and validation text."""
     random_offset: bool = False
-    """Cut every epoch's sequences at another place, drawn from (seed, epoch)."""
+    """Start the sequences of every epoch at another position, drawn from (seed, epoch)."""
     max_tokens: int | None = None
-    """Read no more documents once there are so many tokens; None reads all."""
+    """Stop reading documents at this number of tokens; None reads all."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -53,34 +53,34 @@ class TextDataConfig:
             raise ValueError(f"context_length={self.context_length} must be 1 or more")
         first, last = self.share
         if not 0.0 <= first < last <= 1.0:
-            raise ValueError(f"share={list(self.share)} is not two growing numbers in [0, 1]")
+            raise ValueError(f"share={list(self.share)} must be two increasing numbers in [0, 1]")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be 1 or more, or null for all")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
-    """Packed sequences: S tokens to look back on, and after each the token to predict."""
+    """Packed sequences: S context tokens, and for each the next token to predict."""
 
     tokens: Tensor
     """int64 (B, S)."""
     targets: Tensor
-    """int64 (B, S): the token after each, IGNORED behind the end of the text."""
+    """int64 (B, S): the next token of each token, IGNORED after the end of the text."""
     starts: Tensor
-    """int64 (B, S): where in its sequence the document of each token starts (see CausalTrunk.encode)."""
+    """int64 (B, S): the position in the sequence where the document of each token starts (see CausalTrunk.encode)."""
 
 
 class TextSet:
-    """A token stream cut into sequences; `len` of them. Made by `load_text_set`."""
+    """A token stream cut into sequences; `len` is their number. `load_text_set` creates it."""
 
     def __init__(self, config: TextDataConfig, stream: np.ndarray, num_bytes: np.ndarray, tokenizer: Tokenizer, *, seed: int):
-        """`stream` has the tokens and `num_bytes`, of the same shape, the bytes of text that each of them stands for."""
+        """`stream` has the tokens. `num_bytes`, of the same shape, has the number of text bytes of each token."""
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self._stream, self._num_bytes = stream, num_bytes
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the stream, boundaries included; all but the first are predicted."""
+        """Tokens of the stream, including boundaries; all except the first are predicted."""
         return len(self._stream)
 
     def __len__(self) -> int:
@@ -89,29 +89,29 @@ class TextSet:
 
     @property
     def num_windows(self) -> int:
-        """Sequences that hold every token once, a padded last one included; see `all_sequences`."""
+        """Number of sequences that contain every token once, including a padded last one; see `all_sequences`."""
         return -(-(self.num_tokens - 1) // self.config.context_length)
 
     def bytes_per_token(self, num_predicted: int | None = None) -> float:
-        """Bytes of text for one of the first `num_predicted` tokens that are predicted, boundaries counted as tokens: bits per
-        byte from bits per token. None stands for all of them; NaN where they stand for no bytes.
+        """Return the text bytes per predicted token, to convert bits per token to bits per byte; boundaries count as tokens.
+        `num_predicted` uses only the first predicted tokens; None uses all. NaN if they have no bytes.
         """
         predicted = self._num_bytes[1:] if num_predicted is None else self._num_bytes[1 : num_predicted + 1]
         return float(predicted.mean(dtype=np.float64)) or math.nan
 
     def text(self) -> str:
-        """The whole stream as text, its documents one after the other."""
+        """Return the whole stream as text, one document after another."""
         return self.tokenizer.decode(self._stream.tolist())
 
     def report(self) -> str:
-        """One line for people."""
+        """Describe the set in one line."""
         return (
             f"{self.num_tokens:,} tokens ({self.config.tokenizer}, {self.bytes_per_token():.2f} bytes each) from "
             f"{self.config.path}, {len(self)} sequences of {self.config.context_length}"
         )
 
     def sequences(self, indices: Sequence[int], epochs: Sequence[int]) -> TokenBatch:
-        """Training sequences by index, each cut as drawn for its epoch from (seed, epoch) alone."""
+        """Return training sequences by index, cut as in their epochs; the cut depends only on (seed, epoch)."""
         places = []
         for index, epoch in zip(indices, epochs, strict=True):
             if not 0 <= index < len(self):
@@ -120,7 +120,7 @@ class TextSet:
         return self._cut(places)
 
     def all_sequences(self, first: int, last: int) -> TokenBatch:
-        """Sequences first..last-1 of `num_windows` that cover the stream, every token predicted once."""
+        """Return sequences first..last-1 of the `num_windows` that cover the stream; every token is predicted once."""
         return self._cut([index * self.config.context_length for index in range(first, min(last, self.num_windows))])
 
     def _offset(self, epoch: int) -> int:
@@ -151,7 +151,7 @@ class TextSet:
 def load_text_set(config: TextDataConfig, seed: int = 0) -> TextSet:
     """Read and tokenise the documents of `config`.
 
-    Raises DataError where there is no text, where a file is not UTF-8 or a column is missing; TokenizerError for a tokenizer.
+    Raises DataError if there is no text, if a file is not UTF-8 or if a column is missing; TokenizerError for a tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -163,7 +163,7 @@ def load_text_set(config: TextDataConfig, seed: int = 0) -> TextSet:
         if not len(tokens):
             continue
         pieces += [tokens, boundary]
-        rest = len(document.encode()) - sum(widths)  # behind the last token
+        rest = len(document.encode()) - sum(widths)  # after the last token
         num_bytes.append(np.minimum([*widths, rest], np.iinfo(np.uint16).max).astype(np.uint16))
         num_tokens += len(tokens) + 1
         if config.max_tokens is not None and num_tokens >= config.max_tokens:
@@ -174,12 +174,12 @@ def load_text_set(config: TextDataConfig, seed: int = 0) -> TextSet:
     part = slice(round(config.share[0] * len(stream)), round(config.share[1] * len(stream)))
     stream, widths_of_part = stream[part], np.concatenate(num_bytes)[: config.max_tokens][part]
     if len(stream) < 2:
-        raise DataError(f"share={list(config.share)} of {config.path} holds {len(stream)} tokens; use a larger share")
+        raise DataError(f"share={list(config.share)} of {config.path} has only {len(stream)} tokens; use a larger share")
     return TextSet(config, stream, widths_of_part, tokenizer, seed=seed)
 
 
 def read_documents(config: TextDataConfig) -> Iterator[str]:
-    """The documents of a text set, one by one, as its config says; DataError as load_text_set."""
+    """Yield the documents of a text set one by one. Raises DataError like load_text_set."""
     if config.path.startswith(HUB_PREFIX):
         yield from _hub_documents(config)
         return
@@ -200,7 +200,7 @@ def _files(path: str) -> list[Path]:
     files = sorted(file for file in files if file.is_file())
     if not files:
         raise DataError(
-            f"no text at {path}: it is not there or holds none; give text or parquet files or {HUB_PREFIX}OWNER/NAME"
+            f"no text at {path}: it does not exist or has no text; give text or parquet files or {HUB_PREFIX}OWNER/NAME"
         )
     return files
 
@@ -220,13 +220,15 @@ def _parquet_documents(file: Path, column: str) -> Iterator[str]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} is no parquet file, or is damaged ({' '.join(str(error).split())}); copy it again") from error
+        raise DataError(
+            f"{file} is not a parquet file or is damaged ({' '.join(str(error).split())}); copy it again"
+        ) from error
     if column not in table.schema_arrow.names:
         raise DataError(f"{file} has no column {column!r}; set text_column to one of {table.schema_arrow.names}")
     for batch in table.iter_batches(batch_size=256, columns=[column]):
         for value in batch.column(0).to_pylist():
             if value is not None and not isinstance(value, str):
-                raise DataError(f"column {column!r} of {file} holds {type(value).__name__}, not text; set text_column")
+                raise DataError(f"column {column!r} of {file} has {type(value).__name__}, not text; set text_column")
             yield value or ""
 
 
@@ -245,5 +247,5 @@ def _hub_documents(config: TextDataConfig) -> Iterator[str]:
     except Exception as error:  # each library below has its own errors
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise DataError(
-            f"{config.path} cannot be loaded ({reason}); check the name, the split {split!r} and the net"
+            f"{config.path} cannot be loaded ({reason}); check the name, the split {split!r} and the network"
         ) from error

@@ -1,7 +1,7 @@
-"""TIFF -> pixels. Pillow reads samples of up to 8 bits; those of 16 bits, floats and rarer compressions go through tifffile.
+"""TIFF -> pixels. Pillow reads samples of up to 8 bits; 16-bit samples, floats and rare compressions use tifffile.
 
-Both see a copy of the file that holds one page, and no field that points outside it: a chain of pages that leads back to
-itself, or a million of them, costs nothing.
+Both libraries get a copy of the file with one page and without fields that point outside the file. A chain of pages that
+leads back to itself, or a million pages, therefore costs nothing.
 """
 
 import ctypes
@@ -37,23 +37,23 @@ from ebt_vision.data.metadata import (
 )
 
 MAX_PAGES = 256
-"""Pages of a TIFF that are looked at."""
+"""Maximum number of pages of a TIFF to search."""
 MAX_SEGMENTS = 400_000
-"""Strips or tiles of an image: 89 megapixels in tiles of 16 x 16 pixels have 350,000."""
+"""Maximum strips or tiles of an image: 89 megapixels in tiles of 16 x 16 pixels have 350,000."""
 PILLOW_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32946, 34925, 50000})
-"""What Pillow's libtiff can undo."""
+"""Compressions that Pillow's libtiff can decode."""
 REDUCED, MASK = 1, 4
-"""Bits of NewSubfileType: the page is a smaller version of another one, or a transparency mask."""
+"""Bits of NewSubfileType: the page is a smaller version of another page, or a transparency mask."""
 ALPHA_KINDS = (1, 2)
-"""Of ExtraSamples: alpha that colours are multiplied by, and alpha that they are not; 0 says nothing."""
+"""Values of ExtraSamples: premultiplied alpha and plain alpha; 0 means unspecified."""
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks on a damaged file are not printed unasked
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # do not print its warnings about damaged files
 
 
 def decode_tiff(data: bytes, max_pixels: int, with_pillow: Callable[..., DecodedImage]) -> DecodedImage:
-    """Decode the one full-size page; `with_pillow(data, max_pixels)` decodes a TIFF of one page with Pillow.
+    """Decode the one full-size page; `with_pillow(data, max_pixels)` decodes a one-page TIFF with Pillow.
 
-    Raises DecodeError, and what the libraries raise on damaged bytes.
+    Raises DecodeError, and the errors of the libraries on damaged bytes.
     """
     _silence_libtiff()
     data, dropped = _one_page(data)
@@ -67,28 +67,28 @@ def decode_tiff(data: bytes, max_pixels: int, with_pillow: Callable[..., Decoded
             try:
                 image = with_pillow(data, max_pixels)
             except Image.UnidentifiedImageError:
-                raise DecodeError(f"is a TIFF of {_kind(page)}, which is not read; save it as 8- or 16-bit RGB") from None
+                raise DecodeError(f"is a TIFF of {_kind(page)}, which is not supported; save it as 8- or 16-bit RGB") from None
             if _num_unspecified(page):
                 notes = (*notes, UNSPECIFIED)
             array = image.pixels if image.alpha is None else np.dstack([image.pixels, image.alpha])
-            return assemble(array, 1, image.icc_profile, exif, _metadata(page), notes)  # Pillow turned it upright
+            return assemble(array, 1, image.icc_profile, exif, _metadata(page), notes)  # Pillow has rotated it upright
         array, more = _decode_page(page, data)
     orientation = page.tags.valueof(ORIENTATION, default=1)
     return assemble(array, orientation, page.tags.valueof(34675), exif, _metadata(page), notes + more)
 
 
-UNSPECIFIED = "its extra channel, which the file does not call alpha, is left out"
+UNSPECIFIED = "its extra channel, which the file does not mark as alpha, is left out"
 
 
 def _one_page(data: bytes) -> tuple[bytes, list[int]]:
-    """The file with its full-size page alone, and the fields that had to go."""
+    """Return the file with only its full-size page, and the fields that were removed."""
     layout = TiffLayout.of(data)
     pages: list[tuple[int, bool]] = []
     seen: set[int] = set()
     place = layout.number(data, layout.first, layout.offset)
     while place:
         if place in seen:
-            raise DecodeError("is a TIFF whose pages lead back to an earlier one; save the one you mean as PNG")
+            raise DecodeError("is a TIFF whose pages lead back to an earlier one; save the page you want as PNG")
         if len(seen) == MAX_PAGES:
             check_frames(f"more than {MAX_PAGES}")
         seen.add(place)
@@ -96,7 +96,7 @@ def _one_page(data: bytes) -> tuple[bytes, list[int]]:
             entries, following = layout.directory(data, place)
         except ValueError as error:
             if pages:
-                break  # what comes after a page that can be read is not worth losing it
+                break  # keep a readable page even if later data is damaged
             raise DecodeError(f"is damaged or truncated ({error}); copy it again") from None
         kinds = [layout.number(data, entry.place, "H" if entry.size == 2 else "I") for entry in entries if entry.tag == 254]
         old = [layout.number(data, entry.place, "H") for entry in entries if entry.tag == 255]  # 2: reduced, of TIFF 5.0
@@ -138,11 +138,11 @@ def _metadata(page: tifffile.TiffPage) -> Metadata:
 
 
 def _decode_page(page: tifffile.TiffPage, data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(H, W, C) uint8 or uint16, an even number of channels having alpha last; and notes."""
+    """Return (H, W, C) uint8 or uint16, with alpha last if C is even; and notes."""
     photometric, dtype = page.photometric, np.dtype(page.dtype)
     known = dtype.kind == "f" or (dtype in (np.uint8, np.uint16) and isinstance(page.bitspersample, int))
     if page.axes not in ("YX", "YXS", "SYX") or photometric not in (0, 1, 2) or not known:
-        raise DecodeError(f"is a TIFF of {_kind(page)}, which is not read; save it as 8- or 16-bit RGB")
+        raise DecodeError(f"is a TIFF of {_kind(page)}, which is not supported; save it as 8- or 16-bit RGB")
     num_colours = 3 if photometric == 2 else 1
     if page.samplesperpixel > num_colours + 1:
         raise DecodeError(f"has {page.samplesperpixel} channels; save it as grey, RGB or RGBA")
@@ -152,7 +152,7 @@ def _decode_page(page: tifffile.TiffPage, data: bytes) -> tuple[np.ndarray, tupl
     else:
         full = (1 << page.bitspersample) - 1
         top = 255 if full <= 255 else 65535
-        if full != top:  # 12 bits, say, lie in 16
+        if full != top:  # for example, 12 bits are stored in 16
             array = np.rint(array.astype(np.float64) * (top / full)).astype(array.dtype)
     colours, extra = array[:, :, :num_colours], array[:, :, num_colours:]
     if photometric == 0:  # 0 is white
@@ -166,7 +166,7 @@ def _decode_page(page: tifffile.TiffPage, data: bytes) -> tuple[np.ndarray, tupl
 
 
 def _samples(page: tifffile.TiffPage, data: bytes) -> np.ndarray:
-    """(H, W, C) as stored."""
+    """Return (H, W, C) as stored."""
     if any(start + size > len(data) for start, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
         raise DecodeError("is truncated; copy it again")
     _check_segments(page, data)
@@ -183,12 +183,10 @@ def _samples(page: tifffile.TiffPage, data: bytes) -> np.ndarray:
 
 
 def _check_segments(page: tifffile.TiffPage, data: bytes) -> None:
-    """Refuse strips and tiles whose number or decompressed size is far from what the image needs: they fill the memory."""
+    """Refuse strips and tiles whose number or decompressed size is far too large for the image; they would fill the memory."""
     expected = int(np.prod(page.chunks, dtype=np.float64)) * np.dtype(page.dtype).itemsize
     if len(page.dataoffsets) > MAX_SEGMENTS or expected > MAX_PIXELS * 16:
-        raise DecodeError(
-            f"is a TIFF of {len(page.dataoffsets)} strips of {expected} bytes, more than are read; save it as PNG"
-        )
+        raise DecodeError(f"is a TIFF of {len(page.dataoffsets)} strips of {expected} bytes, which is too many; save it as PNG")
     for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
         if page.compression in (8, 32946):
             decompressed = zlib.decompressobj().decompress(data[start : start + size], expected + 1)
@@ -197,12 +195,12 @@ def _check_segments(page: tifffile.TiffPage, data: bytes) -> None:
         else:
             return
         if len(decompressed) > expected:
-            raise DecodeError("is damaged (a strip holds more than its pixels); copy it again")
+            raise DecodeError("is damaged (a strip has more data than pixels); copy it again")
 
 
 def _unit_to_16_bit(array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
-        raise DecodeError("has NaN or infinite pixels; replace them before it is used")
+        raise DecodeError("has NaN or infinite pixels; replace them first")
     if array.min() < 0.0 or array.max() > 1.0:
         raise DecodeError(f"has float pixels in [{array.min():g}, {array.max():g}]; scale them to [0, 1]")
     return np.rint(array.astype(np.float64) * 65535.0).astype(np.uint16)
@@ -210,8 +208,8 @@ def _unit_to_16_bit(array: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _silence_libtiff() -> None:
-    """Pillow's libtiff prints its remarks on damaged files to stderr; our message is enough. Where it cannot be reached, as in
-    a Pillow that has it linked in, nothing is changed."""
+    """Suppress the messages that Pillow's libtiff prints to stderr about damaged files; our own message is enough. Nothing
+    changes if libtiff cannot be reached, for example if it is linked into Pillow."""
     try:
         library = ctypes.CDLL(Image.core.__file__)
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):

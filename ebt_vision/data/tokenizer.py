@@ -1,4 +1,4 @@
-"""Text to tokens and back: bytes, which need nothing, or any tokenizer file of the `tokenizers` library."""
+"""Text to tokens and back: bytes, which need no file, or any tokenizer file of the `tokenizers` library."""
 
 import codecs
 from collections.abc import Callable
@@ -12,11 +12,11 @@ _INSTALL = "pip install 'ebt_vision[text]'"
 
 
 class TokenizerError(ValueError):
-    """A tokenizer is missing or damaged, or a text cannot be turned into tokens; the message is one line."""
+    """A tokenizer is missing or damaged, or a text cannot be tokenised; the message is one line."""
 
 
 class Tokenizer(Protocol):
-    """`vocab_size` tokens 0..vocab_size-1; `boundary` is the one put before and after every document."""
+    """`vocab_size` tokens 0..vocab_size-1; `boundary` is the token before and after every document."""
 
     vocab_size: int
     boundary: int
@@ -24,12 +24,12 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens, and how many UTF-8 bytes of the text each one stands for: those since the end of the token before."""
+        """Return the tokens, and for each the number of UTF-8 bytes of text since the end of the previous token."""
 
     def decode(self, tokens: list[int]) -> str: ...
 
     def stream(self) -> Callable[[int], str]:
-        """A function that takes the tokens of a text one by one and gives the new characters that are complete."""
+        """Return a function that takes the tokens of a text one by one and returns the new complete characters."""
 
 
 class ByteTokenizer:
@@ -38,19 +38,19 @@ class ByteTokenizer:
     vocab_size, boundary = 257, 256
 
     def encode(self, text: str) -> list[int]:
-        """UTF-8 bytes; TokenizerError for a text that has none (bytes of a command line that are not UTF-8)."""
+        """Return UTF-8 bytes. Raises TokenizerError for a text without UTF-8 form (command line bytes that are not UTF-8)."""
         try:
             return list(text.encode())
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid UTF-8 at character {error.start}; convert it to UTF-8") from None
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
-        """The bytes, and 1 for each of them; TokenizerError as encode."""
+        """Return the bytes, and 1 for each of them. Raises TokenizerError like encode."""
         tokens = self.encode(text)
         return tokens, [1] * len(tokens)
 
     def decode(self, tokens: list[int]) -> str:
-        """Text; boundaries are left out, bytes that make no character become U+FFFD."""
+        """Return the text without boundaries; invalid bytes become U+FFFD."""
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def stream(self) -> Callable[[int], str]:
@@ -59,7 +59,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json. The boundary is its end-of-text token, or one more token after its vocabulary where it has none."""
+    """A tokenizer.json. The boundary is its end-of-text token, or an additional token after its vocabulary."""
 
     def __init__(self, path: Path):
         try:
@@ -79,21 +79,21 @@ class FileTokenizer:
         self.vocab_size = size + (end is None)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens without special ones; TokenizerError for a text that is no UTF-8."""
+        """Return the tokens without special ones. Raises TokenizerError for a text that is not UTF-8."""
         return self.encode_with_bytes(text)[0]
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
-        """Tokens and their bytes; what no token stands for, such as dropped spaces, counts for the token after it."""
+        """Return the tokens and their bytes. Text without a token, such as dropped spaces, counts for the next token."""
         data = np.array(ByteTokenizer().encode(text), np.uint8)
         found = self._backend.encode(text, add_special_tokens=False)
-        # The byte after each character: the places where a character begins, without the first one, and the end.
+        # The byte after each character: the start of every character except the first, and the end.
         begins = np.flatnonzero((data & 0xC0) != 0x80)
-        after = np.append(begins, len(data))  # after[i]: the bytes of the first i characters
+        after = np.append(begins, len(data))  # after[i]: number of bytes of the first i characters
         ends = np.maximum.accumulate(after[[last for _, last in found.offsets]]) if found.ids else np.zeros(0, np.int64)
         return list(found.ids), np.diff(ends, prepend=0).tolist()
 
     def decode(self, tokens: list[int]) -> str:
-        """Text; boundaries are left out."""
+        """Return the text without boundaries."""
         return str(self._backend.decode([token for token in tokens if token != self.boundary]))
 
     def stream(self) -> Callable[[int], str]:
@@ -103,7 +103,7 @@ class FileTokenizer:
         def add(token: int) -> str:
             nonlocal shown
             seen.append(token)
-            text = self.decode(seen).rstrip("\ufffd")  # a character that is not complete yet
+            text = self.decode(seen).rstrip("\ufffd")  # an incomplete character
             new, shown = text[shown:], max(shown, len(text))
             return new
 
@@ -111,7 +111,7 @@ class FileTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or a tokenizer.json, or a folder with one; TokenizerError says in one line what is wrong with another."""
+    """Load `bytes`, a tokenizer.json, or a folder with one. Raises TokenizerError with a one-line message."""
     if name == BYTES:
         return ByteTokenizer()
     path = Path(name).expanduser()

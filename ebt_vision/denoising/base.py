@@ -1,6 +1,6 @@
-"""One interface over every way to denoise: EBT, DiT, the regressor, classical methods.
+"""One interface for all denoisers: EBT, DiT, the regressor, classical methods.
 
-Images are float RGB (B, 3, H, W) in [0, 1]; noise may carry them outside, and they are clipped on the way out only.
+Images are float RGB (B, 3, H, W) in [0, 1]. Noise may carry them outside this range; only the output is clipped.
 Implementations are in networks.py and classical.py; `load.load_denoiser` finds them by name.
 """
 
@@ -35,34 +35,34 @@ from ebt_vision.noise.processes import signal_and_noise_scale
 
 
 class Denoiser(nn.Module, ABC):
-    """Noisy images in, clean images out. The result for an image does not depend on what else is in its batch.
+    """Noisy images in, clean images out. The result for an image does not depend on the other images in its batch.
 
-    It is a module: `denoiser(noisy)` is the denoised image, and `to`, `parameters` and `state_dict` are those of the network.
-    It stays in eval mode.
+    A Denoiser is a module: `denoiser(noisy)` returns the denoised image, and `to`, `parameters` and `state_dict` act on the
+    network. It always stays in eval mode.
     """
 
     name: str
     num_parameters: int = 0
     tile_size: int = 512
-    """Side in pixels of the tiles that large images should be cut into: for a network, its training size."""
+    """Side in pixels of the tiles for large images; for a network, its training size."""
     overlap_share: float = 0.25
-    """Share of a tile that it has in common with the next one, where nobody gives an overlap."""
+    """Default overlap of neighbouring tiles, as a fraction of the tile."""
     patch_size: int = 1
-    """Images are padded to multiples of it."""
+    """Images are padded to multiples of this size."""
     options_used: frozenset[str] = frozenset()
-    """The fields of DenoiseOptions about how to denoise that make a difference to it; `seed` is not among them."""
+    """The fields of DenoiseOptions that this denoiser uses, without `seed`."""
     suggested_steps: int = 4
-    """What num_steps is on the command line and the page where nobody asks for a number."""
+    """Default number of steps of the command line and the page."""
     suggested_tolerance: float | None = None
     """Default tolerance of the command line and the page where neither steps nor a tolerance is given."""
     suggested_tolerance_of: ToleranceOf = "training"
-    """What suggested_tolerance is a share of."""
+    """Reference of suggested_tolerance."""
     starts_from_proposal: bool = False
-    """Whether thinking starts from a reconstruction of the image unless somebody says otherwise: see noise_from_energy."""
+    """Whether thinking starts from a reconstruction of the image by default; see noise_from_energy."""
     input_scale: float | None = 1.0
-    """Factor on the image, as -1..1, before a network sees it. None picks it by the options' noise_level: see scale_for."""
+    """Factor on the image, in -1..1, before the network. None derives it from noise_level in the options; see scale_for."""
     signal_scale: float = 1.0
-    """What multiplied the signal in the images that a network was trained on: sqrt(alpha_bar) of the VP process, 1 for AWGN."""
+    """Factor on the signal in the training images of a network: sqrt(alpha_bar) of the VP process, 1 for AWGN."""
 
     def denoise(
         self,
@@ -72,16 +72,16 @@ class Denoiser(nn.Module, ABC):
         image_ids: Sequence[int] | Tensor | None = None,
         callback: Callback | None = None,
     ) -> DenoiseResult:
-        """Denoise (B, 3, H, W), float, about [0, 1], never clipped on the way in; sides of 8 px or more, any size.
+        """Denoise (B, 3, H, W), float, about [0, 1]. The input is never clipped. Sides can have any size from 8 px on.
 
-        Images larger than the tile (options.tile_size, or the denoiser's own) are worked on one after the other, in tiles that
-        overlap, as the command line and the page do: see ebt_vision.denoising.tiling.denoise_tiled. Options default to
-        `suggested_options`. Images of the result have the dtype and the device of `noisy`.
+        Images larger than the tile (options.tile_size, or the denoiser's own) are denoised one after another in overlapping
+        tiles, as by the command line and the page; see ebt_vision.denoising.tiling.denoise_tiled. Options default to
+        `suggested_options`. Images of the result have the dtype and device of `noisy`.
 
-        `image_ids` (B, default all 0) tell apart the random numbers of images: the same id and seed give the same ones
-        in whatever batch. A callback hears of each step; of images in tiles see DenoiseStep.image_index.
-        Raises ValueError for an image or an option that cannot be used and for an image that is to get a gradient (no graph is
-        kept: see thinking.think), and what the method itself raises.
+        `image_ids` (B, default all 0) select the random numbers of images: the same id and seed give the same numbers in any
+        batch. A callback gets each step; for images in tiles see DenoiseStep.image_index.
+        Raises ValueError for an invalid image or option and for an image that requires a gradient (no graph is kept; see
+        thinking.think), and the errors of the method itself.
         """
         options = self.options_or_suggested(options)
         check_images(noisy)
@@ -98,11 +98,11 @@ class Denoiser(nn.Module, ABC):
         image_ids: Sequence[int] | Tensor | None = None,
         callback: Callback | None = None,
     ) -> DenoiseResult:
-        """The same as `denoise` on whole images (B, 3, H, W), whatever their size.
+        """Like `denoise`, on whole images (B, 3, H, W) of any size.
 
-        A network may do badly far from its training's size.
+        A network may perform badly far from its training size.
 
-        Sides that patch_size does not divide are reflect-padded, and the padding is cut off again.
+        Sides that patch_size does not divide are reflect-padded, and the padding is removed from the result.
         """
         options = self.options_or_suggested(options)
         check_images(noisy)
@@ -117,7 +117,7 @@ class Denoiser(nn.Module, ABC):
             stopped = stopped or told is True
             return told
 
-        # Thinking takes gradients, which inference mode forbids.
+        # Thinking needs gradients, which inference mode forbids.
         with torch.inference_mode(False), torch.no_grad(), self.autocast():
             plain = noisy.clone() if noisy.is_inference() else noisy
             padded = self.to_network(pad_to_multiple(working(plain), self.patch_size))
@@ -128,23 +128,23 @@ class Denoiser(nn.Module, ABC):
             return apply_strength(restore_flat_images(finish_result(result, size, plain), plain), plain, options.strength)
 
     def forward(self, noisy: Tensor, options: DenoiseOptions | None = None) -> Tensor:
-        """The denoised images alone, (B, 3, H, W) in [0, 1]: `denoise(noisy, options).image`."""
+        """Return only the denoised images, (B, 3, H, W) in [0, 1]: `denoise(noisy, options).image`."""
         return self.denoise(noisy, options).image
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever is asked for: no label is dropped while an image is denoised."""
+        """Stay in eval mode for any `mode`, so that no label is dropped during denoising."""
         return super().train(False)
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, tile_size={self.tile_size}, patch_size={self.patch_size}"
 
     def overlap_for(self, tile_size: int) -> int:
-        """Pixels that tiles of this side have in common, where nobody gives a number."""
+        """Default overlap in pixels for tiles of this side."""
         return int(self.overlap_share * tile_size)
 
     @property
     def suggested_options(self) -> DenoiseOptions:
-        """What the command line uses where nobody asks for steps or a tolerance."""
+        """Options that the command line uses when neither steps nor a tolerance is given."""
         tolerance = self.suggested_tolerance
         return DenoiseOptions(
             num_steps=self.suggested_steps,
@@ -153,7 +153,7 @@ class Denoiser(nn.Module, ABC):
         )
 
     def options_or_suggested(self, options: DenoiseOptions | None) -> DenoiseOptions:
-        """`options`, or the suggested ones for None; ValueError for anything else."""
+        """Return `options`, or the suggested options for None. Raises ValueError for anything else."""
         if options is None:
             return self.suggested_options
         if not isinstance(options, DenoiseOptions):
@@ -161,10 +161,10 @@ class Denoiser(nn.Module, ABC):
         return options
 
     def scale_for(self, options: DenoiseOptions) -> float:
-        """The factor on the image, as -1..1, before a network sees it.
+        """Return the factor on the image, in -1..1, before the network.
 
-        It is input_scale. Where that is None, images are photographs, or made by the VP process if there is a noise_level:
-        the scale is then that of for_photographs, or of for_vp_images.
+        It is input_scale if that is set. Otherwise images are photographs, or images of the VP process if there is a
+        noise_level; the scale is then that of for_photographs or for_vp_images.
         """
         if self.input_scale is not None:
             return self.input_scale
@@ -173,34 +173,34 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
-        """The work itself, on a checked and padded batch, under no_grad; the images of the result need no clamping."""
+        """Denoise a checked and padded batch under no_grad; the images of the result need no clamping."""
 
     def to_network(self, noisy: Tensor) -> Tensor:
-        """The images (B, 3, H, W) on the device and in the dtype of the work; results come back on the caller's device."""
+        """Move images (B, 3, H, W) to the device and dtype of the network; results return to the device of the caller."""
         return noisy
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context that the network runs in: bfloat16 or nothing."""
+        """Context in which the network runs: bfloat16 autocast or nothing."""
         return contextlib.nullcontext()
 
     def resolve_options(self, noisy: Tensor, options: DenoiseOptions) -> DenoiseOptions:
-        """The options with what is estimated from `noisy` (1, 3, H, W) filled in, so that its tiles share one estimate."""
+        """Fill in options that are estimated from `noisy` (1, 3, H, W), so that all its tiles share one estimate."""
         return options
 
     def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor | None:
-        """Energy of each patch of `images` (B, 3, H, W) in [0, 1], (B, H / patch_size, W / patch_size); None without one.
+        """Return the energy of each patch of `images` (B, 3, H, W) in [0, 1], (B, H / patch_size, W / patch_size), or None.
 
-        `noisy` is what they were made from; the sides must be multiples of patch_size.
+        `noisy` is the observation of `images`; the sides must be multiples of patch_size. None for a method without an energy.
         """
         return None
 
     def activation_bytes(self, height: int, width: int) -> int:
-        """About how much memory one image of this size takes while it is worked on."""
+        """Estimate the bytes of memory for one image of this size."""
         return 64 * 3 * height * width * 4
 
 
 class IdentityDenoiser(Denoiser):
-    """Gives the image back, clamped: the "noisy input" row of a table."""
+    """Returns the image itself, clamped: the "noisy input" row of a table."""
 
     name = "identity"
 
@@ -209,10 +209,11 @@ class IdentityDenoiser(Denoiser):
 
 
 def noise_from_energy(energy: float, patch_size: int) -> float:
-    """The standard deviation of the noise that a model sees in an image, in 0..255 units: sqrt(2 E / (3 p^2)) * 127.5.
+    """Noise standard deviation of an image as a model sees it, in 0..255 units: sqrt(2 E / (3 p^2)) * 127.5.
 
     `energy` is E(x) = |x - N(x)|^2 / 2 of the noisy RGB image x on [-1, 1], mean over patches of side p = `patch_size`.
-    It holds for a model whose N(x) is an honest reconstruction: one that thinks from its proposal. ValueError below 0.
+    This is valid for a model whose N(x) was trained as a reconstruction, that is, a model that thinks from its proposal.
+    Raises ValueError below 0.
     """
     check(energy >= 0, "energy", energy, "use the first energy of a quadratic head, which is 0 or more")
     check(patch_size >= 1, "patch_size", patch_size, "use 1 or more")
@@ -220,29 +221,29 @@ def noise_from_energy(energy: float, patch_size: int) -> float:
 
 
 TRAINING_LEVEL = 0.1
-"""The VP noise level that the project's models of that process are trained at."""
+"""The VP noise level at which the project's VP models are trained."""
 
 
 def for_photographs(denoiser: Denoiser) -> Denoiser:
-    """A copy for images with ordinary noise: a network trained on the VP process gets them through its signal scale."""
+    """Copy a denoiser for images with ordinary noise: a network of the VP process gets them scaled by its signal scale."""
     denoiser = copy.copy(denoiser)
     denoiser.input_scale = denoiser.signal_scale
     return denoiser
 
 
 def for_vp_images(denoiser: Denoiser, level: float) -> Denoiser:
-    """A copy for images that the VP process made: a network trained on it gets them as they are, others at full signal."""
+    """Copy a denoiser for images of the VP process: a network of this process gets them unscaled, others at full signal."""
     denoiser = copy.copy(denoiser)
     denoiser.input_scale = vp_input_scale(denoiser.signal_scale, level)
     return denoiser
 
 
 def vp_input_scale(signal_scale: float, level: float) -> float:
-    """The factor on images that the VP process made at this level, for a network whose training had this signal scale."""
+    """Factor on images of the VP process at this level, for a network trained with this signal scale."""
     return 1.0 / signal_and_noise_scale(level)[0] if signal_scale == 1.0 else 1.0
 
 
 def adapt_to_noise(denoiser: Denoiser, noise: Noise | None) -> Denoiser:
-    """The denoiser as it should be used for images with this noise, None for photographs that are noisy as they are."""
+    """Adapt a denoiser to images with this noise; None means photographs that are already noisy."""
     level = None if noise is None else noise.noise_level
     return for_photographs(denoiser) if level is None else for_vp_images(denoiser, level)

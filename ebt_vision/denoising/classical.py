@@ -1,6 +1,6 @@
-"""Classical denoisers behind the same interface: BM3D and non-local means.
+"""Classical denoisers with the same interface: BM3D and non-local means.
 
-Both are told the noise's standard deviation, or estimate it. They work image by image on the CPU.
+Both use the given noise standard deviation or estimate it. They process image by image on the CPU.
 """
 
 from abc import abstractmethod
@@ -18,9 +18,9 @@ from ebt_vision.denoising.results import Callback, DenoiseResult, no_network_res
 
 
 def estimate_sigma(noisy: Tensor) -> list[float]:
-    """AWGN standard deviation of each image (B, 3, H, W), in 0..255 units: scikit-image's wavelet estimate.
+    """Estimate the AWGN standard deviation of each image (B, 3, H, W), in 0..255 units, with scikit-image's wavelets.
 
-    It is the median absolute deviation of the finest wavelet coefficients (Donoho & Johnstone 1994), over the channels' mean.
+    It is the median absolute deviation of the finest wavelet coefficients (Donoho & Johnstone 1994), averaged over channels.
     """
     from skimage.restoration import estimate_sigma as estimate
 
@@ -32,23 +32,23 @@ def _to_numpy(images: Tensor) -> np.ndarray:
 
 
 class ClassicalDenoiser(Denoiser):
-    """A method that knows the noise's standard deviation alone; options.sigma, or an estimate for each image."""
+    """A method that only needs the noise standard deviation: options.sigma, or an estimate for each image."""
 
     options_used = frozenset(("sigma",))
     min_side = 1
-    """Smaller images are reflect-padded to this."""
+    """Smaller images are reflect-padded to this size."""
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         sigmas = estimate_sigma(noisy) if options.sigma is None else [options.sigma] * len(noisy)
         padded = _to_numpy(pad_to_multiple(noisy, 1, minimum=self.min_side))
-        # An image without noise stays as it is: the methods divide by sigma.
+        # Return an image without noise unchanged, because the methods divide by sigma.
         images = [self._filter(x, sigma / 255.0) if sigma > 1e-3 else x for x, sigma in zip(padded, sigmas, strict=True)]
         output = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(noisy)  # NHWC -> NCHW
         return no_network_result(output[..., : noisy.shape[-2], : noisy.shape[-1]], noisy, options)
 
     @abstractmethod
     def _filter(self, image: np.ndarray, sigma: float) -> np.ndarray:
-        """Denoise float64 (H, W, 3); `sigma` in the image's units."""
+        """Denoise float64 (H, W, 3); `sigma` is in the unit of the image."""
 
     def resolve_options(self, noisy: Tensor, options: DenoiseOptions) -> DenoiseOptions:
         return options if options.sigma is not None else replace(options, sigma=min(estimate_sigma(noisy)[0], 255.0))
@@ -72,14 +72,14 @@ class BM3DDenoiser(ClassicalDenoiser):
 
 
 class NonLocalMeansDenoiser(ClassicalDenoiser):
-    """Non-local means with the noise's variance taken off the patch distances (Buades et al. 2005; Darbon et al. 2008)."""
+    """Non-local means that subtracts the noise variance from patch distances (Buades et al. 2005; Darbon et al. 2008)."""
 
     name = "nlm"
 
     def _filter(self, image: np.ndarray, sigma: float) -> np.ndarray:
         from skimage.restoration import denoise_nl_means
 
-        # 0.6 * sigma is scikit-image's advice for the fast mode.
+        # scikit-image recommends 0.6 * sigma for the fast mode.
         options = dict(patch_size=5, patch_distance=6, h=0.6 * sigma, sigma=sigma, fast_mode=True, channel_axis=-1)
         return np.asarray(denoise_nl_means(image, **options))
 

@@ -1,14 +1,13 @@
-"""Networks for other programs: ONNX files and torch.export programs.
+"""Export of networks for other programs: ONNX files and torch.export programs.
 
 Two parts of a network can be exported:
 
-    proposal   images -> N(images): what a regressor predicts, or the reconstruction of an EBT with the quadratic head. It takes
-               one forward pass. Batch, height and width are dynamic.
-    step       candidate -> (next candidate, energy): one thinking step of an EBT, y - step_size * dE/dy. The gradient is traced
-               into plain operations, at one size. An energy that sees the noisy image (observation_context) takes it as a
-               second input.
+   proposal   images -> N(images): the prediction of a regressor, or the reconstruction of an EBT with the quadratic head. It
+              needs one forward pass. Batch, height and width are dynamic.
+   step       candidate -> (next candidate, energy): one thinking step of an EBT, y - step_size * dE/dy. The gradient is traced
+              into plain operations, at one size. With observation_context the noisy image is a second input.
 
-Both take and give images in [0, 1], as photographs are: the scaling to the network's range is inside.
+Inputs and outputs of both are images in [0, 1], like photographs; the scaling for the network is inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +29,11 @@ from ebt_vision.noise.processes import to_image_range, to_model_range
 
 Part = Literal["proposal", "step"]
 SUFFIXES = (".onnx", ".pt2")
-"""ONNX, and torch.export's own format."""
+"""The suffixes of ONNX and of torch.export's own format."""
 
 
 class Proposal(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> denoised ones, clamped; H and W multiples of the patch size."""
+    """Images (B, 3, H, W) in [0, 1] -> denoised images, clamped; H and W are multiples of the patch size."""
 
     def __init__(self, model: PatchEBT | PatchRegressor):
         super().__init__()
@@ -49,9 +48,9 @@ class Proposal(nn.Module):
 class Step(nn.Module):
     """Candidates (B, 3, H, W) -> candidates after one thinking step, and their energies before it, mean over patches, (B,).
 
-    Candidates are in [0, 1], or outside where they still are noisy. They are not clamped, so that steps can follow one another.
-    The first candidate is the noisy image; a network of the VP process then gives images of full signal from the first step on.
-    A model with observation_context takes the noisy images (B, 3, H, W) as its second input, in every step.
+    Candidates are in [0, 1], or outside if they are still noisy. They are not clamped, so that steps can follow one another.
+    The first candidate is the noisy image; a network of the VP process returns images of full signal from the first step on. A
+    model with observation_context takes the noisy images (B, 3, H, W) as its second input in every step.
     """
 
     def __init__(self, model: PatchEBT):
@@ -74,9 +73,9 @@ class Step(nn.Module):
 def export_model(
     model: PretrainedModel, path: Path, *, part: Part = "proposal", size: tuple[int, int] | None = None, batch_size: int = 1
 ) -> None:
-    """Write `part` of a PatchEBT or PatchRegressor to `path`, ONNX or torch.export's format by its suffix (.onnx, .pt2).
+    """Write `part` of a PatchEBT or PatchRegressor to `path`, as ONNX or torch.export program by its suffix (.onnx, .pt2).
 
-    `size` (height, width) and `batch_size` are those of a step, which has fixed shapes; a proposal takes any, in multiples of
+    `size` (height, width) and `batch_size` are for a step, which has fixed shapes. A proposal accepts any size in multiples of
     the patch size. Raises ValueError for a part that the model does not have, a size that does not fit and an unknown suffix,
     MissingExtraError for ONNX without the package onnxscript.
     """
@@ -88,13 +87,13 @@ def export_model(
     patch_size: int = model.config.patch_size
     if part == "step":
         if size is None:
-            raise ValueError("a step has a fixed size; give height and width, for example 256x256")
+            raise ValueError("a step has a fixed size; set height and width, for example 256x256")
         if min(size) < patch_size or any(side % patch_size for side in size):
             raise ValueError(f"size={size[0]}x{size[1]} is not a multiple of patch_size={patch_size}")
         num_inputs = 2 if getattr(model.config, "observation_context", False) else 1
         program = _traced(module, tuple(torch.zeros(batch_size, 3, *size) for _ in range(num_inputs)))
     else:
-        # Two images of 3x5 patches: sizes that are unlike each other stay apart, and 1 would be taken for a constant.
+        # Two images of 3x5 patches: torch.export keeps different sizes apart, and would treat a size of 1 as a constant.
         example = torch.zeros(2, 3, 3 * patch_size, 5 * patch_size)
         automatic = torch.export.Dim.AUTO
         program = torch.export.export(module, (example,), dynamic_shapes=({0: automatic, 2: automatic, 3: automatic},))
@@ -113,7 +112,7 @@ def export_model(
 
 
 def check_onnx() -> None:
-    """MissingExtraError, with the command that installs it, where ONNX files cannot be written."""
+    """Raise MissingExtraError, with the installation command, if ONNX files cannot be written."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -132,14 +131,14 @@ def _part(model: PretrainedModel, part: Part) -> nn.Module:
             raise ValueError("an EBT with the linear head has no proposal; export its step with --part step")
         return Proposal(model)
     if not isinstance(model, PatchEBT):
-        raise ValueError("a regressor has no energy to take a step on; export its proposal")
+        raise ValueError("a regressor has no energy and no step; export its proposal")
     return Step(model)
 
 
 def _traced(module: nn.Module, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """The module with the gradients inside it written out as plain operations, at the shapes of the examples."""
+    """Trace the module with its inner gradients written out as plain operations, at the shapes of the examples."""
     table: dict[Any, Callable[..., Any]] = {torch.ops.aten.convolution_backward.default: _convolution_backward}
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has a backward operator that other programs do not know
+    with sdpa_kernel(SDPBackend.MATH):  # other programs do not know the backward operator of fused attention
         graph = make_fx(module, decomposition_table=table)(*examples)
     return torch.export.export(graph, examples)
 
@@ -157,7 +156,7 @@ def _convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, None, None]:
-    """The gradient of a convolution's input, as a convolution: ONNX has no operator for convolution_backward."""
+    """The gradient of a convolution's input, as a convolution, because ONNX has no operator for convolution_backward."""
     assert not output_mask[1] and not output_mask[2], "the weights are constants"
     if transposed:
         return F.conv2d(grad, weight, None, stride, padding, dilation, groups), None, None

@@ -1,4 +1,4 @@
-"""From a name or a folder to a denoiser."""
+"""Load a denoiser by name or folder."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 
 def load_denoiser(name_or_path: str, *, device: str = "cpu", precision: Precision = "auto") -> Denoiser:
-    """A denoiser from "bm3d", "nlm" or "identity", a shipped checkpoint's name, a folder, or "hub:OWNER/NAME".
+    """Load a denoiser: "bm3d", "nlm", "identity", a shipped checkpoint's name, a folder, or "hub:OWNER/NAME".
 
-    Its `denoise` does what the command line does: it takes images for photographs unless the options have a noise_level.
-    `precision` is that of a network (see ModelDenoiser); classical methods have no use for it.
-    Raises CheckpointError (a ValueError) for a name that is not known, MissingExtraError for an optional package.
+    Its `denoise` works like the command line: images are photographs unless the options have a noise_level. `precision` is for
+    networks (see ModelDenoiser); classical methods ignore it. Raises CheckpointError (a ValueError) for an unknown name,
+    MissingExtraError for a missing optional package.
     """
     if name_or_path == IdentityDenoiser.name:
         return IdentityDenoiser()

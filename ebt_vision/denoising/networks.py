@@ -1,4 +1,4 @@
-"""The networks as denoisers: thinking with PatchEBT, sampling with DiT, applying the regressor."""
+"""Denoisers by networks: thinking with PatchEBT, sampling with DiT, applying the regressor."""
 
 import contextlib
 import math
@@ -33,20 +33,20 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from ebt_vision.models.dit import DiT
 
 LANGEVIN_STREAM, JITTER_STREAM = 0, 1
-"""Streams of random numbers, beside an image's id."""
+"""Streams of random numbers, in addition to the id of an image."""
 
 
 def signal_scale_of(model: PretrainedModel) -> float:
-    """What multiplied the signal in a network's training images: see Denoiser.signal_scale."""
+    """Factor on the signal in a network's training images; see Denoiser.signal_scale."""
     return signal_and_noise_scale(TRAINING_LEVEL)[0] if noise_process_of(model) == "vp" else 1.0
 
 
 class ModelDenoiser(Denoiser):
-    """What the networks have in common; the model is put into eval mode.
+    """The common base of the network denoisers; the model is put into eval mode.
 
-    `precision`: "bfloat16" runs the network under autocast, energies and images stay float32. "auto" does so where the device
-    is fast at it and the network adds to its input, as one with a convolutional decoder does: rounding then costs nothing
-    that can be measured. A network that paints its output anew would round it.
+    `precision`: "bfloat16" runs the network under autocast; energies and images stay float32. "auto" does this if the device is
+    fast at bfloat16 and the network adds to its input, as with a convolutional decoder; rounding then has no measurable cost. A
+    network that outputs the whole image would round it.
     """
 
     model: PretrainedModel
@@ -61,19 +61,21 @@ class ModelDenoiser(Denoiser):
         self.num_parameters = model.num_parameters
         self.tile_size = model.config.img_size
         if getattr(model.config, "stem_widths", ()):
-            self.overlap_share = 0.125  # a convolutional stem sees across patches: a quarter was no better (docs/results)
+            self.overlap_share = 0.125  # a convolutional stem sees across patches; a quarter was not better (docs/results)
         self.patch_size = model.config.patch_size
         self.model = model.eval()
 
     def to_network(self, noisy: Tensor) -> Tensor:
         weight = next(self.model.parameters())
         if weight.is_inference():
-            raise ValueError("the weights were made or moved under torch.inference_mode, which bars gradients; do that outside")
+            raise ValueError(
+                "the weights were made or moved under torch.inference_mode, which forbids gradients; leave it first"
+            )
         return noisy.to(weight)
 
     @property
     def uses_bfloat16(self) -> bool:
-        """Whether the network runs in bfloat16 on the device that it is on now."""
+        """Whether the network runs in bfloat16 on its current device."""
         weight = next(self.model.parameters())
         if self.precision == "auto":
             adds_to_input = bool(getattr(self.model.config, "stem_widths", ()))
@@ -98,10 +100,10 @@ class ModelDenoiser(Denoiser):
 
 
 class EBTDenoiser(ModelDenoiser):
-    """PatchEBT: descend the energy from the noisy image or its proposal; of several candidates keep the one of lowest energy.
+    """PatchEBT: descend the energy from the noisy image or its proposal; keep the candidate of lowest energy.
 
-    With num_candidates above 1 the first one starts from there, each other from there and some noise. A proposal N(x) is the
-    first of the steps: it takes one forward pass, and the energy of x comes with it.
+    With num_candidates above 1 the first candidate starts there, and the others start there plus noise. A proposal N(x) counts
+    as the first step: it needs one forward pass, which also gives the energy of x.
     """
 
     model: PatchEBT
@@ -170,9 +172,9 @@ class EBTDenoiser(ModelDenoiser):
 
 
 class _Watch:
-    """Hands the starts to best_of and hears of every step: passes them on, keeps them, stops all when asked to.
+    """Pass the starts to best_of and receive every step: report it, keep it, and stop if requested.
 
-    `proposed` is the proposal and the energy of the observation `x`, where thinking starts from the proposal.
+    `proposed` is the proposal and the energy of the observation `x`, if thinking starts from the proposal.
     """
 
     def __init__(
@@ -184,9 +186,9 @@ class _Watch:
         proposed: tuple[Tensor, Tensor] | None,
     ):
         self.options, self.x, self.patch_size, self.callback, self.proposed = options, x, patch_size, callback, proposed
-        self.num_before = 0 if proposed is None else 1  # steps before the first one of thinking
+        self.num_before = 0 if proposed is None else 1  # steps before the first thinking step
         self.candidate, self.stopped = 0, False
-        self.images: list[list[Tensor]] = []  # of each candidate, after each step
+        self.images: list[list[Tensor]] = []  # for each candidate, after each step
 
     def starts(self, image_ids: list[int]) -> Iterator[Tensor]:
         first = self.x if self.proposed is None else self.proposed[0]
@@ -239,7 +241,7 @@ def _of_chosen(values: list[Tensor], chosen: Tensor) -> Tensor:
 
 
 def _chosen_energies(results: tuple[ThinkingResult, ...], chosen: Tensor, num_steps: int) -> Tensor:
-    """Energies (num_steps + 1, B) of the winners; where all samples stopped early the last row is repeated."""
+    """Return energies (num_steps + 1, B) of the winners; if all samples stopped early, the last row is repeated."""
     rows = []
     for result in results:
         energies = result.energies
@@ -278,13 +280,13 @@ class RegressorDenoiser(ModelDenoiser):
 class DiTDenoiser(ModelDenoiser):
     """The diffusion baseline.
 
-    `mode`: "ddim" takes options.num_steps passes from the timestep of the noise down to the clean image; "x0" predicts the
-    clean image in one call, whatever num_steps; "recursion" runs the whole chain num_steps times on its own output.
+    `mode`: "ddim" uses options.num_steps passes from the timestep of the noise to the clean image; "x0" predicts the clean
+    image in one call and ignores num_steps; "recursion" runs the whole chain num_steps times on its own output.
 
-    A DiT must be told how noisy its input is. With options.noise_level the input is taken as made by the VP process at that
-    level (times input_scale). Without, as a photograph with AWGN of options.sigma, given or estimated: it gets the timestep
-    of the same noise-to-signal ratio and is scaled by that timestep's sqrt(alpha_bar), input_scale aside; num_steps is then
-    lowered to the number of timesteps there are. Images with estimates of their own are sampled one by one, without callbacks.
+    A DiT needs the noise level of its input. With options.noise_level the input is an image of the VP process at this level
+    (times input_scale). Otherwise it is a photograph with AWGN of options.sigma, given or estimated. It then gets the timestep
+    of the same noise-to-signal ratio and is scaled by the sqrt(alpha_bar) of this timestep, without input_scale; num_steps is
+    lowered to the number of available timesteps. Images with their own estimates are sampled one by one, without callbacks.
     """
 
     model: "DiT"
@@ -343,7 +345,7 @@ class DiTDenoiser(ModelDenoiser):
 
 
 class _Samples:
-    """Hears of every sample on [-1, 1]: passes it on, keeps it; True stops."""
+    """Receive every sample on [-1, 1]: report it and keep it; True stops the sampling."""
 
     def __init__(self, options: DenoiseOptions, callback: Callback):
         self.options, self.callback = options, callback

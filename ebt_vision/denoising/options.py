@@ -1,4 +1,4 @@
-"""What to do with an image: the options that every denoiser takes."""
+"""Options of all denoisers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,30 +15,31 @@ MAX_STRENGTH = 1.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenoiseOptions(ThinkingOptions):
-    """What to do with an image; a denoiser reads the fields that it has a use for.
+    """Options for denoising an image. A denoiser uses only some of the fields.
 
-    Of the thinking options, `num_steps` counts the proposal too. For a regressor it is the number of applications, for a DiT
-    the passes of DDIM or the loops of the recursion. Noise is on [-1, 1].
+    `num_steps` includes the proposal. For a regressor it is the number of applications, for a DiT the passes of DDIM or the
+    loops of the recursion. Noise is on [-1, 1].
     """
 
     start: Literal["observation", "proposal"] | None = None
-    """EBT: think from the noisy image, or from the proposal N(x), which then is the first step; None: as the model suggests."""
+    """EBT: start thinking from the noisy image or from the proposal N(x), which counts as one step; None: as the model
+    suggests."""
     strength: float = 1.0
-    """How much of the noise that was found is removed, 0..1.5. Below 1 the result is the minimum of the energy around the
-    denoised image plus (1 - strength) / (2 * strength) * |y - x|^2, which keeps grain: 0 gives the image x back. Above 1 the
-    network is shown the noise that it found, `strength` times as strong, and denoises that: a second run, for what is left."""
+    """How much of the noise is removed, 0..1.5. Below 1 the result is x + strength * (denoised - x), which keeps grain; 0
+    returns x. It minimises a quadratic energy around the denoised image plus (1 - strength) / (2 * strength) * |y - x|^2. Above
+    1 the network denoises a second time; the input is the denoised image plus `strength` times the noise that it found."""
     candidate_noise_std: float = 0.1
-    """EBT: standard deviation, on [-1, 1], of the noise added to every start but the first."""
+    """EBT: standard deviation, on [-1, 1], of the noise added to every start except the first."""
     noise_level: float | None = None
-    """The VP noise level in (0, 1] of images that the VP process made. A DiT starts there; it takes precedence over `sigma`."""
+    """VP noise level in (0, 1] for images of the VP process. A DiT starts at this level; it takes precedence over `sigma`."""
     sigma: float | None = None
-    """Classical, and DiT without a noise_level: AWGN standard deviation in 0..255 units; None estimates it from the image."""
+    """Classical methods, and DiT without noise_level: AWGN standard deviation in 0..255 units; None estimates it."""
     tile_size: int | None = None
-    """Side in pixels of the tiles of larger images: None for the denoiser's own, 0 for the whole image in one piece."""
+    """Side in pixels of the tiles for larger images; None uses the denoiser's own, 0 denoises the whole image at once."""
     keep_trajectory: bool = False
-    """Keep the image before the first and after every step."""
+    """Keep the images before the first and after every step."""
     keep_candidates: bool = False
-    """EBT: keep the final image of every candidate, not of the winner alone."""
+    """EBT: keep the final images of all candidates, not only of the winner."""
 
     def __post_init__(self) -> None:
         ThinkingOptions.__post_init__(self)  # super() does not work in a dataclass with slots

@@ -1,4 +1,4 @@
-"""What denoising gives back: the images, and how they came about."""
+"""Results of denoising: the images, with steps, energies and candidates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from ebt_vision.denoising.options import DenoiseOptions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenoiseStep:
-    """What a callback sees before the first step (index 0) and after each one."""
+    """The input of a callback before the first step (index 0) and after each step."""
 
     index: int
     num_steps: int
@@ -21,35 +21,35 @@ class DenoiseStep:
     candidate: int = 0
     num_candidates: int = 1
     image_index: int = 0
-    """Of images in tiles, which take turns: the place in the batch of the one that `image` (1, 3, H, W) and `energies` show."""
+    """For images in tiles, which are denoised one after another: batch position of the image in `image` (1, 3, H, W)."""
 
 
 Callback = Callable[[DenoiseStep], object]
-"""Returning True ends the work there; the image so far is the result. Methods without steps call nothing."""
+"""A return value of True stops the work, and the image so far is the result. Methods without steps make no calls."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenoiseResult:
-    """Denoised images and how they came about. T is options.num_steps, N options.num_candidates."""
+    """Denoised images with steps, energies and candidates. T is options.num_steps, N options.num_candidates."""
 
     image: Tensor
     """(B, 3, H, W) in [0, 1], clamped."""
     num_steps: Tensor
-    """Steps that each image has had, int64 (B,)."""
+    """Number of steps of each image, int64 (B,)."""
     num_forward: Tensor
-    """Passes through the network spent on each image, over all candidates, int64 (B,); 0 for classical methods."""
+    """Passes through the network for each image, over all candidates, int64 (B,); 0 for classical methods."""
     energies: Tensor | None = None
-    """Energy before the first and after every step, mean over patches, (T + 1, B); an image that stopped repeats its last."""
+    """Energy before the first and after every step, mean over patches, (T + 1, B); a stopped image repeats its last energy."""
     candidate_energies: Tensor | None = None
     """Final energy of every candidate, mean over patches, (N, B)."""
     chosen: Tensor | None = None
-    """Which candidate won, int64 (B,)."""
+    """Index of the winning candidate, int64 (B,)."""
     candidate_images: Tensor | None = None
-    """With keep_candidates: the final image of every candidate, (N, B, 3, H, W), like `image`, which is one of them."""
+    """With keep_candidates: the final image of every candidate, (N, B, 3, H, W), like `image`."""
     candidate_wins: Tensor | None = None
-    """Of an image in tiles, which choose each for itself: how many each candidate won, int64 (N, B)."""
+    """For an image in tiles, each with its own winner: number of tiles that each candidate won, int64 (N, B)."""
     trajectory: tuple[Tensor, ...] | None = None
-    """With keep_trajectory: the images before the first and after every step, like `image`, which is the last."""
+    """With keep_trajectory: the images before the first and after every step, like `image`; the last one is `image`."""
 
 
 def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> DenoiseResult:
@@ -79,7 +79,7 @@ def restore_flat_images(result: DenoiseResult, noisy: Tensor) -> DenoiseResult:
 
 
 def apply_strength(result: DenoiseResult, noisy: Tensor, strength: float) -> DenoiseResult:
-    """The result with a strength below 1: its images moved back towards the noisy ones, (B, 3, H, W)."""
+    """Apply a strength below 1: move the images of the result back towards the noisy images, (B, 3, H, W)."""
     if strength >= 1.0:
         return result
 
@@ -98,9 +98,9 @@ def crop_and_clamp(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def join_results(results: Sequence[DenoiseResult]) -> DenoiseResult:
-    """One result for images that were worked on one by one; a field that is not there, or not alike, in all of them is None.
+    """Join results of images that were denoised one by one. A field that is missing or differs in shape becomes None.
 
-    Of trajectories that differ in length the shorter ones repeat their last image.
+    Shorter trajectories repeat their last image.
     """
 
     def joined(name: str, dim: int) -> Tensor | None:
@@ -128,7 +128,7 @@ def join_results(results: Sequence[DenoiseResult]) -> DenoiseResult:
 
 
 def no_network_result(image: Tensor, noisy: Tensor, options: DenoiseOptions) -> DenoiseResult:
-    """The result (B, 3, H, W) of a method in one step without a network or an energy."""
+    """Return the result (B, 3, H, W) of a one-step method without a network or an energy."""
     ones = torch.ones(len(noisy), dtype=torch.int64, device=noisy.device)
     trajectory = (noisy, *[image] * options.num_steps) if options.keep_trajectory else None
     return DenoiseResult(image=image, num_steps=ones, num_forward=torch.zeros_like(ones), trajectory=trajectory)

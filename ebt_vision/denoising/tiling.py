@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles, blended without seams and in bounded memory."""
+"""Large images in overlapping tiles, blended without visible seams and with bounded memory."""
 
 import functools
 import math
@@ -15,17 +15,17 @@ from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep, join_results
 
 MEMORY_BUDGET = 512 * 2**20
-"""Bytes of activations that a batch of tiles may take, by the denoiser's own estimate."""
+"""Maximum bytes of activations for a batch of tiles, by the denoiser's own estimate."""
 MAX_BATCH_SIZE = 64
 TILES_OF_AN_IMAGE = 2**32
-"""The random numbers of tile t of the image with id i are those of i * TILES_OF_AN_IMAGE + t."""
+"""Tile t of the image with id i uses the random numbers of id i * TILES_OF_AN_IMAGE + t."""
 
 Progress = Callable[[int, int], object]
-"""(tiles done, tiles in total), called at the start and after each batch; raise in it to give up."""
+"""(finished tiles, all tiles), called at the start and after each batch; raise an exception in it to stop."""
 
 
 class TiledDenoiser(Protocol):
-    """What tiling asks of a denoiser; base.Denoiser, which documents each, has it all."""
+    """The methods of a denoiser that tiling needs; base.Denoiser documents and implements them."""
 
     tile_size: int
     patch_size: int
@@ -47,29 +47,29 @@ class TiledDenoiser(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TiledStep:
-    """What a step callback hears: a step of the batch of tiles that is worked on, the rest being done or still to come."""
+    """The input of a step callback: a step of the current batch of tiles. Other tiles are finished or still to come."""
 
     index: int
     num_steps: int
     candidate: int
     num_candidates: int
     energy: float | None
-    """Mean over the patches of the tiles of this batch."""
+    """Mean energy over the patches of the tiles of this batch."""
     tiles_done: int
     tiles_now: int
     num_tiles: int
     image: Callable[[], Tensor]
-    """Makes the image so far, (1, 3, H, W) in [0, 1], noisy where no tile is yet; call it during the callback or not at all."""
+    """Returns the image so far, (1, 3, H, W) in [0, 1], noisy where no tile is finished; call it only during the callback."""
 
     @property
     def share_done(self) -> float:
-        """How much of the work is done, in 0..1, if every tile takes all its steps."""
+        """Fraction of the finished work, in 0..1, if every tile uses all its steps."""
         batch = (self.candidate + self.index / self.num_steps) / self.num_candidates
         return (self.tiles_done + self.tiles_now * batch) / self.num_tiles
 
 
 StepCallback = Callable[[TiledStep], object]
-"""Returning True ends the work there; what is done so far is the result, noisy where nothing is."""
+"""A return value of True stops the work; the result so far is kept, noisy where nothing is finished."""
 
 
 def denoise_tiled(
@@ -85,18 +85,19 @@ def denoise_tiled(
     callback: Progress | None = None,
     on_step: StepCallback | None = None,
 ) -> DenoiseResult:
-    """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in square tiles of `tile_size` px with `overlap` px in common.
+    """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in square tiles of `tile_size` px that overlap by `overlap`
+    px.
 
-    The tile defaults to that of the options, or else the denoiser's own; 0 is the whole image. The overlap defaults to the
-    denoiser's share of it, the batch to what `memory_budget` bytes hold, the options to the suggested ones. Where tiles
-    overlap they are blended with weights that sum to 1 (see tile_weights), and the last tile of a row or column is moved
-    inside the image.
-    The result does not depend on batch_size: each tile's random numbers depend on the seed, `image_id` and its place.
+    The tile size defaults to the options, or else to the denoiser's own; 0 means the whole image. The overlap defaults to the
+    denoiser's fraction of the tile, the batch to what fits into `memory_budget` bytes, the options to the suggested ones.
+    Overlapping tiles are blended with weights that sum to 1 (see tile_weights). The last tile of a row or column is moved
+    inside the image. The result does not depend on batch_size: the random numbers of a tile depend only on the seed, `image_id`
+    and its position.
 
-    The result is as of Denoiser.denoise with B = 1: energies are means over the tiles, and so over all their patches; num_steps
-    is the largest of the tiles; num_forward is their sum; `chosen` is None, because each tile chooses for itself: see
-    `candidate_wins`. `on_step` may stop the work; the energies are then of the tiles that were done, or of the first batch.
-    Raises ValueError for a tile below 8 px, an overlap that leaves no stride, and what Denoiser.denoise raises.
+    The result is as from Denoiser.denoise with B = 1. Energies are means over the tiles, and so over all patches. num_steps is
+    the maximum over tiles, num_forward the sum. `chosen` is None, because each tile has its own winner; see `candidate_wins`.
+    `on_step` may stop the work; the energies are then those of the finished tiles, or of the first batch. Raises ValueError for
+    a tile below 8 px, an overlap that leaves no stride, and the errors of Denoiser.denoise.
     """
     noisy = noisy[None] if isinstance(noisy, Tensor) and noisy.ndim == 3 else noisy
     check_images(noisy)
@@ -120,7 +121,7 @@ def denoise_tiled(
 def _checked_tile(
     denoiser: TiledDenoiser, noisy: Tensor, options: DenoiseOptions, tile_size: int | None, overlap: int | None
 ) -> tuple[int, int]:
-    """The tile's side and the overlap in pixels; ValueError for what cannot be."""
+    """Return the tile side and the overlap in pixels. Raises ValueError for invalid values."""
     tile_size = options.tile_size if tile_size is None else tile_size
     tile_size = denoiser.tile_size if tile_size is None else tile_size
     check_whole("tile_size", tile_size)
@@ -136,7 +137,7 @@ def _checked_tile(
 
 
 def _of_dtype(result: DenoiseResult, dtype: torch.dtype) -> DenoiseResult:
-    """The result with its images in the dtype of the input."""
+    """Convert the images of the result to the dtype of the input."""
     candidates, trajectory = result.candidate_images, result.trajectory
     return replace(
         result,
@@ -154,9 +155,10 @@ def denoise_each_tiled(
     image_ids: Sequence[int],
     callback: Callback | None = None,
 ) -> DenoiseResult:
-    """Each image of (B, 3, H, W) by denoise_tiled, as one result of batch size B: what Denoiser.denoise does with large images.
+    """Denoise each image of (B, 3, H, W) by denoise_tiled, as one result of batch size B; Denoiser.denoise uses it for large
+    images.
 
-    Where the callback returns True, the images that are still to come stay noisy.
+    If the callback returns True, the remaining images stay noisy.
     """
     stopped = False
 
@@ -183,7 +185,7 @@ def denoise_each_tiled(
 
 
 class _Tiling:
-    """An image cut into tiles: their places, their pixels, and sums that blend them."""
+    """An image cut into tiles: their positions, their pixels, and sums that blend them."""
 
     def __init__(self, noisy: Tensor, tile: tuple[int, int], overlap: int, image_id: int = 0):
         self.noisy, self.tile, self.image_id = noisy, tile, image_id
@@ -193,22 +195,22 @@ class _Tiling:
         self.places = [(i, j) for i in range(len(self.tops)) for j in range(len(self.lefts))]
 
     def ids(self, start: int, stop: int) -> list[int]:
-        """What tells the random numbers of tiles start..stop - 1 apart; a single tile has the image's own."""
+        """Ids for the random numbers of tiles start..stop - 1; a single tile uses the id of the image."""
         first = self.image_id * TILES_OF_AN_IMAGE if len(self.places) > 1 else self.image_id
         return list(range(first + start, first + stop))
 
     def cut(self, images: Tensor, start: int, stop: int) -> Tensor:
-        """Tiles start..stop - 1 of `images` (1, C, H, W), (n, C, h, w)."""
+        """Return tiles start..stop - 1 of `images` (1, C, H, W), (n, C, h, w)."""
         return torch.stack([images[0][self._window(place)] for place in self.places[start:stop]])
 
     def add(self, total: Tensor, tiles: Tensor, start: int) -> None:
-        """Add tiles (n, C, h, w), the first of which is number `start`, to `total` (1, C, H, W), each with its weights."""
+        """Add tiles (n, C, h, w), starting with number `start`, to `total` (1, C, H, W), with their weights."""
         for image, place in zip(tiles, self.places[start : start + len(tiles)], strict=True):
             weight = self.row_weights[place[0]][:, None] * self.column_weights[place[1]]  # (h, w)
             total[0][self._window(place)] += weight * image
 
     def fill(self, total: Tensor, start: int) -> None:
-        """Add the noisy pixels of the tiles from `start` on."""
+        """Add the noisy pixels of all tiles from `start` on."""
         for number in range(start, len(self.places)):
             self.add(total, self.cut(self.noisy, number, number + 1), number)
 
@@ -230,23 +232,23 @@ def _run(
     trajectory: list[Tensor] = []
     candidates: list[Tensor] = []
     combined: DenoiseResult | None = None
-    counted = done = 0  # tiles in `combined`, and in `image`
+    counted = done = 0  # number of tiles in `combined` and in `image`
     if callback is not None:
         callback(0, num_tiles)
     while done < num_tiles:
         tiles = tiling.cut(noisy, done, done + batch_size)
         watch = _Watch(tiling, image, tiles, done, on_step)
         result = denoiser.denoise_whole(tiles, options, image_ids=tiling.ids(done, done + len(tiles)), callback=watch)
-        if watch.stopped and watch.index == 0 and watch.candidate == 0:  # as it is seen, not as the network gets it
+        if watch.stopped and watch.index == 0 and watch.candidate == 0:  # as users see it, not as scaled for the network
             result = replace(result, image=tiles.clamp(0, 1))
-        # Add the images in place, and let go of them.
+        # Add the images in place and free them.
         tiling.add(image, result.image, done)
         for totals, several in ((trajectory, result.trajectory), (candidates, result.candidate_images)):
             for index, images in enumerate(() if several is None else several):
                 if index == len(totals):
                     totals.append(torch.zeros_like(noisy))
                 tiling.add(totals[index], images, done)
-        if combined is None or not watch.stopped:  # a batch that was cut short may have fewer candidates
+        if combined is None or not watch.stopped:  # a stopped batch may have fewer candidates
             combined = _combine(combined, _shared(result, image, options))
             counted += len(tiles)
         else:
@@ -262,7 +264,7 @@ def _run(
     assert combined is not None
     return replace(
         combined,
-        image=image.clamp_(0, 1),  # the weights sum to 1 but for rounding
+        image=image.clamp_(0, 1),  # the weights sum to 1 up to rounding
         energies=_over(combined.energies, counted),
         candidate_energies=_over(combined.candidate_energies, counted),
         candidate_images=torch.stack(candidates).clamp(0, 1) if candidates else None,
@@ -271,7 +273,7 @@ def _run(
 
 
 class _Watch:
-    """Hears of the steps of one batch of tiles and tells `on_step` of the whole image."""
+    """Receive the steps of one batch of tiles and report them to `on_step` for the whole image."""
 
     def __init__(self, tiling: _Tiling, image: Tensor, tiles: Tensor, start: int, on_step: StepCallback | None):
         self.tiling, self.image, self.tiles, self.start, self.on_step = tiling, image, tiles, start, on_step
@@ -299,20 +301,20 @@ class _Watch:
 
     def _image(self, step: DenoiseStep) -> Tensor:
         image = self.image.clone()
-        # Before the first step: the tiles as they are seen, not as the network gets them.
+        # Before the first step: the tiles as users see them, not as scaled for the network.
         self.tiling.add(image, self.tiles if step.index == 0 else step.image.to(image), self.start)
         self.tiling.fill(image, self.start + len(self.tiles))
         return image.clamp_(0, 1)
 
 
 def _shared(result: DenoiseResult, image: Tensor, options: DenoiseOptions) -> DenoiseResult:
-    """A batch's result with what all batches share in it: the image, and how many tiles each candidate won."""
+    """Add to a batch's result what all batches share: the image, and the number of tiles that each candidate won."""
     wins = None if result.chosen is None else torch.bincount(result.chosen, minlength=options.num_candidates)[:, None]
     return replace(result, image=image, trajectory=None, chosen=None, candidate_images=None, candidate_wins=wins)
 
 
 def _combine(total: DenoiseResult | None, batch: DenoiseResult) -> DenoiseResult:
-    """Sums of energies and passes, maximum of steps, over the tiles so far, as a batch of one."""
+    """Return sums of energies and passes, and the maximum of steps, over the tiles so far, as a batch of one."""
 
     def add(name: str) -> Tensor | None:
         value = getattr(batch, name)
@@ -339,14 +341,14 @@ def _over(total: Tensor | None, count: int) -> Tensor | None:
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side of `length`: every tile - overlap, the last one moved back to end with the side."""
-    if length <= tile:  # the overlap may be longer than such a side
+    """Return the start of each tile along a side of `length`: every tile - overlap; the last one is moved back to the end."""
+    if length <= tile:  # the overlap may be longer than this side
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
 def num_tiles(height: int, width: int, tile_size: int, overlap: int) -> int:
-    """How many tiles `denoise_tiled` cuts an image into; for its default overlap ask Denoiser.overlap_for."""
+    """Return the number of tiles of `denoise_tiled`; Denoiser.overlap_for gives its default overlap."""
     rows, columns = (len(tile_starts(side, min(tile_size, side), overlap)) for side in (height, width))
     return rows * columns
 
@@ -354,8 +356,8 @@ def num_tiles(height: int, width: int, tile_size: int, overlap: int) -> int:
 def tile_weights(starts: list[int], tile: int, length: int, overlap: int) -> Tensor:
     """Weights of the tiles along one side, float64 (num_tiles, tile), that sum to 1 at every pixel of `length`.
 
-    Each tile fades in and out with a raised cosine over `overlap` pixels, but not at the ends of the side; the weights are then
-    divided by their sum, which matters where the last tile overlaps by more. The two sides' products weigh a pixel.
+    Each tile fades in and out with a raised cosine over `overlap` pixels, except at the ends of the side. The weights are then
+    divided by their sum, which matters if the last tile overlaps more. The weight of a pixel is the product of the two sides.
     """
     ramp = torch.sin(math.pi / 2 * (torch.arange(overlap, dtype=torch.float64) + 0.5) / max(overlap, 1)).square()
     weights = torch.ones(len(starts), tile, dtype=torch.float64)
@@ -372,10 +374,10 @@ def tile_weights(starts: list[int], tile: int, length: int, overlap: int) -> Ten
 
 
 def energy_map_tiled(denoiser: TiledDenoiser, images: Tensor, noisy: Tensor, *, tile_size: int | None = None) -> Tensor | None:
-    """Energy of the patch that each pixel lies in, float32 (H, W), blended over tiles as in denoise_tiled.
+    """For each pixel, return the energy of its patch, float32 (H, W), blended over tiles as in denoise_tiled.
 
-    `images` (1, 3, H, W) in [0, 1] is what the energy is of, `noisy`, of the same shape, what it was made from. None for a
-    method without an energy.
+    The energy is that of `images` (1, 3, H, W) in [0, 1]; `noisy`, of the same shape, is their observation. None for a method
+    without an energy.
     """
     check_images(images)
     tile_size = denoiser.tile_size if tile_size is None else tile_size

@@ -1,13 +1,13 @@
 """Transformer blocks that can be differentiated twice.
 
-Thinking takes the gradient of the network with respect to its input, and training differentiates that gradient again. Of
-PyTorch's attention kernels only the math path has a second derivative: the fused ones (flash, memory-efficient) raise or
-are silently cut. So these blocks call scaled_dot_product_attention and leave the choice to their caller: thinking.py
-asks for the math path when the graph of the gradient is kept, and everything else gets the fast kernels. Where the math
-path is asked for, long sequences on a CPU take blockwise_attention.py: it, too, has a second derivative, and no N x N matrices.
+Thinking takes the gradient of the network with respect to its input, and training differentiates this gradient again. Of
+PyTorch's attention kernels only the math path has a second derivative; the fused kernels (flash, memory-efficient) raise an
+error or cut the graph silently. These blocks therefore call scaled_dot_product_attention, and the caller selects the kernel:
+thinking.py requests the math path when it keeps the graph of the gradient; all other calls use the fast kernels. If the math
+path is requested, long sequences on a CPU use blockwise_attention.py, which has a second derivative and no N x N matrices.
 
-Conditioning: the paper's code feeds adaLN one learned constant, which spends 6 * d^2 parameters a block on six vectors.
-Here they are those vectors: the norm's scale and the gate of LayerScale (Touvron et al. 2021).
+Conditioning: the paper's code feeds one learned constant into adaLN, which costs 6 * d^2 parameters per block for six vectors.
+Here these vectors are parameters: the scale of the norm and the gate of LayerScale (Touvron et al. 2021).
 """
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ebt_vision.models.blockwise_attention import blockwise_attention
 
 BLOCKWISE_TOKENS = 2048
-"""Sequences from this length on are attended block by block where a second derivative is wanted (docs/results/speed.md)."""
+"""From this sequence length on, attention with a second derivative runs block by block (docs/results/speed.md)."""
 
 
 def axial_rope(height: int, width: int, head_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin (height * width, head_dim // 2) of 2-D rotary positions (Su et al. 2021; axial as in Heo et al. 2024).
+    """Return cos and sin (height * width, head_dim // 2) of 2-D rotary positions (Su et al. 2021; axial, Heo et al. 2024).
 
-    One half of the frequencies turns with the row, the other with the column; any grid works, so does H != W.
+    Half of the frequencies rotate with the row, the other half with the column. Any grid works, also H != W.
     Raises ValueError unless head_dim is a multiple of 4.
     """
     if head_dim % 4:
@@ -46,7 +46,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over (B, num_heads, N, head_dim) by PyTorch's kernels, or by blocks (see BLOCKWISE_TOKENS)."""
+    """Attention over (B, num_heads, N, head_dim) with PyTorch's kernels, or by blocks (see BLOCKWISE_TOKENS)."""
     if not torch.compiler.is_compiling() and q.shape[-2] >= BLOCKWISE_TOKENS and _takes_blocks(q):
         return blockwise_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)

@@ -1,22 +1,23 @@
-"""Attention with a first and a second derivative that never holds a whole score matrix: for long sequences on a CPU.
+"""Attention with a first and a second derivative that never stores a whole score matrix, for long sequences on a CPU.
 
-PyTorch's fused attention has no second derivative; its math path has, and for N tokens writes and reads N x N matrices one
-after the other for each head. Here the queries go in blocks whose scores stay in the cache, and every pass computes them again
-from the log-sum-exp of the rows (as in FlashAttention, Dao et al. 2022, whose backward pass is the first derivative below).
+PyTorch's fused attention has no second derivative. Its math path has one, but for N tokens it writes and reads several N x N
+matrices for each head. Here the queries are processed in blocks whose scores stay in the cache. Every pass computes the scores
+again from the log-sum-exp of the rows, as in FlashAttention (Dao et al. 2022), whose backward pass is the first derivative
+below.
 
 With s = head_dim^-1/2, P = softmax(s Q K^T), O = P V, and G the gradient of O, the first derivative is
 
     dV = P^T G    dS = P * (G V^T - rowsum(G * O))    dQ = s dS K    dK = s dS^T Q
 
-and for gradients A, B, C of (dQ, dK, dV), the second is that of <A, dQ> + <B, dK> + <C, dV>, with W = s (A K^T + Q B^T):
+For gradients A, B, C of (dQ, dK, dV), the second derivative is that of <A, dQ> + <B, dK> + <C, dV>. W = s (A K^T + Q B^T):
 
-    T = P * (W - rowsum(P * W))                                     what G V^T gets
-    R = dS * W + P * (G C^T - rowsum(P * W) * G V^T)                what P gets, times P
-    H = R - P * rowsum(R)                                           what the scores get
-    Q: s (H K + dS B)    K: s (H^T Q + dS^T A)    V: T^T G    G: T V + P C
+   T = P * (W - rowsum(P * W))                                     gradient of G V^T
+   R = dS * W + P * (G C^T - rowsum(P * W) * G V^T)                gradient of P, times P
+   H = R - P * rowsum(R)                                           gradient of the scores
+   Q: s (H K + dS B)    K: s (H^T Q + dS^T A)    V: T^T G    G: T V + P C
 
-torch.compile must not see these functions: it takes the second derivative of such a function wrongly without saying so
-(torch 2.15), which is why blocks.py asks torch.compiler.is_compiling().
+torch.compile must not see these functions. It computes the second derivative of such a function wrongly and without a message
+(torch 2.15). blocks.py therefore checks torch.compiler.is_compiling().
 """
 
 from collections.abc import Iterator
@@ -26,14 +27,14 @@ import torch
 from torch import Tensor
 
 BLOCK_SCORES = 1 << 18
-"""Scores of one head in a block: about a megabyte in float32."""
+"""Number of scores of one head in a block: about a megabyte in float32."""
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v for (B, num_heads, N, head_dim), float32 or float64; differentiable twice.
 
-    Memory for scores is that of a few blocks of BLOCK_SCORES a head, however many tokens, in all passes. The second derivative
-    is the last: a third raises RuntimeError.
+    In all passes the scores need the memory of a few blocks of BLOCK_SCORES per head, for any number of tokens. There is no
+    third derivative: it raises RuntimeError.
     """
     attended: Tensor = _Attention.apply(q, k, v)[0]
     return attended
@@ -46,7 +47,7 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
 
 
 def _attention_of(q: Tensor, keys: Tensor, log_sum: Tensor) -> Tensor:
-    """P of a block of scaled queries."""
+    """Compute P for a block of scaled queries."""
     return (q @ keys).sub_(log_sum[..., None]).exp_()
 
 
@@ -76,7 +77,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """(q, k, v, gradient of the output) -> (dQ, dK, dV); `output` and `log_sums` only save computing them again."""
+    """(q, k, v, gradient of the output) -> (dQ, dK, dV); `output` and `log_sums` avoid computing them again."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, output: Tensor, log_sums: Tensor) -> tuple[Tensor, ...]:

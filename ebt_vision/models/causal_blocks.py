@@ -1,12 +1,12 @@
-"""Causal Transformer++ blocks (RMSNorm, SwiGLU, rotary positions) with two ways in: context tokens and candidates.
+"""Causal Transformer++ blocks (RMSNorm, SwiGLU, rotary positions) with two streams: context tokens and candidates.
 
-A causal EBT scores, at every position, one candidate for the next token against the tokens before it. The paper's code runs 2S
-tokens through every block and scatters the candidates' own scores onto a superdiagonal. Here the two streams are apart:
-the context attends to the context alone, so its keys and values are made once and serve every thinking step, and a
-candidate's scores against the context and its one score against itself are joined before the softmax.
+At every position, a causal EBT scores one candidate for the next token against the tokens before it. The paper's code runs 2S
+tokens through every block and writes the candidates' own scores onto a superdiagonal. Here the two streams are separate. The
+context attends only to the context, so its keys and values are computed once for all thinking steps. A candidate's scores
+against the context and its one score against itself are joined before the softmax.
 
-Only the candidates' stream is differentiated twice, and it is written out; the context's is differentiated once and has
-the fast kernels.
+Only the candidate stream is differentiated twice, so its attention is written out. The context stream is differentiated once
+and uses the fast kernels.
 """
 
 import torch
@@ -20,7 +20,7 @@ _NORM_EPS = 1e-6
 
 
 def rope_1d(first: int, count: int, head_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin (count, head_dim // 2) of rotary positions first..first+count-1 (Su et al. 2021).
+    """Return cos and sin (count, head_dim // 2) of rotary positions first..first+count-1 (Su et al. 2021).
 
     Raises ValueError for an odd head_dim.
     """
@@ -32,9 +32,9 @@ def rope_1d(first: int, count: int, head_dim: int, *, device: torch.device | Non
 
 
 def visible_context(starts: Tensor, num_queries: int) -> Tensor:
-    """Which of T context tokens the last `num_queries` positions see: bool (B, 1, num_queries, T).
+    """Return which of T context tokens the last `num_queries` positions see: bool (B, 1, num_queries, T).
 
-    `starts` (B, T) is the place of the first token of each token's document: position i sees starts[i]..i.
+    `starts` (B, T) is the position of the first token of each token's document: position i sees starts[i]..i.
     """
     T = starts.shape[1]
     keys = torch.arange(T, device=starts.device)
@@ -43,7 +43,7 @@ def visible_context(starts: Tensor, num_queries: int) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of tokens to tokens, and of candidates to tokens and to themselves."""
+    """Multi-head attention of tokens to tokens, and of candidates to tokens and themselves."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -52,7 +52,7 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, of x (B, N, dim): three of (B, num_heads, N, head_dim)."""
+        """Return rotated queries, rotated keys, and values of x (B, N, dim): three of (B, num_heads, N, head_dim)."""
         B, N, dim = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -63,11 +63,11 @@ class CausalAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """Context tokens to context tokens, (B, N, dim); differentiable once."""
+        """Attention of context tokens to context tokens, (B, N, dim); differentiable once."""
         return self.merge(F.scaled_dot_product_attention(q, keys, values, attn_mask=visible))
 
     def attend_with_self(self, own: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """Candidates with `own` (q, k, v) to the context and to themselves, never to each other, (B, C, dim)."""
+        """Attention of candidates with `own` (q, k, v) to the context and themselves, never to each other, (B, C, dim)."""
         q, k, v = own
         q = q * q.shape[-1] ** -0.5
         scores = (q @ keys.transpose(-2, -1)).masked_fill(~visible, float("-inf"))  # (B, num_heads, C, T)
@@ -90,7 +90,7 @@ class SwiGLU(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """Pre-norm block; both streams go through the same weights."""
+    """Pre-norm block; both streams use the same weights."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, *, init_gain: float = 1.0):
         super().__init__()
@@ -100,7 +100,7 @@ class CausalBlock(nn.Module):
         self.mlp = SwiGLU(dim, hidden_dim)
         for layer in (self.attn.qkv, self.mlp.gate_and_up):
             nn.init.xavier_uniform_(layer.weight)
-        for layer in (self.attn.proj, self.mlp.down):  # what is added to the residual stream
+        for layer in (self.attn.proj, self.mlp.down):  # the layers that add to the residual stream
             nn.init.xavier_uniform_(layer.weight, gain=init_gain)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """CausalTextEBT: at every position, the energy of a candidate for the next token (Gladstone et al. 2025, sec. 3 and app.).
 
-A candidate is a vector of logits over the vocabulary; thinking descends the energy from random ones. Candidate t sees the
-tokens 0..t and itself, no other candidate.
+A candidate is a vector of logits over the vocabulary. Thinking starts from random logits and descends the energy. Candidate t
+sees the tokens 0..t and itself, but no other candidate.
 """
 
 import functools
@@ -21,20 +21,21 @@ class CausalTextEBTConfig(CausalTrunkConfig):
     """A causal transformer with an energy head."""
 
     energy_head: Literal["linear", "quadratic"] = "quadratic"
-    """linear: one linear unit a position, as in the paper. quadratic: |y - N(x, y)|^2 / 2 over the logits y, as PatchEBT's: it
-    has the parameters of a language model's output layer, and a step of size 1 lands near what such a model would say."""
+    """linear: one linear unit per position, as in the paper. quadratic: |y - N(x, y)|^2 / 2 over the logits y, as in PatchEBT.
+    It has the same parameters as the output layer of a language model, and a step of size 1 ends near the output of such a
+    model."""
     init_step_size: float = 1.0
-    """Where the learned step size starts; the paper's linear head has 500 (System 1) or a fixed 5 (System 2)."""
+    """Initial step size; the paper's linear head has 500 (System 1) or a fixed 5 (System 2)."""
     add_last_token: bool = False
-    """Begin a candidate's stream with its own embedding plus that of the last token before it, where a language model's begins
-    too. In the paper it begins with the candidate alone, and a layer is spent on fetching the last token."""
+    """Add the embedding of the last token to the first embedding of a candidate's stream, as in a language model. In the paper
+    the stream starts with the candidate alone, and one layer is spent on fetching the last token."""
     init_gate: float | None = None
-    """Scale a candidate's embedding by a learned vector that starts here (0.1, say); None adds no such parameters. With
-    add_last_token the energy then hardly depends on where a step was taken, so that later steps keep what the first one found,
-    trained or not. 0 is allowed and learns as well."""
+    """Initial value of a learned scale vector on the candidate's embedding (for example 0.1); None adds no such parameters.
+    With add_last_token the energy then hardly depends on the point where a step is taken. Later steps therefore keep the result
+    of the first step, even without training them. 0 is allowed and also learns."""
     num_landscapes: int = 1
-    """Energies that differ by a learned embedding of the thinking step: step t has number t, the last one all further steps.
-    With more than one, energies of different steps do not compare."""
+    """Number of energies that differ by a learned embedding of the thinking step. Step t uses number t; all further steps use
+    the last one. With more than one, energies of different steps are not comparable."""
 
     def __post_init__(self) -> None:
         CausalTrunkConfig.__post_init__(self)
@@ -45,7 +46,7 @@ class CausalTextEBTConfig(CausalTrunkConfig):
 
 
 class CausalTextEBT(EnergyModel):
-    """Energies (B, C) of candidate logits (B, C, vocab_size), one after each of the last C context tokens."""
+    """Energies (B, C) of candidate logits (B, C, vocab_size), one candidate after each of the last C context tokens."""
 
     model_type = "causal_text_ebt"
     config_class = CausalTextEBTConfig
@@ -63,8 +64,8 @@ class CausalTextEBT(EnergyModel):
             self.landscapes = nn.Parameter(torch.zeros(config.num_landscapes, config.embed_dim))
 
     def forward(self, candidate: Tensor, *context: Tensor, landscape: int = 0) -> Tensor:
-        """Energy of each candidate, (B, C), float32 or wider; `context` is what context_of() gives."""
-        # Embed: a candidate is the mean of the tokens' embeddings under its distribution.
+        """Return the energy of each candidate, (B, C), float32 or wider; `context` is the result of context_of()."""
+        # Embed: the mean of the token embeddings under the distribution of the candidate.
         x = candidate.softmax(dim=-1) @ self.trunk.embed.weight  # (B, C, embed_dim)
         if self.config.init_gate is not None:
             x = x * self.gate
@@ -80,14 +81,14 @@ class CausalTextEBT(EnergyModel):
         return check_energies(output.sum(-1), tuple(candidate.shape[:2]))
 
     def at_step(self, step: int) -> EnergyFunction:
-        """The energy of thinking step `step` (see thinking.SteppedEnergy)."""
+        """Return the energy of thinking step `step` (see thinking.SteppedEnergy)."""
         if self.config.num_landscapes == 1:
             return self
         return functools.partial(self, landscape=min(step, self.config.num_landscapes - 1))
 
     def context_of(self, tokens: Tensor, starts: Tensor | None = None, past: Cache = ()) -> Cache:
-        """What think() is given as context for tokens (B, N) after `past`; see CausalTrunk.encode for `starts`.
+        """Return the context of think() for tokens (B, N) after `past`; see CausalTrunk.encode for `starts`.
 
-        It does not depend on candidates: make it once and use it for every step and every candidate.
+        It does not depend on candidates: compute it once and use it for every step and every candidate.
         """
         return self.trunk.remember(tokens, starts, past)

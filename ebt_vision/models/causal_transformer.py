@@ -1,4 +1,4 @@
-"""CausalTransformer: the Transformer++ baseline, a language model on CausalTextEBT's trunk."""
+"""CausalTransformer: the Transformer++ baseline, a language model on the trunk of CausalTextEBT."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from ebt_vision.models.pretrained_model import PretrainedModel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CausalTransformerConfig(CausalTrunkConfig):
-    """A causal transformer with an output layer; nothing beside the trunk's own fields."""
+    """A causal transformer with an output layer; it has only the fields of the trunk."""
 
 
 class CausalTransformer(PretrainedModel):
-    """Tokens (B, N) -> logits (B, N, vocab_size) of the token after each."""
+    """Tokens (B, N) -> logits (B, N, vocab_size) of each next token."""
 
     model_type = "causal_transformer"
     config_class = CausalTransformerConfig
@@ -28,11 +28,11 @@ class CausalTransformer(PretrainedModel):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Logits, float32 or wider; `starts` as in CausalTrunk.encode."""
+        """Return the logits, float32 or wider; `starts` as in CausalTrunk.encode."""
         return self.extend(tokens, starts)[0]
 
     def extend(self, tokens: Tensor, starts: Tensor | None = None, past: Cache = ()) -> tuple[Tensor, Cache]:
-        """(logits (B, N, vocab_size), cache) of tokens (B, N) that follow `past`."""
+        """Return (logits (B, N, vocab_size), cache) of tokens (B, N) that follow `past`."""
         hidden, cache = self.trunk.encode(tokens, starts, past)
         logits = self.head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), cache

@@ -1,4 +1,4 @@
-"""The causal trunk that CausalTextEBT and CausalTransformer share: tokens in, hidden states and a cache out."""
+"""The causal trunk of CausalTextEBT and CausalTransformer: tokens to hidden states and a cache."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ebt_vision.models.causal_blocks import CausalBlock, rope_1d, visible_context
 
 Cache = tuple[Tensor, ...]
-"""What a trunk remembers of T context tokens, batch first: document starts and tokens, int64 (B, T), then keys and values of
-each block, (B, num_heads, T, head_dim). Plain tensors, so that it is what think() takes as context."""
+"""The cache of T context tokens, batch first: document starts and tokens, int64 (B, T), then keys and values of each block,
+(B, num_heads, T, head_dim). It consists of plain tensors, so that think() can take it as context."""
 _STARTS, _TOKENS, _FIRST_KEYS = 0, 1, 2
 
 
@@ -19,14 +19,14 @@ class CausalTrunkConfig:
     """Size of a causal transformer over tokens."""
 
     vocab_size: int = 257
-    """Token kinds: 256 bytes and the document boundary, or what a tokenizer has."""
+    """Number of tokens in the vocabulary: 256 bytes and the document boundary, or the size of a tokenizer."""
     context_length: int = 256
-    """Tokens that the model is trained to look back on."""
+    """Maximum number of context tokens in training."""
     embed_dim: int = 384
     depth: int = 6
     num_heads: int = 6
     mlp_ratio: float = 8 / 3
-    """Hidden width of SwiGLU relative to embed_dim; 8/3 has the parameters of a plain MLP of ratio 4."""
+    """Hidden width of SwiGLU relative to embed_dim; 8/3 has as many parameters as a plain MLP with ratio 4."""
 
     def __post_init__(self) -> None:
         for name in ("context_length", "embed_dim", "depth", "num_heads"):
@@ -43,14 +43,14 @@ class CausalTrunkConfig:
 
 
 class CausalTrunk(nn.Module):
-    """Token embedding, causal blocks and a final norm, with one way in for context tokens and one for candidates."""
+    """Token embedding, causal blocks and a final norm, with one input for context tokens and one for candidates."""
 
     def __init__(self, config: CausalTrunkConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
         hidden = round(config.embed_dim * config.mlp_ratio)
-        gain = (2 * config.depth) ** -0.5  # the residual stream's variance stays that of the embedding
+        gain = (2 * config.depth) ** -0.5  # keeps the variance of the residual stream equal to the embedding's
         self.blocks = nn.ModuleList(
             CausalBlock(config.embed_dim, config.num_heads, hidden, init_gain=gain) for _ in range(config.depth)
         )
@@ -62,21 +62,22 @@ class CausalTrunk(nn.Module):
         return cast(list[CausalBlock], list(self.blocks))
 
     def encode(self, tokens: Tensor, starts: Tensor | None = None, past: Cache = ()) -> tuple[Tensor, Cache]:
-        """(normed hidden states (B, N, embed_dim), cache of all tokens so far) of tokens (B, N) that follow `past`.
+        """Return (normed hidden states (B, N, embed_dim), cache of all tokens so far) of tokens (B, N) that follow `past`.
 
-        `starts` int64 (B, N): where the document of each token starts, counted from the first token of the past; None is one
-        document from place 0. Raises ValueError for tokens of another shape.
+        `starts` int64 (B, N) is the start of each token's document, counted from the first token of the past; None means one
+        document from position 0. Raises ValueError for tokens of another shape.
         """
         x, cache = self._context_stream(tokens, starts, past, with_hidden=True)
         assert x is not None
         return self.norm(x), cache
 
     def remember(self, tokens: Tensor, starts: Tensor | None = None, past: Cache = ()) -> Cache:
-        """The cache that encode() gives, without the last block's output, which no key or value needs."""
+        """Return the cache of encode(), without the last block's output, which no key or value needs."""
         return self._context_stream(tokens, starts, past, with_hidden=False)[1]
 
     def candidate_states(self, x: Tensor, cache: Cache) -> Tensor:
-        """Normed hidden states (B, C, embed_dim) of embedded candidates, one after each of the last C tokens of `cache`."""
+        """Return normed hidden states (B, C, embed_dim) of embedded candidates, one after each of the last C tokens of
+        `cache`."""
         C, T = x.shape[1], cache[_STARTS].shape[1]
         if C > T:
             raise ValueError(f"{C} candidates need as many context tokens, got {T}")
@@ -88,14 +89,14 @@ class CausalTrunk(nn.Module):
         return self.norm(x)
 
     def embed_last(self, cache: Cache, count: int) -> Tensor:
-        """Embeddings (B, count, embed_dim) of the last `count` tokens of `cache`."""
+        """Return the embeddings (B, count, embed_dim) of the last `count` tokens of `cache`."""
         return self.embed(cache[_TOKENS][:, -count:])
 
     def _context_stream(
         self, tokens: Tensor, starts: Tensor | None, past: Cache, *, with_hidden: bool
     ) -> tuple[Tensor | None, Cache]:
         if tokens.ndim != 2 or tokens.shape[1] < 1:
-            raise ValueError(f"tokens of shape (B, N) with N >= 1 are wanted, got {tuple(tokens.shape)}")
+            raise ValueError(f"expected tokens of shape (B, N) with N >= 1, got {tuple(tokens.shape)}")
         starts = torch.zeros_like(tokens) if starts is None else starts
         num_past = past[_STARTS].shape[1] if past else 0
         all_starts = torch.cat([past[_STARTS], starts], dim=1) if past else starts

@@ -1,4 +1,4 @@
-"""From a name or a folder to a model: the shipped checkpoints, local folders, hub repositories."""
+"""Load a model by name or folder: shipped checkpoints, local folders, hub repositories."""
 
 import hashlib
 from pathlib import Path
@@ -17,20 +17,20 @@ from ebt_vision.models.pretrained_model import (
 
 
 def list_pretrained() -> list[str]:
-    """Names of the checkpoints shipped with the package, sorted."""
+    """Return the names of the checkpoints shipped with the package, sorted."""
     return sorted(path.parent.name for path in PRETRAINED_DIR.glob(f"*/{CONFIG_NAME}"))
 
 
 def default_pretrained(model_type: str = "patch_ebt") -> str:
-    """The shipped checkpoint that is used where none is named: the first of its type. CheckpointError where none is shipped."""
+    """Return the default shipped checkpoint of a type: the first one. Raises CheckpointError if none is shipped."""
     for name in list_pretrained():
         if model_type_of(name) == model_type:
             return name
-    raise CheckpointError(f"no {model_type} is shipped in {PRETRAINED_DIR}; name a model: a folder or hub:OWNER/NAME")
+    raise CheckpointError(f"{PRETRAINED_DIR} has no {model_type}; name a model: a folder or hub:OWNER/NAME")
 
 
 def model_type_of(name_or_path: str) -> str | None:
-    """The model_type of a shipped name or a folder, without loading it; None for what is neither."""
+    """Return the model_type of a shipped name or a folder, without loading it; None for anything else."""
     try:
         return str(read_config(resolve(name_or_path) / CONFIG_NAME)["model_type"])
     except CheckpointError:
@@ -38,7 +38,7 @@ def model_type_of(name_or_path: str) -> str | None:
 
 
 def pick_device(name: str | None = None) -> str:
-    """The device to run on: the one named, if this machine has it (ValueError otherwise), or the best there is."""
+    """Return the named device, or the fastest available one. Raises ValueError for a device that this machine does not have."""
     available = ["cpu"]
     if torch.cuda.is_available():
         available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -52,10 +52,10 @@ def pick_device(name: str | None = None) -> str:
 
 
 def program_device(name: str | None = None) -> str:
-    """pick_device for a program that has its process to itself; on CUDA it lets float32 products and convolutions use TF32.
+    """pick_device for programs with their own process; on CUDA it allows TF32 for float32 matrix products and convolutions.
 
-    TF32 rounds their inputs to 11 significant bits, as float16 does, and is several times as fast. The library leaves torch's
-    settings as they are, float32 products in full; a caller sets `torch.set_float32_matmul_precision` for them.
+    TF32 rounds their inputs to 11 significant bits, as float16 does, and is several times as fast. The library itself does not
+    change torch's settings; callers use `torch.set_float32_matmul_precision`.
     """
     device = pick_device(name)
     if device.startswith("cuda"):
@@ -65,7 +65,7 @@ def program_device(name: str | None = None) -> str:
 
 
 def resolve(name_or_path: str) -> Path:
-    """The folder of a shipped name or a local path; CheckpointError lists what there is."""
+    """Return the folder of a shipped name or a local path. Raises CheckpointError, which lists the shipped names."""
     if not name_or_path:
         raise CheckpointError("the model's name is empty; give a shipped name, a folder or hub:OWNER/NAME")
     for folder in (PRETRAINED_DIR / name_or_path, Path(name_or_path)):
@@ -78,11 +78,11 @@ def resolve(name_or_path: str) -> Path:
 
 
 def load_pretrained(name_or_path: str, *, device: str = "cpu") -> PretrainedModel:
-    """A model in eval mode from a shipped name, a folder, or "hub:OWNER/NAME" (which downloads).
+    """Load a model in eval mode from a shipped name, a folder, or "hub:OWNER/NAME" (which downloads).
 
-    Raises CheckpointError for a name that is not known, and for files that are missing, damaged or do not fit.
+    Raises CheckpointError for an unknown name, and for files that are missing, damaged or do not fit.
     """
-    with torch.inference_mode(False):  # so that the weights can be used outside of it
+    with torch.inference_mode(False):  # so that the weights can be used outside inference_mode
         if name_or_path.startswith("hub:"):
             return PretrainedModel.from_pretrained(name_or_path).to(device)
         folder = resolve(name_or_path)
@@ -90,7 +90,7 @@ def load_pretrained(name_or_path: str, *, device: str = "cpu") -> PretrainedMode
 
 
 def checkpoint_hash(name_or_path: str) -> str:
-    """First 12 hex digits of the SHA-256 of the weights, to name a checkpoint in a table."""
+    """Return the first 12 hex digits of the SHA-256 of the weights, to identify a checkpoint in a table."""
     if name_or_path.startswith("hub:"):
         from huggingface_hub import hf_hub_download
 

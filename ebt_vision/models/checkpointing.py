@@ -1,9 +1,9 @@
-"""Activation checkpointing that a gradient inside the loss does not undo.
+"""Activation checkpointing that also works for a gradient inside the loss.
 
-torch.utils.checkpoint computes a block again for the gradient that thinking takes, and the graph of that gradient then keeps
-what was computed again until the loss is differentiated. Here the vector-Jacobian product of a block is checkpointed as well as
-the block: until the loss's own backward pass only each block's input and the gradient of its output are kept. The price is
-twice the arithmetic: three more forward passes, one more product, and a backward pass for the block and one for its product.
+torch.utils.checkpoint computes a block again for the gradient of thinking. The graph of this gradient then keeps the recomputed
+activations until the loss is differentiated. Here the vector-Jacobian product of a block is checkpointed as well. Until the
+backward pass of the loss, only the input of each block and the gradient of its output are kept. The cost is twice the
+arithmetic: three more forward passes, one more product, and one backward pass each for the block and its product.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def checkpoint_block(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """block(x, rope), computed again where a first or a second derivative needs what is inside.
+    """Compute block(x, rope); compute it again if a first or second derivative needs its activations.
 
-    x (B, N, dim) and the block's parameters get gradients, `rope` none. The block must not draw random numbers.
+    x (B, N, dim) and the parameters of the block get gradients, `rope` does not. The block must not draw random numbers.
     """
     return _Forward.apply(Recompute(block, x.device.type, rope), x, *block.parameters())
 
 
 class Recompute:
-    """Computes a block again under the autocast of the first time, on attention that has a second derivative."""
+    """Compute a block again under the autocast settings of the first time, with attention that has a second derivative."""
 
     def __init__(self, block: nn.Module, device_type: str, rope: tuple[Tensor, Tensor]):
         self.block, self.device_type, self.rope = block, device_type, rope
@@ -32,7 +32,7 @@ class Recompute:
     def product(
         self, x: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor, *, create_graph: bool
     ) -> tuple[Tensor, ...]:
-        """The gradients of the `wanted` ones of (x, *parameters), given the gradient of the output."""
+        """Return the gradients of the `wanted` tensors of (x, *parameters), from the gradient of the output."""
         enabled, dtype = self.autocast
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(self.device_type, dtype, enabled=enabled):
             output = self.block(x, self.rope)
@@ -51,14 +51,14 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Thinking's own gradient wants none of the weights; the engine knows what this pass is for.
+        # Thinking's own gradient needs no gradients of the weights; the engine knows which tensors this pass needs.
         wanted = [node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions]
         found = iter(_Product.apply(ctx.again, wanted, grad, *ctx.saved_tensors))
         return (None, *(next(found) if needed else None for needed in wanted))
 
 
 class _Product(torch.autograd.Function):
-    """The block's vector-Jacobian product; differentiable once."""
+    """The vector-Jacobian product of the block; differentiable once."""
 
     @staticmethod
     def forward(

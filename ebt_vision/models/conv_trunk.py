@@ -1,8 +1,8 @@
-"""A patch transformer between convolutions: a stem goes down from pixels to tokens, a decoder goes back up through skips.
+"""A patch transformer between convolutions: a stem goes from pixels to tokens, and a decoder upsamples again with skips.
 
-The stem and the decoder see details that a linear patch embedding cannot represent; the transformer blocks between them work on
-the same patches as the plain trunk's. The shape is that of a U-Net (Ronneberger et al. 2015) with residual blocks and strided
-2x2 convolutions, as in DRUNet (Zhang et al. 2021), and transformer blocks at the coarsest level. Activations are smooth (GELU),
+Stem and decoder represent details that a linear patch embedding cannot. The transformer blocks between them work on the same
+patches as in the plain trunk. The architecture is a U-Net (Ronneberger et al. 2015) with residual blocks and strided 2x2
+convolutions, as in DRUNet (Zhang et al. 2021), and transformer blocks at the coarsest level. Activations are smooth (GELU),
 because thinking differentiates the network twice.
 """
 
@@ -42,7 +42,7 @@ class ConvStem(nn.Module):
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, outputs, strict=True))
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        # Channels last is the faster layout for convolutions on CPUs and on tensor cores.
+        # Channels last is the faster memory layout for convolutions on CPUs and tensor cores.
         x = F.pixel_unshuffle(images, self.unshuffle).contiguous(memory_format=torch.channels_last)
         x = self.input(x)  # (B, widths[0], H / unshuffle, W / unshuffle)
         skips = []
@@ -54,7 +54,7 @@ class ConvStem(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Tokens (B, N, embed_dim) and skips -> what is added to the image, (B, in_chans, H, W)."""
+    """Tokens (B, N, embed_dim) and skips -> the change of the image, (B, in_chans, H, W)."""
 
     def __init__(self, config: TrunkConfig):
         super().__init__()
@@ -79,7 +79,8 @@ def _conv_blocks(width: int, count: int) -> nn.Sequential:
 
 
 class ConvTrunk(PatchTrunk):
-    """PatchTrunk with a convolutional stem and a ConvDecoder as head; it reconstructs the image plus the head's output."""
+    """PatchTrunk with a convolutional stem, and a ConvDecoder as head; the reconstruction is the image plus the head's
+    output."""
 
     def _make_embedding(self, config: TrunkConfig, num_inputs: int) -> None:
         self.stem = ConvStem(config, num_inputs)

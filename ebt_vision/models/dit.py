@@ -1,13 +1,13 @@
 """DiT: the diffusion baseline (Peebles & Xie 2023, arXiv 2212.09748), on diffusers' DiTTransformer2DModel, in pixel space.
 
-diffusers' model is made for loading published weights, so three things are put right here for training it from scratch:
+diffusers' model is made for loading published weights. For training from scratch, this module changes three things:
 
-- the paper's initialisation (its released code, `initialize_weights`), of which diffusers does not even keep adaLN-zero;
-- one timestep and label embedder for the whole network, as in the paper, where diffusers gives every block its own
-  (`shared_embedder=False` keeps those: 9 % more parameters at the default size);
-- one null class and no label dropout, where diffusers drops a tenth of the labels in training mode.
+- It applies the initialisation of the paper (`initialize_weights` in its released code). diffusers drops even adaLN-zero.
+- It uses one timestep and label embedder for the whole network, as in the paper. diffusers gives every block its own
+ (`shared_embedder=False` keeps those: 9 % more parameters at the default size).
+- It uses one null class and no label dropout. diffusers drops a tenth of the labels in training mode.
 
-It also takes images of any size whose sides the patch divides; diffusers' forward takes square ones.
+It also accepts images of any size whose sides the patch divides; diffusers' forward accepts only square images.
 """
 
 import math
@@ -28,7 +28,7 @@ CLEAN = -1
 """The "timestep" below 0: the clean image, alpha_bar = 1."""
 
 StepCallback = Callable[[int, Tensor], object]
-"""(index, sample (B, C, H, W)): index 0 is the start; returning True ends the sampling there."""
+"""(index, sample (B, C, H, W)): index 0 is the start; a return value of True stops the sampling."""
 
 
 class DiT(ImageFeatures):
@@ -53,7 +53,7 @@ class DiT(ImageFeatures):
             norm_eps=1e-6,  # the paper's; diffusers' default differs between the norms of a block
         )
         for block in self.transformer.transformer_blocks:
-            # diffusers fixes the dropout of labels at 0.1, with a second row in the table for the dropped ones.
+            # diffusers sets the dropout of labels to 0.1 and adds a second row to the table for dropped labels.
             block.norm1.emb.class_embedder = LabelEmbedding(1, config.embed_dim, dropout_prob=0.0)
         self.embedder: CombinedTimestepLabelEmbeddings | None = None
         if config.shared_embedder:
@@ -65,9 +65,9 @@ class DiT(ImageFeatures):
             self.register_buffer(name, table.float(), persistent=False)
 
     def forward(self, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(noise estimate, variance values), both of the shape of `noisy` (B, in_chans, H, W), float32.
+        """Return (noise estimate, variance values), both of the shape of `noisy` (B, in_chans, H, W), float32.
 
-        `timesteps` is int64 (B,). The variance values are the v of Nichol & Dhariwal 2021, eq. 15, as -1..1 in place of 0..1;
+        `timesteps` is int64 (B,). The variance values are the v of Nichol & Dhariwal 2021, eq. 15, in -1..1 instead of 0..1;
         None without learn_sigma. Raises ValueError for sides that the patch does not divide.
         """
         x, conditioning = self._tokens(noisy, timesteps, [self.config.depth - 1])
@@ -84,7 +84,7 @@ class DiT(ImageFeatures):
     def block_tokens(self, *inputs: Tensor, indices: list[int]) -> list[Tensor]:
         """See ImageFeatures; the inputs are the noisy images and their timesteps, int64 (B,)."""
         if len(inputs) != 2:
-            raise ValueError(f"a DiT takes images and their timesteps, got {len(inputs)} inputs; give model(images, timesteps)")
+            raise ValueError(f"a DiT needs images and timesteps, got {len(inputs)} inputs; use model(images, timesteps)")
         return self._tokens(inputs[0], inputs[1], indices)[0]
 
     def final_norm(self, tokens: Tensor) -> Tensor:
@@ -92,10 +92,10 @@ class DiT(ImageFeatures):
         return self.transformer.norm_out(tokens)
 
     def _tokens(self, noisy: Tensor, timesteps: Tensor, indices: list[int]) -> tuple[list[Tensor], Tensor]:
-        """Tokens after the blocks in `indices`, and the conditioning (B, embed_dim) of the final layer."""
+        """Return the tokens after the blocks in `indices`, and the conditioning (B, embed_dim) of the final layer."""
         check_image_size(noisy, self.config.patch_size)
-        # Embed, without autocast: diffusers casts the sum with the positions, and so the whole residual stream, to what the
-        # convolution gives. In the weights' dtype the stream is as wide as PatchTrunk's.
+        # Embed without autocast: diffusers casts the sum with the positions, and so the whole residual stream, to the dtype of
+        # the convolution. In the dtype of the weights, the stream is as precise as in PatchTrunk.
         with torch.autocast(noisy.device.type, enabled=False):
             x = self.transformer.pos_embed(noisy.to(self.transformer.pos_embed.proj.weight.dtype))  # NCHW -> NLC
         labels = torch.zeros_like(timesteps)  # the one null class
@@ -111,12 +111,12 @@ class DiT(ImageFeatures):
         return outputs, conditioning
 
     def loss(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Training loss of each image, (B,): L_hybrid of Nichol & Dhariwal 2021, eq. 16, as DiT trains.
+        """Training loss of each image, (B,): L_hybrid of Nichol & Dhariwal 2021, eq. 16, as in DiT.
 
-        `clean` (B, in_chans, H, W) in [-1, 1], `noise` standard normal of that shape, `timesteps` int64 (B,), drawn outside.
-        L_simple is the mean squared error of the noise. L_vlb = T * E_t[L_t], in bits per dimension, is weighted by 0.001;
-        with T = 1000 that is L_t itself, the released code's MSE and RESCALED_MSE alike. The mean of L_t is detached, so that
-        the term trains the variance alone.
+        `clean` is (B, in_chans, H, W) in [-1, 1], `noise` is standard normal of the same shape, `timesteps` is int64 (B,).
+        L_simple is the mean squared error of the noise. L_vlb = T * E_t[L_t], in bits per dimension, has weight 0.001; with T =
+        1000 this is L_t itself, as with MSE and RESCALED_MSE in the released code. The mean of L_t is detached, so that this
+        term trains only the variance.
         """
         noisy = self._table("signal_scale", timesteps) * clean + self._table("noise_scale", timesteps) * noise
         eps, variance_values = self(noisy, timesteps)
@@ -132,7 +132,8 @@ class DiT(ImageFeatures):
         return (self(noisy, timesteps)[0] - noise).square().flatten(1).mean(1)
 
     def _variational_term(self, clean: Tensor, noisy: Tensor, timesteps: Tensor, eps: Tensor, values: Tensor) -> Tensor:
-        """L_t of Ho et al. 2020, eq. 5, in bits per dimension, (B,): a KL divergence, or at t = 0 the decoder's likelihood."""
+        """Return L_t of Ho et al. 2020, eq. 5, in bits per dimension, (B,): a KL divergence, or at t = 0 the decoder's
+        likelihood."""
 
         def at_t(name: str) -> Tensor:
             return self._table(name, timesteps)
@@ -152,20 +153,20 @@ class DiT(ImageFeatures):
         return term.flatten(1).mean(1) / math.log(2.0)
 
     def _table(self, name: str, timesteps: Tensor) -> Tensor:
-        """One of the tables below, looked up for each image, (B, 1, 1, 1)."""
+        """Look up one of the tables below for each image, (B, 1, 1, 1)."""
         return self.get_buffer(name)[timesteps].reshape(-1, 1, 1, 1)
 
     @torch.no_grad()
     def predict_clean(self, noisy: Tensor, timestep: int) -> Tensor:
-        """The clean image (B, in_chans, H, W) in one call, not clamped: x0 of Ho et al. 2020, eq. 15."""
+        """Predict the clean image (B, in_chans, H, W) in one call, not clamped: x0 of Ho et al. 2020, eq. 15."""
         return self.ddim(noisy, timestep, 1)
 
     @torch.no_grad()
     def ddim(self, noisy: Tensor, timestep: int, num_steps: int, callback: StepCallback | None = None) -> Tensor:
-        """Deterministic DDIM from `timestep` down to the clean image in `num_steps` passes, not clamped (Song et al. 2021).
+        """Deterministic DDIM from `timestep` to the clean image in `num_steps` passes, not clamped (Song et al. 2021).
 
-        The steps are eq. 12 with sigma = 0 between the timesteps of `ddim_timesteps`; diffusers' DDIMScheduler cannot be
-        told its pairs of timesteps. Raises ValueError as `ddim_timesteps`.
+        The steps are eq. 12 with sigma = 0 between the timesteps of `ddim_timesteps`. diffusers' DDIMScheduler does not accept
+        pairs of timesteps. Raises ValueError like `ddim_timesteps`.
         """
         alpha_bars = alphas_cumprod()
         timesteps = ddim_timesteps(timestep, num_steps)
@@ -185,9 +186,9 @@ class DiT(ImageFeatures):
     def recursion(
         self, noisy: Tensor, timestep: int, num_loops: int, num_steps: int | None = None, callback: StepCallback | None = None
     ) -> Tensor:
-        """The whole DDIM loop, applied `num_loops` times to its own output without new noise (Gladstone et al. 2025, code).
+        """Apply the whole DDIM loop `num_loops` times to its own output without new noise (Gladstone et al. 2025, code).
 
-        Each loop visits every timestep unless `num_steps` says otherwise. `callback` sees the start and the end of each loop.
+        Each loop visits every timestep unless `num_steps` is given. `callback` gets the start and the end of each loop.
         """
         if num_loops < 1:
             raise ValueError(f"num_loops={num_loops} must be 1 or more")
@@ -202,8 +203,8 @@ class DiT(ImageFeatures):
 
 
 def ddim_timesteps(timestep: int, num_steps: int) -> list[int]:
-    """num_steps + 1 evenly spaced timesteps from `timestep` down to CLEAN (-1): none is repeated, and with
-    num_steps = timestep + 1 none is left out. Raises ValueError outside 1 <= num_steps <= timestep + 1."""
+    """Return num_steps + 1 evenly spaced timesteps from `timestep` to CLEAN (-1), without repetition; num_steps = timestep + 1
+    gives all of them. Raises ValueError outside 1 <= num_steps <= timestep + 1."""
     if not 0 <= timestep < NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"timestep={timestep} is not in 0..{NUM_TRAIN_TIMESTEPS - 1}")
     if not 1 <= num_steps <= timestep + 1:
@@ -212,7 +213,7 @@ def ddim_timesteps(timestep: int, num_steps: int) -> list[int]:
 
 
 def ddim_step(sample: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_next: float) -> Tensor:
-    """A step of DDIM on samples (B, C, H, W), from alpha_bar to alpha_bar_next along the noise estimate `eps`.
+    """One DDIM step on samples (B, C, H, W), from alpha_bar to alpha_bar_next with the noise estimate `eps`.
 
     Song et al. 2021, eq. 12 with sigma = 0.
     """
@@ -221,7 +222,7 @@ def ddim_step(sample: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_next: flo
 
 
 class PassThroughEmbedder(nn.Module):
-    """Stands where diffusers' blocks have their own embedder: the block is handed the conditioning as its timestep."""
+    """Replaces the embedders in diffusers' blocks: the block gets the conditioning in place of its timestep."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype) -> Tensor:
         """The "timestep" (B, embed_dim), which is the conditioning already."""
@@ -229,7 +230,7 @@ class PassThroughEmbedder(nn.Module):
 
 
 def _initialize(model: DiT) -> None:
-    """The initialisation of the paper's released code; positions are fixed sine-cosine already."""
+    """Apply the initialisation of the paper's released code; positions are already fixed sine-cosine."""
     transformer = model.transformer
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -238,7 +239,7 @@ def _initialize(model: DiT) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, CombinedTimestepLabelEmbeddings):
             nn.init.normal_(module.class_embedder.embedding_table.weight, std=0.02)
-    # The patch embedding as the linear layer it is.
+    # Initialise the patch embedding as a linear layer.
     nn.init.xavier_uniform_(transformer.pos_embed.proj.weight.view(model.config.embed_dim, -1))
     nn.init.zeros_(transformer.pos_embed.proj.bias)
     for module in model.modules():
@@ -247,21 +248,21 @@ def _initialize(model: DiT) -> None:
             nn.init.normal_(module.timestep_embedder.linear_2.weight, std=0.02)
     for block in transformer.transformer_blocks:
         for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
-            # In the paper's code these are one matrix of three times the fan-out: 6 / (d + 3d) for 6 / (d + d).
+            # The paper's code has one matrix with three times the fan-out: 6 / (d + 3d) instead of 6 / (d + d).
             nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))
-        nn.init.zeros_(block.norm1.linear.weight)  # adaLN-zero; the biases are zero already
+        nn.init.zeros_(block.norm1.linear.weight)  # adaLN-zero; the biases are already zero
     nn.init.zeros_(transformer.proj_out_1.weight)
     nn.init.zeros_(transformer.proj_out_2.weight)
 
 
 def _posterior_tables() -> dict[str, Tensor]:
-    """What the loss looks up by timestep, float64 (1000,): Ho et al. 2020, eq. 4, 6 and 7."""
+    """Tables of the loss by timestep, float64 (1000,): Ho et al. 2020, eq. 4, 6 and 7."""
     alpha_bar = alphas_cumprod()
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     alpha = alpha_bar / previous
     beta = 1.0 - alpha
     variance = beta * (1.0 - previous) / (1.0 - alpha_bar)
-    variance[0] = variance[1]  # the posterior at t = 0 has none; clipped as in Nichol & Dhariwal's code
+    variance[0] = variance[1]  # the posterior at t = 0 has no variance; clipped as in Nichol & Dhariwal's code
     return {
         "signal_scale": alpha_bar.sqrt(),
         "noise_scale": (1.0 - alpha_bar).sqrt(),

@@ -1,4 +1,4 @@
-"""The size of a DiT, apart from the network: importing diffusers takes seconds."""
+"""The size of a DiT, separate from the network, because importing diffusers takes seconds."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ class DiTConfig:
     """Size of a DiT, in timm's names; the MLP ratio is 4, which diffusers fixes."""
 
     img_size: int = 64
-    """Side in pixels of the training images; at another size the positions are stretched to the training grid's range."""
+    """Side in pixels of the training images; for other sizes the positions are scaled to the range of the training grid."""
     patch_size: int = 8
     in_chans: int = 3
     embed_dim: int = 256
     depth: int = 6
     num_heads: int = 4
     learn_sigma: bool = True
-    """Predict the variance too and add its term to the loss, as DiT does (Nichol & Dhariwal 2021)."""
+    """Also predict the variance and add its term to the loss, as in DiT (Nichol & Dhariwal 2021)."""
     shared_embedder: bool = True
     """One timestep and label embedder, as in the paper; False gives every block its own, as diffusers does."""
 

@@ -1,4 +1,4 @@
-"""The energy contract that every energy-based model of the project keeps, whatever its modality."""
+"""The energy contract of every energy-based model, for all modalities."""
 
 import math
 from abc import abstractmethod
@@ -13,14 +13,14 @@ MIN_STEP_SIZE = 1e-4
 
 
 class EnergyModel(PretrainedModel):
-    """E(candidate, *context) -> one energy per element, lower is better, and the step size learned with it.
+    """E(candidate, *context) -> one energy per element (lower is better), with a learned step size.
 
-    Images (B, C, H, W) give (B,), text (B, S, V) gives (B, S). The energy of an image is the **sum** over its patches, so
-    that a patch's gradient, and with it the right step size, does not depend on the image's size. No element's energy
-    depends on another element of the batch.
+    Images (B, C, H, W) give (B,), text (B, S, V) gives (B, S). The energy of an image is the **sum** over its patches, so that
+    the gradient of a patch, and with it the best step size, does not depend on the size of the image. The energy of an element
+    does not depend on other elements of the batch.
     """
 
-    usage_fields: ClassVar[tuple[str, ...]] = ("init_step_size",)  # the step size that was learned lies with the weights
+    usage_fields: ClassVar[tuple[str, ...]] = ("init_step_size",)  # the learned step size is stored with the weights
 
     def __init__(self, init_step_size: float):
         super().__init__()
@@ -30,20 +30,20 @@ class EnergyModel(PretrainedModel):
 
     @property
     def step_size(self) -> Tensor:
-        """The learned step size (the paper's alpha), a positive tensor () that carries a gradient.
+        """The learned step size (the paper's alpha), a positive tensor () with a gradient.
 
-        Stored as its logarithm, so that the learning rate is relative to it: the paper's code reaches the same with a
+        It is stored as its logarithm, so that the learning rate is relative. The paper's code has the same effect with a
         learning rate of three times alpha and a clamp at 1e-4.
         """
         return self.log_step_size.exp().clamp(min=MIN_STEP_SIZE)
 
     @abstractmethod
     def forward(self, candidate: Tensor, *context: Tensor) -> Tensor:
-        """Energies of the candidates, float32 or wider."""
+        """Return the energies of the candidates, float32 or wider."""
 
 
 def check_energies(energies: Tensor, expected_shape: tuple[int, ...]) -> Tensor:
-    """The energies themselves if they keep the contract's shape, (B,) or (B, S); ValueError says which one is wanted."""
+    """Return the energies if their shape fits the contract, (B,) or (B, S); otherwise raise ValueError with the right shape."""
     if tuple(energies.shape) != expected_shape:
-        raise ValueError(f"an energy of shape {expected_shape} is wanted, got {tuple(energies.shape)}")
+        raise ValueError(f"expected an energy of shape {expected_shape}, got {tuple(energies.shape)}")
     return energies

@@ -1,8 +1,8 @@
-"""Features of the image models by timm's names and contract, so that programs written for timm's encoders can use them.
+"""Features of the image models with the names and contract of timm, so that programs for timm's encoders can use them.
 
-Two things are unlike timm. `forward_intermediates` gives tokens alone by default (intermediates_only=True, output_fmt="NLC").
-There is no classifier: num_classes is 0. A DiT takes timesteps beside the images, a PatchEBT with observation_context takes the
-observation; timm's FeatureGetterNet hands on images alone, so it wraps neither.
+Two things differ from timm. `forward_intermediates` returns only tokens by default (intermediates_only=True, output_fmt="NLC").
+There is no classifier: num_classes is 0. A DiT also needs timesteps, and a PatchEBT with observation_context also needs the
+observation. timm's FeatureGetterNet passes only images, so it cannot wrap these two.
 """
 
 from abc import abstractmethod
@@ -15,10 +15,10 @@ from ebt_vision.models.pretrained_model import PretrainedModel
 
 
 def take_indices(num_blocks: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Blocks as timm's feature_take_indices counts them: None is all, a number the last so many, negative ones from the end.
+    """Select blocks like timm's feature_take_indices: None is all, a number the last so many, negative ones from the end.
 
-    They come in the order of the blocks, each once, whatever the order of `indices`, as timm gives them. ValueError for a block
-    that does not exist and for an empty list.
+    The result is in the order of the blocks, each once, as in timm. Raises ValueError for a block that does not exist and for
+    an empty list.
     """
     if indices is None:
         return list(range(num_blocks))
@@ -34,23 +34,23 @@ def take_indices(num_blocks: int, indices: int | Sequence[int] | None) -> list[i
 
 
 class ImageFeatures(PretrainedModel):
-    """A model of images whose tokens lie on one grid of patches; its config has the fields of timm's names."""
+    """A model of images whose tokens lie on one grid of patches; its config uses timm's field names."""
 
     num_classes = 0
     num_prefix_tokens = 0
     blocks_name: ClassVar[str]
-    """The module list of the blocks, from the model."""
+    """Return the module list of the blocks."""
 
     @abstractmethod
     def block_tokens(self, *inputs: Tensor, indices: list[int]) -> list[Tensor]:
-        """Tokens (B, N, embed_dim) after the blocks `indices`, ascending, before the final norm."""
+        """Return tokens (B, N, embed_dim) after the blocks `indices`, ascending, before the final norm."""
 
     @abstractmethod
     def final_norm(self, tokens: Tensor) -> Tensor:
-        """The final norm of tokens (B, N, embed_dim)."""
+        """Apply the final norm to tokens (B, N, embed_dim)."""
 
     def forward_features(self, *inputs: Tensor) -> Tensor:
-        """Final normed tokens (B, N, embed_dim)."""
+        """Return the final normed tokens (B, N, embed_dim)."""
         return self.final_norm(self.block_tokens(*inputs, indices=[self.config.depth - 1])[0])
 
     @overload
@@ -84,14 +84,15 @@ class ImageFeatures(PretrainedModel):
         output_fmt: str = "NLC",
         intermediates_only: bool = True,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Tokens after the blocks of take_indices, (B, N, embed_dim), or (B, embed_dim, rows, columns) with output_fmt "NCHW".
+        """Return tokens after the blocks of take_indices, (B, N, embed_dim); (B, embed_dim, rows, columns) with output_fmt
+        "NCHW".
 
-        With `norm` they are normed as the final ones are. Without `intermediates_only` the result is (final normed tokens
-        (B, N, embed_dim), intermediates). Blocks behind the last one that is needed are never run, whatever `stop_early`.
-        Raises ValueError for another format and for blocks that do not exist.
+        `norm` applies the final norm to them. Without `intermediates_only` the result is (final normed tokens (B, N,
+        embed_dim), intermediates). Blocks after the last selected block are never run, with any `stop_early`. Raises ValueError
+        for an unknown format and for blocks that do not exist.
         """
         if wrong := [value for value in inputs if not isinstance(value, Tensor)]:
-            raise ValueError(f"forward_intermediates takes tensors, then options by name; use indices={wrong[0]!r}")
+            raise ValueError(f"forward_intermediates accepts tensors, then options by name; use indices={wrong[0]!r}")
         if output_fmt not in ("NLC", "NCHW"):
             raise ValueError(f"output_fmt={output_fmt!r} is unknown; use 'NLC' or 'NCHW'")
         taken, last = take_indices(self.config.depth, indices), self.config.depth - 1
@@ -104,14 +105,14 @@ class ImageFeatures(PretrainedModel):
         return outputs if intermediates_only else (self.final_norm(tokens[-1]), outputs)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """The mean of tokens (B, N, embed_dim), (B, embed_dim); without a classifier `pre_logits` changes nothing."""
+        """Return the mean of tokens (B, N, embed_dim), (B, embed_dim); without a classifier `pre_logits` has no effect."""
         return tokens.mean(1)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Accept num_classes=0, which is what there is; ValueError for a classifier and for another pooling than "avg"."""
+        """Accept num_classes=0. Raises ValueError for a classifier and for another pooling than "avg"."""
         if num_classes != 0:
             raise ValueError(
-                f"num_classes={num_classes}: {type(self).__name__} has no classifier; use 0 and put a layer behind forward_head"
+                f"num_classes={num_classes}: {type(self).__name__} has no classifier; use 0 and add a layer after forward_head"
             )
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool={global_pool!r} is unknown here; use 'avg', or pool forward_features yourself")
@@ -123,19 +124,19 @@ class ImageFeatures(PretrainedModel):
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of what forward_head gives."""
+        """Width of the output of forward_head."""
         return self.num_features
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Of each block: its module, its channels and how many pixels wide a token is."""
+        """For each block: its module, its channels and the width of a token in pixels."""
         chans, reduction = self.config.embed_dim, self.config.patch_size
         names = (f"{self.blocks_name}.{i}" for i in range(self.config.depth))
         return [{"module": name, "num_chs": chans, "reduction": reduction} for name in names]
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """What timm.data.resolve_model_data_config reads: images in [-1, 1], the shorter side fitted to img_size."""
+        """Data config for timm.data.resolve_model_data_config: images in [-1, 1], shorter side resized to img_size."""
         chans, size = self.config.in_chans, self.config.img_size
         return {
             "input_size": (chans, size, size),

@@ -19,27 +19,27 @@ class PatchEBTConfig(TrunkConfig):
     """A patch transformer with an energy head."""
 
     energy_head: Literal["linear", "quadratic"] = "quadratic"
-    """linear: one linear unit a patch, as in the paper. quadratic: half the squared distance between a patch and its
-    reconstruction, the energy of Salimans & Ho 2021 (sec. 3) and of gradient-step denoisers (Hurault et al. 2022, eq. 8)."""
+    """linear: one linear unit per patch, as in the paper. quadratic: half the squared distance between a patch and its
+    reconstruction (Salimans & Ho 2021, sec. 3; gradient-step denoisers, Hurault et al. 2022, eq. 8)."""
     observation_context: bool = False
-    """Let the energy see the noisy observation beside the candidate: E(x, y) instead of the paper's E(y)."""
+    """Give the energy the noisy observation as context: E(x, y) instead of the paper's E(y)."""
     suggested_start: Literal["observation", "proposal"] = "observation"
-    """Where thinking starts unless somebody says otherwise: the noisy image, or N of it, for a model that was trained with
-    objective.reconstruction_weight. The proposal then is the first of the steps."""
+    """Default start of thinking: the noisy image, or its reconstruction N(x) for a model trained with
+    objective.reconstruction_weight. The proposal then counts as the first step."""
     suggested_steps: int = 4
-    """Thinking steps where nobody asks for a number: kept with the weights, because models differ in when they overthink."""
+    """Default number of thinking steps. It is stored with the weights, because they determine when overthinking starts."""
     suggested_tolerance: float | None = None
-    """The tolerance that goes with suggested_steps (see thinking.ThinkingConfig); None: none."""
+    """Default tolerance together with suggested_steps (see thinking.ThinkingConfig); None: no tolerance."""
     suggested_tolerance_of: Literal["training", "observation"] = "training"
-    """What suggested_tolerance is a share of."""
+    """Reference of suggested_tolerance."""
     training_gain: float | None = None
-    """By how much a first step lowers the energy, mean over patches, of an image with the training's noise, on average:
-    eval/training_gain.py measures it. Only a tolerance of the training's noise needs it."""
+    """Mean gain of a first step (decrease of the energy, mean over patches) at the training noise level, measured by
+    eval/training_gain.py. Only tolerance_of="training" needs it."""
     init_step_size: float = 1.0
-    """Where the learned step size starts. The paper's 3000 for a mean over 64 patches is 47 for this sum (linear head)."""
+    """Initial step size. The paper's 3000 for a mean over 64 patches equals 47 for this sum (linear head)."""
 
     def __post_init__(self) -> None:
-        # An explicit class: slots=True makes a new one, which zero-argument super() does not know.
+        # Name the class explicitly: slots=True creates a new class, which zero-argument super() does not know.
         TrunkConfig.__post_init__(self)
         if self.suggested_start not in ("observation", "proposal"):
             raise ValueError(f"suggested_start={self.suggested_start!r} is unknown; use 'observation' or 'proposal'")
@@ -61,7 +61,7 @@ class PatchEBTConfig(TrunkConfig):
         if self.energy_head not in ("linear", "quadratic"):
             raise ValueError(f"energy_head={self.energy_head!r} is unknown; use 'linear' or 'quadratic'")
         if self.energy_head == "linear" and self.stem_widths:
-            raise ValueError("energy_head='linear' has no use for a convolutional decoder; use 'quadratic', or stem_widths: []")
+            raise ValueError("energy_head='linear' does not use a convolutional decoder; use 'quadratic', or stem_widths: []")
         if self.energy_head == "linear" and self.embed_dim < self.patch_dim:
             raise ValueError(
                 f"embed_dim={self.embed_dim} is below patch_size**2 * in_chans={self.patch_dim}: the gradient of a linear head "
@@ -84,7 +84,8 @@ class PatchEBT(ImageFeatures, EnergyModel):
         super().__init__(config.init_step_size)
         self.config = config
         self.trunk = build_trunk(config, num_inputs=2 if config.observation_context else 1)
-        # A linear head starts at zero, as in the paper's code; so does the quadratic one of a plain trunk: E is then |y|^2 / 2.
+        # A linear head starts at zero, as in the paper's code. So does the quadratic head of a plain trunk: E is then |y|^2 /
+        # 2.
         if config.energy_head == "quadratic":
             self.head = self.trunk.make_head()
         else:
@@ -92,13 +93,15 @@ class PatchEBT(ImageFeatures, EnergyModel):
             nn.init.zeros_(self.head.weight)
 
     def forward(self, candidate: Tensor, *context: Tensor) -> Tensor:
-        """Energy of each image, (B,) float32: the sum over its patches (see EnergyModel). Raises ValueError as energy_map."""
+        """Return the energy of each image, (B,) float32: the sum over its patches (see EnergyModel). Raises ValueError like
+        energy_map."""
         return check_energies(self.energy_map(candidate, *context).flatten(1).sum(1), (candidate.shape[0],))
 
     def energy_map(self, candidate: Tensor, *context: Tensor) -> Tensor:
-        """Energy of each patch, (B, H / patch_size, W / patch_size), float32 or wider.
+        """Return the energy of each patch, (B, H / patch_size, W / patch_size), float32 or wider.
 
-        `context` is the noisy observation (B, in_chans, H, W) with observation_context, nothing without; ValueError otherwise.
+        With observation_context, `context` is the noisy observation (B, in_chans, H, W); otherwise it is empty. Raises
+        ValueError for another context.
         """
         grid = check_image_size(candidate, self.config.patch_size)
         if self.config.energy_head == "linear":
@@ -109,9 +112,10 @@ class PatchEBT(ImageFeatures, EnergyModel):
         return energies.unflatten(1, grid)
 
     def reconstruct(self, candidate: Tensor, *context: Tensor) -> Tensor:
-        """N(candidate), (B, in_chans, H, W), float32 or wider: what a quadratic energy is the distance to, in one forward pass.
+        """Return N(candidate), (B, in_chans, H, W), float32 or wider, in one forward pass: the reconstruction in the quadratic
+        energy.
 
-        ValueError with the linear head, which has no reconstruction, and for another context than the model's.
+        Raises ValueError for the linear head, which has no reconstruction, and for a context that does not fit the model.
         """
         if self.config.energy_head == "linear":
             raise ValueError("energy_head='linear' has no reconstruction; use a model with the quadratic head")
@@ -119,7 +123,7 @@ class PatchEBT(ImageFeatures, EnergyModel):
         return unpatchify(patches, self.config.patch_size, *candidate.shape[-2:])
 
     def propose(self, observation: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """N(observation), (B, in_chans, H, W), and the energy (B,) of the observation, in one forward pass; see reconstruct."""
+        """Return N(observation), (B, in_chans, H, W), and the energy (B,) of the observation, in one forward pass."""
         proposal = self.reconstruct(observation, *context)
         return proposal, 0.5 * (observation - proposal).square().flatten(1).sum(1)
 
@@ -131,7 +135,7 @@ class PatchEBT(ImageFeatures, EnergyModel):
         wanted = int(self.config.observation_context)
         if len(context) != wanted:
             raise ValueError(
-                f"observation_context={self.config.observation_context} takes {wanted} context images, got {len(context)}"
+                f"observation_context={self.config.observation_context} needs {wanted} context images, got {len(context)}"
             )
 
     def block_tokens(self, *inputs: Tensor, indices: list[int]) -> list[Tensor]:
@@ -144,22 +148,22 @@ class PatchEBT(ImageFeatures, EnergyModel):
         return self.trunk.norm(tokens)
 
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of a PatchEBT without observation_context for one with it: the observation's share of the embedding is zero,
-        so that energies start as they were. Weights of any other model come back as they are."""
+        """Adapt weights of a PatchEBT without observation_context to a model with it: the embedding of the observation starts
+        at zero, so that energies do not change. Weights of other models are returned unchanged."""
         if not self.config.observation_context:
             return weights
         return weights | self.trunk.with_second_input(weights, prefix="trunk.")
 
     def context_of(self, noisy: Tensor) -> tuple[Tensor, ...]:
-        """What think() is given as context for noisy images (B, in_chans, H, W) in [-1, 1]."""
+        """Return the context of think() for noisy images (B, in_chans, H, W) in [-1, 1]."""
         return (noisy,) if self.config.observation_context else ()
 
 
 def energy_of(regressor: PatchRegressor, **settings: Any) -> PatchEBT:
-    """The PatchEBT whose reconstruction N is what `regressor` predicts: E(y) = |y - N(y)|^2 / 2, on the same weights.
+    """Return a PatchEBT with the weights of `regressor`: E(y) = |y - N(y)|^2 / 2, where N is the prediction of the regressor.
 
-    `settings` are fields of PatchEBTConfig beside the trunk's, such as suggested_start or init_step_size. The energy is honest
-    as far as N is, but nothing has trained its gradient: see docs/results/photographs.md.
+    `settings` are fields of PatchEBTConfig in addition to those of the trunk, such as suggested_start or init_step_size. N is a
+    trained denoiser, but the gradient of this energy has not been trained: see docs/results/photographs.md.
     """
     model = PatchEBT(PatchEBTConfig(**asdict(regressor.config), energy_head="quadratic", **settings))
     model.load_state_dict(model.state_dict() | regressor.state_dict())
@@ -167,15 +171,15 @@ def energy_of(regressor: PatchRegressor, **settings: Any) -> PatchEBT:
 
 
 def _wide(output: Tensor) -> Tensor:
-    """In float32 or wider: sums of squares are not for bfloat16."""
+    """Convert to float32 or wider: bfloat16 is too coarse for sums of squares."""
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def patch_energy_mean(energies: Tensor, image_shape: torch.Size, patch_size: int) -> Tensor:
-    """The energy to show people: the mean over patches, which compares across image sizes. Same shape as `energies`."""
+    """Return the energy for users: the mean over patches, comparable across image sizes. Same shape as `energies`."""
     return energies / num_patches(image_shape, patch_size)
 
 
 def num_patches(image_shape: torch.Size, patch_size: int) -> int:
-    """Patches of an image (..., H, W)."""
+    """Number of patches of an image (..., H, W)."""
     return image_shape[-2] // patch_size * (image_shape[-1] // patch_size)

@@ -13,7 +13,7 @@ from ebt_vision.models.trunk_config import TrunkConfig
 
 
 class PatchTrunk(nn.Module):
-    """Patch embedding and transformer blocks; `num_inputs` images of in_chans each are stacked on the channels."""
+    """Patch embedding and transformer blocks; `num_inputs` images of in_chans each are concatenated along the channels."""
 
     def __init__(self, config: TrunkConfig, *, num_inputs: int = 1):
         super().__init__()
@@ -23,22 +23,22 @@ class PatchTrunk(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim)
         self.apply(_init_linear)
         self.checkpoint_blocks = False
-        """Compute the blocks' activations again in backward passes instead of keeping them (see checkpointing.py)."""
+        """Compute the activations of the blocks again in backward passes instead of keeping them (see checkpointing.py)."""
 
     def _make_embedding(self, config: TrunkConfig, num_inputs: int) -> None:
         self.embed = nn.Linear(config.patch_dim * num_inputs, config.embed_dim)
 
     def make_head(self) -> nn.Module:
-        """The head that reconstruct_patches takes, initialised; it belongs to the model, not to the trunk."""
+        """Create the initialised head for reconstruct_patches. It belongs to the model, not to the trunk."""
         head = nn.Linear(self.config.embed_dim, self.config.patch_dim)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return head
 
     def with_second_input(self, weights: dict[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
-        """The embedding's weights, by name, of a trunk with one input for one with two; the second counts for nothing yet.
+        """Extend the embedding weights of a trunk with one input to two inputs; the weights of the second input are zero.
 
-        Empty where `weights` has no embedding of one input. `prefix` goes before the trunk's own names.
+        Return them by name; empty if `weights` has no embedding of one input. `prefix` precedes the trunk's own names.
         """
         name, chans = f"{prefix}embed.weight", self.config.in_chans
         plain = weights.get(name)
@@ -52,13 +52,13 @@ class PatchTrunk(nn.Module):
         return self.norm(self.forward_intermediates(*images, indices=[self.config.depth - 1])[0])
 
     def reconstruct_patches(self, head: nn.Module, *images: Tensor) -> Tensor:
-        """The network's reconstruction of the first of the images, as patches (B, N, patch_dim), by a head of make_head."""
+        """Reconstruct the first of the images as patches (B, N, patch_dim), with a head of make_head."""
         return head(self(*images))
 
     def forward_intermediates(self, *images: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
-        """Tokens (B, N, embed_dim) after the blocks of take_indices (default all), before the final norm."""
+        """Return tokens (B, N, embed_dim) after the blocks of take_indices (default all), before the final norm."""
         grid = check_image_size(images[0], self.config.patch_size)
-        # Embed. The patches of a candidate and of its context lie on the channels.
+        # Embed. The patches of a candidate and of its context are concatenated along the channels.
         x = self._embed(torch.cat(images, dim=1))  # (B, N, embed_dim)
         return self._run_blocks(x, grid, indices)
 

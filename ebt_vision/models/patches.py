@@ -1,4 +1,4 @@
-"""Images as patches, and back."""
+"""Images to patches, and back."""
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
 
 
 def check_image_size(images: Tensor, patch_size: int) -> tuple[int, int]:
-    """The patch grid (rows, columns) of images (B, C, H, W); ValueError where the patch does not divide them."""
+    """Return the patch grid (rows, columns) of images (B, C, H, W). Raises ValueError if the patch does not divide them."""
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(

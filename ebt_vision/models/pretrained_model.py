@@ -1,4 +1,4 @@
-"""What every model of the project is on disk: a folder with config.json and model.safetensors, nothing pickled."""
+"""Saving and loading of every model: a folder with config.json and model.safetensors, without pickle."""
 
 import contextlib
 import difflib
@@ -18,11 +18,11 @@ from ebt_vision.models.registry import UnknownModelTypeError, model_class
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 PRETRAINED_DIR = Path(__file__).parents[1] / "pretrained"
-"""The shipped checkpoints, a folder each."""
+"""The folder of the shipped checkpoints."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another model; the message says which file and what to do."""
+    """A checkpoint is missing, damaged or of another model; the message names the file and the remedy."""
 
 
 _CARD = """---
@@ -34,7 +34,7 @@ Not filled in yet: the data and their licence, the command, the hardware, the fi
 
 
 class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model_card_template=_CARD):
-    """A module that is built from one config dataclass and knows how to save, load and push itself.
+    """A module that is built from one config dataclass, with saving, loading and pushing.
 
     Subclasses set `model_type` and `config_class` and take the config as their only argument.
     """
@@ -43,18 +43,18 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
     config_class: ClassVar[type]
     config: Any
     card: str | None = None
-    """The model card that came with the weights, with their licence; save_pretrained writes it beside them."""
+    """The model card of the weights with their licence; save_pretrained writes it with the weights."""
     usage_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of the config that say how to start or use the model; the network's output on its weights is the same."""
+    """Config fields for initialisation or use of the model; the output of the network does not depend on them."""
 
     @property
     def num_parameters(self) -> int:
-        """Every trainable number of the model, whatever optimiser group it is in."""
+        """Number of trainable parameters."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def network_config(self) -> dict[str, Any]:
-        """The fields of the config that the network's output depends on: what a cache is keyed by, beside the weights."""
+        """The config fields that determine the output of the network, for cache keys together with the weights."""
         return {name: value for name, value in asdict(self.config).items() if name not in self.usage_fields}
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -62,7 +62,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
-        (save_directory / WEIGHTS_NAME).chmod(0o644)  # safetensors writes a file that only its owner can read
+        (save_directory / WEIGHTS_NAME).chmod(0o644)  # safetensors makes the file readable only for its owner
         if self.card is not None and not (save_directory / CARD_NAME).exists():
             (save_directory / CARD_NAME).write_text(self.card, encoding="utf-8")
 
@@ -78,14 +78,15 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
         revision: str | None = None,
         **unknown: Any,
     ) -> Self:
-        """A model in eval mode, on the CPU in float32, from a shipped name, a folder or a repository of the Hugging Face hub.
+        """Load a model in eval mode, on the CPU in float32, from a shipped name, a folder or a repository of the Hugging Face
+        hub.
 
-        The class must be that of the checkpoint; `PretrainedModel.from_pretrained` finds it. The keywords are for downloads,
-        as in huggingface_hub. Raises CheckpointError for a name that is not known and for files that are missing, damaged or
-        of another class, ValueError for any other keyword: use `.to(device, dtype)` on what it returns.
+        The class must match the checkpoint; `PretrainedModel.from_pretrained` finds it. The keywords are for downloads, as in
+        huggingface_hub. Raises CheckpointError for an unknown name and for files that are missing, damaged or of another class,
+        ValueError for other keywords: use `.to(device, dtype)` on the result.
         """
         if unknown:
-            raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; {_keyword_remedy(next(iter(unknown)))}")
+            raise ValueError(f"from_pretrained does not accept {', '.join(unknown)}; {_keyword_remedy(next(iter(unknown)))}")
         name = str(pretrained_model_name_or_path)
         if not name:
             raise CheckpointError("the model's name is empty; give a shipped name, a folder or OWNER/NAME")
@@ -102,7 +103,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
 
     @classmethod
     def from_files(cls, config_path: Path, weights_path: Path) -> Self:
-        """Build from the two files, strictly, and keep the model card beside them.
+        """Build the model from the two files, strictly, and keep its model card.
 
         The model can be used outside of torch.inference_mode even if it is loaded inside. Raises CheckpointError for a file
         that is missing, damaged or does not fit.
@@ -114,7 +115,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
     def _from_files(cls, config_path: Path, weights_path: Path) -> Self:
         stored = read_config(config_path)
         if stored["model_type"] != cls.model_type:
-            raise CheckpointError(f"{config_path} holds a {stored['model_type']!r} model, not {cls.model_type!r}")
+            raise CheckpointError(f"{config_path} is for a {stored['model_type']!r} model, not for {cls.model_type!r}")
         try:
             model = cls(cls.config_class(**stored["config"]))
         except TypeError as error:
@@ -131,24 +132,24 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="ebt_vision", model
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder of a shipped name or of a path to a checkpoint, or a folder without one; None for what is neither."""
+    """Return the folder of a shipped name or of a path to a folder; None for anything else."""
     if (PRETRAINED_DIR / name / CONFIG_NAME).is_file():
         return PRETRAINED_DIR / name
     return Path(name) if Path(name).is_dir() else None
 
 
 def _downloaded(repository: str, options: dict[str, Any]) -> Path:
-    """The folder of a hub repository's files in the cache; CheckpointError where they cannot be had."""
+    """Return the cached folder of a hub repository. Raises CheckpointError if it cannot be downloaded."""
     try:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             folder = Path(hf_hub_download(repository, name, **options)).parent
-    except (OSError, ValueError) as error:  # those of huggingface_hub are either
+    except (OSError, ValueError) as error:  # huggingface_hub raises either
         shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED_DIR.glob(f"*/{CONFIG_NAME}"))) or "none"
         raise CheckpointError(
             f"{repository!r} is neither a shipped checkpoint ({shipped}) nor a folder, and cannot be downloaded: "
             f"{' '.join(str(error).split())}"
         ) from error
-    with contextlib.suppress(EntryNotFoundError, OSError):  # not every repository has a card
+    with contextlib.suppress(EntryNotFoundError, OSError):  # a repository may have no card
         hf_hub_download(repository, CARD_NAME, **options)
     return folder
 
@@ -160,11 +161,11 @@ def _keyword_remedy(name: str) -> str:
         return "loading is always strict"
     known = ("force_download", "token", "cache_dir", "local_files_only", "revision")
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"it accepts {', '.join(known)}"
 
 
 def checkpoint_class(config_path: Path) -> type[PretrainedModel]:
-    """The class of the model of a config.json; CheckpointError for an unknown model type, and as read_config."""
+    """Return the model class of a config.json. Raises CheckpointError for an unknown model type, and like read_config."""
     try:
         cls: type[PretrainedModel] = model_class(read_config(config_path)["model_type"])
     except UnknownModelTypeError as error:
@@ -173,7 +174,7 @@ def checkpoint_class(config_path: Path) -> type[PretrainedModel]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json as {"model_type": str, "config": {...}}; CheckpointError where it is missing or something else."""
+    """Read config.json as {"model_type": str, "config": {...}}. Raises CheckpointError if it is missing or invalid."""
     try:
         stored = json.loads(path.read_text())
         return {"model_type": str(stored["model_type"]), "config": dict(stored["config"])}

@@ -1,6 +1,6 @@
-"""The one table of model types: the classes of each, by name, and whether it is for images or text.
+"""The table of model types: the classes of each, by name, and its modality (images or text).
 
-Classes are imported when they are asked for: diffusers, which the DiT needs, takes seconds.
+Classes are imported on use, because diffusers, which the DiT needs, takes seconds to import.
 """
 
 import importlib
@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 
 class UnknownModelTypeError(ValueError):
-    """A model_type is not in the table; the message lists those that are."""
+    """A model_type is not in the table; the message lists the known ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelType:
-    """Where the parts of one model type are, as "module:name" below ebt_vision."""
+    """The parts of one model type as "module:name" below ebt_vision."""
 
     model: str
     config: str
@@ -63,24 +63,24 @@ MODEL_TYPES = {
 
 
 def find_model_type(name: str) -> ModelType:
-    """The entry of a `model_type`; UnknownModelTypeError names the known ones for another."""
+    """Return the entry of a `model_type`. Raises UnknownModelTypeError, which names the known types."""
     if name not in MODEL_TYPES:
         raise UnknownModelTypeError(f"model_type={name!r} is unknown; use one of {', '.join(MODEL_TYPES)}")
     return MODEL_TYPES[name]
 
 
 def model_class(model_type: str) -> Any:
-    """The PretrainedModel subclass of a model type."""
+    """Return the PretrainedModel subclass of a model type."""
     return _load(find_model_type(model_type).model)
 
 
 def config_class(model_type: str) -> Any:
-    """The config dataclass of a model type; importing it loads no network."""
+    """Return the config dataclass of a model type without importing its network."""
     return _load(find_model_type(model_type).config)
 
 
 def objective_class(model_type: str) -> Any:
-    """The training objective (objectives.base.Objective) of a model type."""
+    """Return the training objective (objectives.base.Objective) of a model type."""
     return _load(find_model_type(model_type).objective)
 
 

@@ -1,6 +1,6 @@
-"""PatchRegressor: the same trunk and head as a PatchEBT with a quadratic energy, trained to give the clean image in one pass.
+"""PatchRegressor: the trunk and head of a PatchEBT with a quadratic energy, trained to output the clean image in one pass.
 
-It answers whether the energy is what helps, or only the network.
+A comparison with it shows whether the energy helps, or only the network.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from ebt_vision.models.trunks import build_trunk
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchRegressorConfig(TrunkConfig):
-    """A patch transformer with a linear head of one patch; nothing beside the trunk's own fields."""
+    """A patch transformer with a linear patch head; it has only the fields of the trunk."""
 
 
 class PatchRegressor(ImageFeatures):
-    """Noisy images (B, in_chans, H, W) in [-1, 1] -> clean ones, same shape; H and W multiples of patch_size."""
+    """Noisy images (B, in_chans, H, W) in [-1, 1] -> clean images, same shape; H and W are multiples of patch_size."""
 
     model_type = "patch_regressor"
     blocks_name = "trunk.blocks"
@@ -36,7 +36,7 @@ class PatchRegressor(ImageFeatures):
         return unpatchify(patches, self.config.patch_size, *noisy.shape[-2:])
 
     def block_tokens(self, *inputs: Tensor, indices: list[int]) -> list[Tensor]:
-        """See ImageFeatures; the one input is the noisy images."""
+        """See ImageFeatures; the only input is the noisy images."""
         return self.trunk.forward_intermediates(*inputs, indices=indices)
 
     def final_norm(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The size of a patch transformer: its config and the field's named sizes."""
+"""The size of a patch transformer: its config and the usual named sizes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ class TrunkConfig:
     """Size of a patch transformer, in timm's names."""
 
     img_size: int = 64
-    """Side in pixels of the training images; any other size works at inference."""
+    """Side in pixels of the training images; inference works at any size."""
     patch_size: int = 8
     in_chans: int = 3
     embed_dim: int = 256
@@ -19,15 +19,16 @@ class TrunkConfig:
     num_heads: int = 4
     mlp_ratio: float = 4.0
     stem_widths: tuple[int, ...] = ()
-    """Channels of a convolutional stem and decoder, one width a level, fine to coarse (see conv_trunk.py). A level halves the
-    resolution, from 1 / stem_unshuffle to 1 / patch_size. Empty: a linear patch embedding and no decoder, the plain trunk."""
+    """Channels of a convolutional stem and decoder, one width per level, fine to coarse (see conv_trunk.py). Levels halve the
+    resolution from 1 / stem_unshuffle to 1 / patch_size. Empty: the plain trunk with a linear patch embedding and no
+    decoder."""
     stem_blocks: int = 1
-    """Residual blocks at each level of a convolutional stem, and as many of its decoder."""
+    """Residual blocks at each level of a convolutional stem and of its decoder."""
     stem_unshuffle: int = 1
     """A convolutional stem starts at 1 / stem_unshuffle of the resolution (pixel_unshuffle, as in FFDNet); 1 is full size."""
     noise_process: Literal["vp", "awgn"] = "vp"
-    """What the training images went through: the VP process at one level, which shrinks the signal, as in the paper; or plain
-    Gaussian noise of many strengths, as photographs have it. It is stored here because it says how input must be scaled."""
+    """Noise of the training images: the VP process at one level, which scales the signal down, as in the paper; or plain
+    Gaussian noise of many strengths, as for photographs. It is stored here because the input must be scaled to match."""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
@@ -43,7 +44,7 @@ class TrunkConfig:
             raise ValueError(
                 f"embed_dim={self.embed_dim} must be a multiple of 4 * num_heads={4 * self.num_heads} (2-D rotary positions)"
             )
-        object.__setattr__(self, "stem_widths", tuple(self.stem_widths))  # config.json gives a list
+        object.__setattr__(self, "stem_widths", tuple(self.stem_widths))  # config.json has a list
         if self.stem_widths:
             self._check_stem()
 
@@ -62,12 +63,12 @@ class TrunkConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values in one patch."""
+        """Number of values in one patch."""
         return self.patch_size**2 * self.in_chans
 
 
 def noise_process_of(model: nn.Module) -> str:
-    """The noise process that a network is trained on: its config's, "vp" where that has none (DiT)."""
+    """Return the noise process of a network's training from its config; "vp" if the config has none (DiT)."""
     return str(getattr(getattr(model, "config", None), "noise_process", "vp"))
 
 
@@ -79,4 +80,4 @@ PRESETS: dict[str, dict[str, int | float]] = {
     # The size of the paper's denoising experiment: 128 px, 64 tokens (Gladstone et al. 2025, code).
     "paper_large": dict(img_size=128, patch_size=16, embed_dim=1536, depth=24, num_heads=16, mlp_ratio=1.0),
 }
-"""The field's sizes (DeiT, ViT) and the paper's; img_size and patch_size are the caller's unless named."""
+"""Usual sizes (DeiT, ViT) and the paper's size; set img_size and patch_size yourself unless a preset has them."""

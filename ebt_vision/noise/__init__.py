@@ -1,1 +1,1 @@
-"""From clean images to noisy ones."""
+"""Noise processes: clean images to noisy images."""

@@ -1,4 +1,4 @@
-"""Noise by name: what people ask for on a command line and on a page, and what a denoiser is told of it."""
+"""Noise by name, as on the command line and the page, and what denoisers get to know about it."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from ebt_vision.noise import processes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseKind:
-    """One kind of noise: the amounts that it takes."""
+    """A kind of noise and its valid amounts."""
 
     unit: str
-    """What the amount is, to be read after "amount:"."""
+    """Meaning of the amount, for display after "amount:"."""
     low: float
     high: float
     default: float
@@ -22,16 +22,16 @@ class NoiseKind:
 
 NOISE_KINDS: dict[str, NoiseKind] = {
     "gaussian": NoiseKind(unit="standard deviation, 0 to 255 units", low=0, high=255, default=25, step=1),
-    "paper": NoiseKind(unit="noise level of the paper; it trains at 0.1", low=0.01, high=1, default=0.1, step=0.01),
+    "paper": NoiseKind(unit="VP noise level; the paper trains at 0.1", low=0.01, high=1, default=0.1, step=0.01),
     "poisson": NoiseKind(unit="photons at white; fewer is noisier", low=1, high=1000, default=30, step=1),
-    "salt-and-pepper": NoiseKind(unit="share of the pixels", low=0, high=1, default=0.1, step=0.01),
+    "salt-and-pepper": NoiseKind(unit="fraction of the pixels", low=0, high=1, default=0.1, step=0.01),
     "jpeg": NoiseKind(unit="JPEG quality; lower is worse", low=1, high=100, default=10, step=1),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Noise:
-    """Noise of one kind and amount, as NOISE_KINDS describes them."""
+    """Noise of one kind and amount; see NOISE_KINDS."""
 
     kind: str
     amount: float
@@ -47,7 +47,7 @@ class Noise:
 
     @classmethod
     def parse(cls, text: str) -> "Noise":
-        """Noise from "KIND:AMOUNT", or from a number, which is Gaussian noise of that sigma; ValueError for another text."""
+        """Parse "KIND:AMOUNT", or a number, which means Gaussian noise of this sigma. Raises ValueError for other text."""
         kind, colon, amount = text.rpartition(":")
         try:
             value = float(amount)
@@ -59,7 +59,8 @@ class Noise:
         return f"{self.kind}:{repr(float(self.amount)).removesuffix('.0')}"  # exact
 
     def add(self, clean: Tensor, seed: int) -> Tensor:
-        """The noisy observation of clean images (B, 3, H, W) in [0, 1]; not clipped. The same seed gives the same noise."""
+        """Return the noisy observation of clean images (B, 3, H, W) in [0, 1], not clipped. The same seed gives the same
+        noise."""
         generator = make_generator(seed)
         match self.kind:
             case "gaussian":
@@ -77,10 +78,11 @@ class Noise:
 
     @property
     def noise_level(self) -> float | None:
-        """What DenoiseOptions.noise_level should be."""
+        """Value for DenoiseOptions.noise_level."""
         return self.amount if self.kind == "paper" else None
 
     @property
     def sigma(self) -> float | None:
-        """What DenoiseOptions.sigma should be: the true one of Gaussian noise; None has others estimate it."""
+        """Value for DenoiseOptions.sigma: the true sigma of Gaussian noise; None for other noise, so that methods estimate
+        it."""
         return self.amount if self.kind == "gaussian" else None

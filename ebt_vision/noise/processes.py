@@ -1,8 +1,8 @@
-"""From a clean image to a noisy one: every corruption, its unit and its source, in one place.
+"""Noise processes from clean to noisy images: every corruption, with its unit and its source.
 
-Every function takes images (B, C, H, W) and a generator (one for the batch or one per sample, see `rng`), never changes
-its input, and never clips unless it says so. The functions in [-1, 1] are the paper's; those in [0, 1] are the
-restoration literature's. `to_model_range` and `to_image_range` are the one place that converts between the two.
+Every function takes images (B, C, H, W) and a generator (one for the batch or one per sample, see `rng`), never changes its
+input, and never clips unless documented. Functions in [-1, 1] follow the paper; functions in [0, 1] follow the restoration
+literature. Only `to_model_range` and `to_image_range` convert between the two ranges.
 """
 
 import functools
@@ -21,32 +21,32 @@ BETA_START, BETA_END = 1e-4, 0.02
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1], any shape; values outside map outside."""
+    """[0, 1] -> [-1, 1], any shape; values outside the range stay outside."""
     return images * 2.0 - 1.0
 
 
 def to_image_range(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], any shape; values outside map outside."""
+    """[-1, 1] -> [0, 1], any shape; values outside the range stay outside."""
     return (images + 1.0) / 2.0
 
 
 @functools.cache
 def alphas_cumprod() -> Tensor:
-    """alpha_bar_t of DDPM's linear schedule for t = 0..999, float64 (1000,) (Ho et al. 2020, sec. 4)."""
-    # An explicit device: under `torch.device("meta")` the cache would keep a table without values.
+    """Return alpha_bar_t of DDPM's linear schedule for t = 0..999, float64 (1000,) (Ho et al. 2020, sec. 4)."""
+    # Name the device: under `torch.device("meta")` the cache would keep a table without values.
     betas = torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, dtype=torch.float64, device="cpu")
     return torch.cumprod(1.0 - betas, dim=0)
 
 
 def level_to_timestep(level: float) -> int:
-    """The timestep of a noise level in (0, 1]: level 0.1 is timestep 99, 0.2 is 199 (Gladstone et al. 2025, code)."""
+    """Return the timestep of a noise level in (0, 1]: level 0.1 is timestep 99, 0.2 is 199 (Gladstone et al. 2025, code)."""
     if not 0.0 < level <= 1.0:
         raise ValueError(f"noise level={level} is not in (0, 1]; the paper trains at 0.1")
     return max(round(level * NUM_TRAIN_TIMESTEPS) - 1, 0)
 
 
 def signal_and_noise_scale(level: float) -> tuple[float, float]:
-    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at a noise level: about (0.947, 0.321) at 0.1."""
+    """Return (sqrt(alpha_bar), sqrt(1 - alpha_bar)) at a noise level: about (0.947, 0.321) at 0.1."""
     alpha_bar = float(alphas_cumprod()[level_to_timestep(level)])
     return math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
 
@@ -61,17 +61,17 @@ def add_vp_noise(clean: Tensor, level: float, generator: Generators | None = Non
 
 
 def add_gaussian_noise(clean: Tensor, sigma: float, generator: Generators | None = None) -> Tensor:
-    """AWGN on images (B, C, H, W) in [0, 1], `sigma` in the usual 0..255 units; not clipped."""
+    """Add AWGN to images (B, C, H, W) in [0, 1]; `sigma` is in the usual 0..255 units; not clipped."""
     if sigma < 0:
         raise ValueError(f"sigma={sigma} is negative; the restoration papers use 15, 25 and 50")
     return clean + (sigma / 255.0) * randn_like(clean, generator)
 
 
 def add_restoration_noise(clean: Tensor, sigma: float, seed: int = 0) -> Tensor:
-    """AWGN on images in [0, 1] exactly as the restoration papers draw it for their tables; not clipped.
+    """Add AWGN to images in [0, 1] exactly as the restoration papers draw it for their tables; not clipped.
 
     Their programs call `np.random.seed(0)` and then `np.random.normal(0, sigma / 255, (H, W, C))` before every image (Zhang et
-    al., KAIR), so that all images of one shape get the same noise. `sigma` is in 0..255 units.
+    al., KAIR). All images of one shape therefore get the same noise. `sigma` is in 0..255 units.
     """
     if sigma < 0:
         raise ValueError(f"sigma={sigma} is negative; the restoration papers use 15, 25 and 50")
@@ -82,16 +82,16 @@ def add_restoration_noise(clean: Tensor, sigma: float, seed: int = 0) -> Tensor:
 
 
 def sigma_to_timestep(sigma: float) -> int:
-    """The timestep whose noise-to-signal ratio is nearest to AWGN of `sigma` (0..255 units) on [0, 1] images."""
+    """Return the timestep whose noise-to-signal ratio is nearest to AWGN of `sigma` (0..255 units) on [0, 1] images."""
     alpha_bar = alphas_cumprod()
     ratio = ((1.0 - alpha_bar) / alpha_bar).sqrt()  # noise std over signal scale, on [-1, 1]
     return int((ratio - 2.0 * sigma / 255.0).abs().argmin())
 
 
 def add_salt_and_pepper(clean: Tensor, amount: float, generator: Generators | None = None) -> Tensor:
-    """Set a share `amount` (0..1) of the pixels of images (B, C, H, W) in [0, 1] to black or white, half each.
+    """Set a fraction `amount` (0..1) of the pixels of images (B, C, H, W) in [0, 1] to black or white, half each.
 
-    All channels of a pixel are alike.
+    All channels of a pixel get the same value.
     """
     if not 0.0 <= amount <= 1.0:
         raise ValueError(f"amount={amount} is not in [0, 1]")
@@ -121,7 +121,7 @@ def add_speckle(clean: Tensor, std: float, generator: Generators | None = None) 
 
 
 def add_jpeg(clean: Tensor, quality: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], rounded to 8 bits, through a JPEG file of `quality` 1..100 and back; no random draw."""
+    """Round images (B, 3, H, W) in [0, 1] to 8 bits and pass them through a JPEG of `quality` 1..100; no random draw."""
     from PIL import Image
 
     if not 1 <= quality <= 100:
@@ -135,7 +135,7 @@ def add_jpeg(clean: Tensor, quality: int) -> Tensor:
 
 
 def add_motion_blur(clean: Tensor, length: int, angle: float = 45.0) -> Tensor:
-    """The mean of images (B, C, H, W) over a straight path of `length` pixels at `angle` degrees; no random draw.
+    """Average images (B, C, H, W) over a straight path of `length` pixels at `angle` degrees; no random draw.
 
     Borders are reflected.
     """
@@ -148,7 +148,8 @@ def add_motion_blur(clean: Tensor, length: int, angle: float = 45.0) -> Tensor:
 
 
 def _line_kernel(length: int, angle: float) -> Tensor:
-    """(2r + 1, 2r + 1), r = length // 2: many points along the line, each shared out to its four nearest pixels; sums to 1."""
+    """Kernel (2r + 1, 2r + 1), r = length // 2: points along the line, each distributed over its four nearest pixels; sums to
+    1."""
     radius = length // 2
     along = torch.linspace(-(length - 1) / 2, (length - 1) / 2, 16 * length, dtype=torch.float64)
     grid = torch.arange(-radius, radius + 1, dtype=torch.float64)

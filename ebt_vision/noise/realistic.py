@@ -1,17 +1,17 @@
-"""A seeded mixture of the noise that photographs have, for training and for evaluation.
+"""A seeded mixture of the kinds of noise in photographs, for training and for evaluation.
 
-A share of the draws (`gaussian_share`) is plain white Gaussian noise, not clipped, as in the tables of restoration papers. The
-other draws follow what cameras and the web do. Each part has a probability of its own:
+A fraction of the draws (`gaussian_share`) is plain white Gaussian noise, not clipped, as in the tables of restoration papers.
+The other draws simulate cameras and the web. Each part has its own probability:
 
-    noise field   sensor noise, Gaussian noise with correlated colour channels, or speckle. Sensor noise depends on the signal
-                  and goes through a Bayer mosaic, demosaicing, white balance and a tone curve (Brooks et al. 2019).
-    correlation   The field is blurred or enlarged, so that neighbouring pixels are alike, as after denoising or resizing.
-    JPEG          before the noise, after it, or both.
-    8 bits        clipped and rounded.
+   noise field   sensor noise, Gaussian noise with correlated colour channels, or speckle. Sensor noise depends on the signal
+                 and goes through a Bayer mosaic, demosaicing, white balance and a tone curve (Brooks et al. 2019).
+   correlation   The field is blurred or enlarged, so that neighbouring pixels are similar, as after denoising or resizing.
+   JPEG          before the noise, after it, or both.
+   8 bits        clipped and rounded.
 
 The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1). Weak noise
-is drawn often, because most photographs have weak noise. A share of the draws has no noise at all. The target is the clean
-image, so a network learns to remove JPEG artefacts as well as noise.
+is drawn often, because most photographs have weak noise. Some draws have no noise. The target is the clean image, so a network
+learns to remove JPEG artefacts as well as noise.
 """
 
 import math
@@ -25,27 +25,27 @@ from torch import Tensor
 from ebt_vision.noise.processes import add_jpeg, to_8_bit
 
 _BAYER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
-"""Which pixel of a 2x2 cell of the mosaic (RGGB) each colour has, (3, 2, 2)."""
+"""Position of each colour in a 2x2 cell of the mosaic (RGGB), (3, 2, 2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RealisticNoiseConfig:
-    """How often each part of the mixture is drawn, and how strong it is."""
+    """Probability and strength of each part of the mixture."""
 
     max_sigma: float = 75.0
-    """The largest standard deviation of white Gaussian noise, 0..255 units."""
+    """Maximum standard deviation of white Gaussian noise, 0..255 units."""
     max_realistic_sigma: float = 50.0
-    """The largest of the realistic draws: of correlated noise that is stronger, little of an image is left."""
+    """Maximum standard deviation of realistic noise; stronger correlated noise would hide most of the image."""
     sigma_power: float = 1.5
-    """1 draws strengths uniformly; more draws weak noise more often."""
+    """Exponent of the strengths: 1 draws them uniformly; a larger value draws weak noise more often."""
     clean_share: float = 0.04
-    """Share of the draws without any noise, in [0, 1]."""
+    """Fraction of the draws without any noise, in [0, 1]."""
     gaussian_share: float = 0.5
-    """Share of the draws that are white Gaussian noise and nothing else, in [0, 1]; the others are realistic."""
+    """Fraction of the draws with only white Gaussian noise, in [0, 1]; the others are realistic."""
     correlated_share: float = 0.5
-    """Share of the realistic draws whose noise is spatially correlated, in [0, 1]."""
+    """Fraction of the realistic draws with spatially correlated noise, in [0, 1]."""
     jpeg_share: float = 0.4
-    """Share of the realistic draws that become JPEG files after the noise, in [0, 1]. A fifth of them are JPEG files before."""
+    """Fraction of the realistic draws that pass through a JPEG after the noise, in [0, 1]; a fifth of these also before it."""
     jpeg_quality: tuple[int, int] = (30, 95)
     """Lowest and highest quality."""
 
@@ -64,10 +64,10 @@ class RealisticNoiseConfig:
 
 
 def add_realistic_noise(clean: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]) -> Tensor:
-    """Noisy images (B, 3, H, W), float32 on the CPU, of clean ones in [0, 1]; generator i makes every draw of image i.
+    """Return noisy images (B, 3, H, W), float32 on the CPU, of clean images in [0, 1]; generator i makes every draw of image i.
 
-    The white Gaussian draws may leave [0, 1]; the realistic ones are whole 8-bit values. Raises ValueError unless there is a
-    generator for each image and the images have three channels.
+    White Gaussian draws may leave [0, 1]; realistic draws are whole 8-bit values. Raises ValueError unless there is one
+    generator per image and the images have three channels.
     """
     if clean.ndim != 4 or clean.shape[1] != 3:
         raise ValueError(f"clean has shape {tuple(clean.shape)}; give RGB images, (B, 3, H, W)")
@@ -99,14 +99,14 @@ _Field = Callable[[Tensor, float, _Correlation | None, torch.Generator], Tensor]
 
 
 def _sensor_noise(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
-    """Poisson-Gaussian noise of a sensor (Foi et al. 2008) after the camera's pipeline; std `sigma` on average."""
+    """Poisson-Gaussian noise of a sensor (Foi et al. 2008) after the camera pipeline; mean std `sigma`."""
     gains, shot = _uniform(generator, 1.2, 2.4, 3), _uniform(generator, 0.0, 1.0, 1)
     gains[1] = 1.0  # white balance keeps green
     raw = _mosaic(_to_linear(clean.clamp(0, 1)) / gains[:, None, None])  # (1, H, W)
-    # Variance = shot noise, which grows with the signal (Poisson), and read noise; the pipeline's gain is scaled away below.
+    # Variance = shot noise, which grows with the signal (Poisson), plus read noise; the gain of the pipeline is removed below.
     std = (shot * raw + (1.0 - shot) * raw.mean() + 1e-4).sqrt()
     noise = std * _white((1, *clean.shape[1:]), correlation, generator)
-    scale = sigma / 2.0  # a first guess; linear light is steeper in shadows
+    scale = sigma / 2.0  # a first estimate; linear light is steeper in shadows
     for _ in range(2):
         field = _develop(raw + scale * noise, gains) - _develop(raw, gains)
         scale *= sigma / max(float(field.std()), 1e-6)
@@ -114,7 +114,7 @@ def _sensor_noise(clean: Tensor, sigma: float, correlation: _Correlation | None,
 
 
 def _coloured_noise(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
-    """Gaussian noise whose channels are mixed: from independent ones to grey; std `sigma` on average."""
+    """Gaussian noise with mixed channels, from independent channels to grey; mean std `sigma`."""
     mixing = torch.eye(3) + _uniform(generator, 0.0, 2.0, 1) * torch.rand(3, 3, generator=generator)
     if float(_uniform(generator, 0.0, 1.0, 1)) < 0.2:
         mixing = torch.ones(3, 3)
@@ -123,13 +123,13 @@ def _coloured_noise(clean: Tensor, sigma: float, correlation: _Correlation | Non
 
 
 def _speckle(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
-    """Noise in proportion to the signal; std `sigma` on average."""
+    """Noise in proportion to the signal; mean std `sigma`."""
     field = clean * _white(tuple(clean.shape), correlation, generator)
     return field * (sigma / field.std().clamp(min=0.05))
 
 
 _FIELDS: tuple[_Field, ...] = (_sensor_noise, _sensor_noise, _coloured_noise, _coloured_noise, _speckle)
-"""Each is drawn as often as it stands here."""
+"""A kind that is listed twice is drawn twice as often."""
 
 
 def _white(shape: tuple[int, ...], correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
@@ -138,7 +138,7 @@ def _white(shape: tuple[int, ...], correlation: _Correlation | None, generator: 
 
 
 def _random_correlation(generator: torch.Generator) -> _Correlation:
-    """A blur of standard deviation 0.3 to 1.5 px, or an enlargement by up to 2."""
+    """Blur with a standard deviation of 0.3 to 1.5 px, or enlarge by up to 2."""
     resampled, amount = torch.rand(2, generator=generator).tolist()
     if resampled < 0.4:
         return lambda noise: _unit_std(_enlarged(noise, 1.0 + amount))
@@ -148,7 +148,7 @@ def _random_correlation(generator: torch.Generator) -> _Correlation:
 
 
 def _enlarged(noise: Tensor, factor: float) -> Tensor:
-    """The top left of the noise enlarged by `factor`, (C, H, W) as it was."""
+    """Return the top left part of the noise enlarged by `factor`, with the original shape (C, H, W)."""
     size = [math.ceil(side / factor) for side in noise.shape[-2:]]
     part = noise[None, :, : size[0], : size[1]]
     return F.interpolate(part, size=noise.shape[-2:], mode="bicubic", align_corners=False)[0]
@@ -169,7 +169,7 @@ def _jpeg(image: Tensor, config: RealisticNoiseConfig, generator: torch.Generato
 
 
 def _mosaic(image: Tensor) -> Tensor:
-    """(3, H, W) -> (1, H, W): the colour that each pixel of the Bayer mosaic sees."""
+    """(3, H, W) -> (1, H, W): the colour that each pixel of the Bayer mosaic records."""
     return (image * _bayer_masks(image.shape[-2], image.shape[-1])).sum(0, keepdim=True)
 
 
@@ -193,7 +193,7 @@ def _to_linear(srgb: Tensor) -> Tensor:
 
 
 def _to_srgb(linear: Tensor) -> Tensor:
-    """Linear light -> sRGB; values below 0 and above 1 go on along the curve's ends."""
+    """Linear light -> sRGB; values outside 0..1 are extrapolated from the ends of the curve."""
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
 
 

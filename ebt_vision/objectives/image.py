@@ -1,4 +1,4 @@
-"""What the image models are trained on: clean images and noise go in, the loss and what to log come out."""
+"""Objectives of the image models: from clean images and noise to the loss and values to log."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -24,18 +24,18 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageBatch:
-    """One process's share of a training batch; images in [-1, 1]."""
+    """The part of one process in a training batch; images in [-1, 1]."""
 
     clean: Tensor
     """(B, C, H, W)."""
     noise: Tensor
-    """Standard normal, (B, C, H, W): the same for every model trained with one seed."""
+    """Standard normal, (B, C, H, W); the same for all models trained with one seed."""
     generators: list[torch.Generator]
-    """One for each sample, for every further draw."""
+    """One generator per sample, for all further draws."""
     start: Tensor | None = None
-    """Candidates to think on from, where a replay buffer gave some; None starts at the observation."""
+    """Start of thinking, if a replay buffer provides candidates; None starts at the observation."""
     observation: Tensor | None = None
-    """What was observed, (B, C, H, W), where the task or a replay buffer gave it; None makes it of clean and noise."""
+    """The observation, (B, C, H, W), if the task or a replay buffer provides it; None computes it from clean and noise."""
 
 
 _DISTANCES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss, "l1": F.l1_loss}
@@ -43,7 +43,7 @@ _DISTANCES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """How the loss is made; `thinking` and `loss_steps` are for the EBT alone."""
+    """Settings of the loss; `thinking` and `loss_steps` are only for the EBT."""
 
     level: float = 0.1
     """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. The DiT trains on all timesteps up to it."""
@@ -51,28 +51,28 @@ class ObjectiveConfig:
     """Share of the samples, in [0, 1], whose level is drawn uniformly between 0 and `level`; the others have `level` itself. 0
     is the paper's protocol. Models of noise_process "vp" but for the DiT, which trains on all timesteps up to it anyway."""
     sigmas: tuple[float, float] = (0.0, 75.0)
-    """Models of noise_process "awgn", in place of `level`: each sample's standard deviation is uniform in it (0..255 units)."""
+    """For models of noise_process "awgn", instead of `level`: range of the uniform standard deviation (0..255 units)."""
     realistic_noise: RealisticNoiseConfig | None = None
-    """Models of noise_process "awgn", in place of `sigmas`: the mixture of noise.realistic. null: Gaussian noise alone."""
+    """For models of noise_process "awgn", instead of `sigmas`: the mixture of noise.realistic. null: only Gaussian noise."""
     loss: Literal["smooth_l1", "mse", "l1"] = "smooth_l1"
-    """Distance between a prediction and the clean image; smooth_l1 (beta 1) is the paper's. The DiT has its own."""
+    """Distance between a prediction and the clean image; the paper uses smooth_l1 (beta 1). The DiT has its own loss."""
     loss_steps: Literal["every", "last"] = "every"
-    """Average the loss over every thinking step, or take the last one's alone."""
+    """Average the loss over all thinking steps, or use only the last step."""
     reconstruction_weight: float = 0.0
-    """Weight of the distance between the clean image and N(x), the energy's reconstruction of the observation x; 0 is off.
-    It makes N(x) a proposal to start from, and the energy an honest distance: near zero for a clean image."""
+    """Weight of the distance between the clean image and N(x), the reconstruction of the observation x; 0 disables it. It makes
+    N(x) a proposal to start from, and makes the energy near zero for a clean image."""
     proposal_share: float = 0.0
-    """Share of the samples, in [0, 1], that start thinking from N(x) instead of x; needs reconstruction_weight."""
+    """Fraction of the samples, in [0, 1], that start thinking from N(x) instead of x; needs reconstruction_weight."""
     thinking_share: float = 1.0
-    """Share of a batch's samples, in (0, 1], that thinking trains on, its last ones; the others train the reconstruction alone,
-    at a third of the cost. Below 1 it needs reconstruction_weight."""
+    """Fraction of the samples of a batch, in (0, 1], on which thinking is trained: the last ones. The others train only the
+    reconstruction, at a third of the cost. A value below 1 needs reconstruction_weight."""
     energy_order_weight: float = 0.0
-    """Weight of a loss on the order of energies along thinking and against the clean image (energy_order.py); 0 is off. Image
-    EBTs only; costs a forward and backward of two candidates more."""
+    """Weight of a loss on the order of energies along thinking and of the clean image (energy_order.py); 0 disables it. Only
+    for image EBTs; it costs a forward and a backward pass of two more candidates."""
     energy_order_scale: float = 5e-4
-    """Mean squared error, on [-1, 1], by which two candidates differ clearly."""
+    """Mean squared error, on [-1, 1], by which two candidates clearly differ."""
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
-    """Thinking during training; its step_size is not used: the model's learned one is."""
+    """Thinking during training; its step_size is ignored, because the model has a learned one."""
 
     def __post_init__(self) -> None:
         processes.level_to_timestep(self.level)  # raises for a level out of range
@@ -84,19 +84,17 @@ class ObjectiveConfig:
         if self.loss not in _DISTANCES:
             raise ValueError(f"objective.loss={self.loss!r} is unknown; use one of {', '.join(_DISTANCES)}")
         if self.reconstruction_weight < 0:
-            raise ValueError(
-                f"objective.reconstruction_weight={self.reconstruction_weight:g} is negative; use 0 to turn it off"
-            )
+            raise ValueError(f"objective.reconstruction_weight={self.reconstruction_weight:g} is negative; use 0 to disable it")
         if not 0 <= self.proposal_share <= 1:
             raise ValueError(f"objective.proposal_share={self.proposal_share:g} is not in [0, 1]")
         if self.proposal_share and not self.reconstruction_weight:
-            raise ValueError(f"objective.proposal_share={self.proposal_share:g} needs reconstruction_weight, say 1")
+            raise ValueError(f"objective.proposal_share={self.proposal_share:g} needs reconstruction_weight, for example 1")
         if not 0 < self.thinking_share <= 1:
             raise ValueError(f"objective.thinking_share={self.thinking_share:g} is not in (0, 1]")
         if self.thinking_share < 1 and not self.reconstruction_weight:
-            raise ValueError(f"objective.thinking_share={self.thinking_share:g} needs reconstruction_weight, say 1")
+            raise ValueError(f"objective.thinking_share={self.thinking_share:g} needs reconstruction_weight, for example 1")
         if self.energy_order_weight < 0:
-            raise ValueError(f"objective.energy_order_weight={self.energy_order_weight:g} is negative; use 0 to turn it off")
+            raise ValueError(f"objective.energy_order_weight={self.energy_order_weight:g} is negative; use 0 to disable it")
         if self.energy_order_scale <= 0:
             raise ValueError(f"objective.energy_order_scale={self.energy_order_scale:g} must be positive")
         if self.thinking.tolerance is not None:
@@ -107,7 +105,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a model predicts for noisy images: `images[i]` (B, C, H, W) in [-1, 1] after i + 1 steps, and energies if any."""
+    """Predictions for noisy images: `images[i]` (B, C, H, W) in [-1, 1] after i + 1 steps, and energies if any."""
 
     images: list[Tensor]
     energies: Tensor | None = None  # (T + 1, B)
@@ -126,7 +124,8 @@ class ImageObjective(Objective):
         """Denoise (B, C, H, W) in [-1, 1] at 1..num_steps steps, for validation; `level` is None for AWGN."""
 
     def observe(self, batch: ImageBatch) -> Tensor:
-        """The noisy images of a batch, (B, C, H, W): given, or at the training level, or each with a sigma drawn for it."""
+        """Return the noisy images of a batch, (B, C, H, W): as provided, at the training level, or with a sigma drawn per
+        sample."""
         if batch.observation is not None:
             return batch.observation
         if noise_process_of(self.model) == "vp":
@@ -136,7 +135,7 @@ class ImageObjective(Objective):
         low, high = self.config.sigmas
         draws = [torch.rand((), generator=g, device=g.device) for g in batch.generators]
         sigmas = low + (high - low) * torch.stack(draws).to(batch.clean)
-        return batch.clean + (2.0 / 255.0) * sigmas[:, None, None, None] * batch.noise  # the range [-1, 1] is 255 units
+        return batch.clean + (2.0 / 255.0) * sigmas[:, None, None, None] * batch.noise  # [-1, 1] corresponds to 255 units
 
     def _levels(self, generators: list[torch.Generator]) -> list[float]:
         """The VP noise level of each sample."""
@@ -147,12 +146,12 @@ class ImageObjective(Objective):
         return [level * (1.0 - depth) if choice < share else level for choice, depth in draws]
 
     def distance(self, prediction: Tensor, clean: Tensor) -> Tensor:
-        """The configured loss of each sample, (B,)."""
+        """Return the configured loss of each sample, (B,)."""
         return _DISTANCES[self.config.loss](prediction, clean, reduction="none").flatten(1).mean(1)
 
 
 class EBTObjective(ImageObjective):
-    """Think from the observation (or from a replayed candidate) and compare with the clean image (paper, sec. 3)."""
+    """Think from the observation (or a replayed candidate) and compare with the clean image (paper, sec. 3)."""
 
     thinks = True
 
@@ -174,7 +173,7 @@ class EBTObjective(ImageObjective):
         return output
 
     def _think(self, batch: ImageBatch, observation: Tensor, proposal: Tensor | None) -> dict[str, Tensor]:
-        """The loss of thinking and what to log or to replay, of the last thinking_share of the batch."""
+        """Return the loss of thinking on the last thinking_share of the batch, and values to log or to replay."""
         model: PatchEBT = self.model  # type: ignore[assignment]
         first = len(observation) - max(1, round(self.config.thinking_share * len(observation)))
         clean, generators, observation = batch.clean[first:], batch.generators[first:], observation[first:]
@@ -201,16 +200,16 @@ class EBTObjective(ImageObjective):
     def _with_proposals(
         self, generators: list[torch.Generator], observation: Tensor, start: Tensor, proposal: Tensor
     ) -> Tensor:
-        """The starts (B, C, H, W), with proposal_share of those that are still the observation replaced by the proposal."""
+        """Return the starts (B, C, H, W); the proposal replaces proposal_share of those that are still the observation."""
         if not self.config.proposal_share:
             return start
         draws = torch.stack([torch.rand((), generator=g, device=g.device) for g in generators]).to(start.device)
-        fresh = (start == observation).flatten(1).all(1)  # no trajectory of a replay buffer
+        fresh = (start == observation).flatten(1).all(1)  # not a replayed trajectory
         chosen = fresh & (draws < self.config.proposal_share)
         return torch.where(chosen[:, None, None, None], proposal.to(start), start)
 
     def energy_order_loss(self, result: ThinkingResult, clean: Tensor, observation: Tensor, start: Tensor) -> Tensor:
-        """The loss () on the order of energies of the start, the last candidate and the clean image."""
+        """Return the loss () on the order of energies of the start, the last candidate and the clean image."""
         model: PatchEBT = self.model  # type: ignore[assignment]
         candidates = [start, result.final.detach(), clean]
         # Thinking has taken the start's energy already, but with Langevin noise that of the start and the noise.
@@ -224,7 +223,7 @@ class EBTObjective(ImageObjective):
         return energy_order_loss(energies, torch.stack(errors), self.config.energy_order_scale)
 
     def continue_thinking(self, batch: ImageBatch, rows: dict[str, Tensor]) -> ImageBatch:
-        """See Objective: observations are made once and go with the candidate that was thought from them."""
+        """See Objective. Observations are made once and stay with the candidates that started from them."""
         own = self.observe(batch)
         start, observation = put_last(own, rows.get("candidate")), put_last(own, rows.get("observation"))
         return replace(batch, clean=put_last(batch.clean, rows.get("clean")), start=start, observation=observation)
@@ -243,13 +242,14 @@ class EBTObjective(ImageObjective):
 
     @torch.no_grad()
     def energy_of(self, candidate: Tensor, observation: Tensor) -> Tensor:
-        """Energy (B,) of candidates, to log what the last update reached."""
+        """Return the energy (B,) of candidates, to log the energy after the last update."""
         model: PatchEBT = self.model  # type: ignore[assignment]
         return model(candidate, *model.context_of(observation))
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
-        """num_steps images (B, 3, H, W). With suggested_start "proposal" the first is the proposal; thinking starts there."""
+        """Return num_steps images (B, 3, H, W). With suggested_start "proposal" the first is the proposal, where thinking
+        starts."""
         assert isinstance(model, PatchEBT)
         context, alpha = model.context_of(noisy), model.step_size.detach()
         if model.config.suggested_start == "observation":
@@ -262,7 +262,7 @@ class EBTObjective(ImageObjective):
 
 
 class RegressorObjective(ImageObjective):
-    """The clean image in one pass; at validation the model is applied to its own output again."""
+    """The clean image in one pass; validation applies the model again to its own output."""
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         return {"loss": self.distance(self.model(self.observe(batch)), batch.clean).mean()}
@@ -289,7 +289,7 @@ class DiTObjective(ImageObjective):
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
-        """num_steps images (B, 3, H, W): the one-call x0 first, then DDIM with 2..num_steps passes."""
+        """Return num_steps images (B, 3, H, W): x0 in one call first, then DDIM with 2..num_steps passes."""
         assert level is not None, "a DiT is trained on the VP process"
         dit = cast("DiT", model)
         timestep = processes.level_to_timestep(level)

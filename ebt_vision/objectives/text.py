@@ -1,4 +1,4 @@
-"""What the text models are trained on: packed sequences go in, the cross-entropy of the next token and what to log come out."""
+"""Objectives of the text models: from packed sequences to the cross-entropy of the next token and values to log."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,28 +18,28 @@ from ebt_vision.objectives.base import Objective, put_last, thinking_logs, think
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextBatch:
-    """One process's share of a training batch of packed sequences."""
+    """The part of one process in a training batch of packed sequences."""
 
     tokens: Tensor
     """int64 (B, S)."""
     targets: Tensor
-    """int64 (B, S): the token after each, IGNORED where there is none."""
+    """int64 (B, S): the next token of each token, IGNORED if there is none."""
     starts: Tensor
-    """int64 (B, S): where the document of each token starts."""
+    """int64 (B, S): the start of each token's document."""
     generators: list[torch.Generator]
-    """One for each sequence, for every draw."""
+    """One generator per sequence, for all draws."""
     start: Tensor | None = None
-    """Candidate logits to think on from, (B, S, vocab_size), where a replay buffer gave some; None draws them."""
+    """Start of thinking, (B, S, vocab_size), if a replay buffer provides candidate logits; None draws them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextObjectiveConfig:
-    """How the loss is made; all of it is for the EBT, the language model has nothing to choose."""
+    """Settings of the loss; all are for the EBT only, the language model has no settings."""
 
     loss_steps: Literal["every", "last"] = "every"
-    """Average the loss over every thinking step, or take the last one's alone."""
+    """Average the loss over all thinking steps, or use only the last step."""
     thinking: ThinkingConfig = field(default_factory=lambda: ThinkingConfig(num_steps=2))
-    """Thinking during training; its step_size is not used: the model's learned one is."""
+    """Thinking during training; its step_size is ignored, because the model has a learned one."""
 
     def __post_init__(self) -> None:
         if self.thinking.tolerance is not None:
@@ -64,12 +64,12 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def batch_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the sequences of each one's mean over its tokens, (): parts of a batch then average to the whole."""
+    """Mean over sequences of the mean over tokens, (): the parts of a batch then average to the whole."""
     return (token_losses(logits, targets).sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()
 
 
 def draw_candidates(tokens: Tensor, vocab_size: int, dtype: torch.dtype, generator: Generators | None) -> Tensor:
-    """Where thinking starts: logits ~ N(0, 1), (B, S, vocab_size), as in the paper."""
+    """Draw the start of thinking: logits ~ N(0, 1), (B, S, vocab_size), as in the paper."""
     return randn_like(torch.empty(*tokens.shape, vocab_size, dtype=dtype, device=tokens.device), generator)
 
 
@@ -82,19 +82,19 @@ class TextObjective(Objective):
 
     @staticmethod
     def predict(model: nn.Module, batch: TextBatch, num_steps: int) -> TextPrediction:
-        """What the model says of every next token at 1..num_steps steps, for validation."""
+        """Predict every next token at 1..num_steps steps, for validation."""
         raise NotImplementedError
 
 
 class TextEBTObjective(TextObjective):
-    """Think from random logits (or from replayed ones) and compare with the next token (paper, sec. 3)."""
+    """Think from random logits (or replayed ones) and compare with the next token (paper, sec. 3)."""
 
     thinks = True
 
     def __init__(self, model: CausalTextEBT, config: TextObjectiveConfig, *, compile_gradient: bool = False):
         super().__init__(model, config)
         if compile_gradient and model.config.num_landscapes > 1:
-            raise ValueError("train.compile has one graph for one energy; use compile: false with num_landscapes above 1")
+            raise ValueError("train.compile supports only one energy; use compile: false with num_landscapes above 1")
         self.energy_fn: EnergyFunction = CompiledEnergy(model) if compile_gradient else model
 
     def forward(self, batch: TextBatch) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class TextEBTObjective(TextObjective):
 
     @torch.no_grad()
     def energy_of(self, candidate: Tensor, batch: TextBatch) -> Tensor:
-        """Energy (B, S) of candidates, to log what the last update reached."""
+        """Return the energy (B, S) of candidates, to log the energy after the last update."""
         model: CausalTextEBT = self.model  # type: ignore[assignment]
         return model(candidate, *model.context_of(batch.tokens, batch.starts))
 
@@ -161,6 +161,6 @@ class LanguageModelObjective(TextObjective):
 
     @staticmethod
     def predict(model: nn.Module, batch: TextBatch, num_steps: int) -> TextPrediction:
-        """The same logits whatever the number of steps: one entry."""
+        """Return the same logits for any number of steps: one entry."""
         assert isinstance(model, CausalTransformer)
         return TextPrediction(logits=[model(batch.tokens, batch.starts)])

@@ -1,8 +1,8 @@
-"""Text generation, token by token, against a cache of keys and values.
+"""Text generation, token by token, with a cache of keys and values.
 
-The context does not depend on candidates, so an EBT's cache is that of any transformer, and every thinking step runs on the
-one new candidate. Every draw comes from (seed, place in the text, candidate): the candidates of a place are the same whether
-it is reached token by token or all places are thought at once (`predict_all`).
+The context does not depend on candidates, so the cache of an EBT is the same as for any transformer. Every thinking step works
+only on the one new candidate. Every draw depends on (seed, position in the text, candidate). The candidates of a position are
+therefore the same token by token or for all positions at once (`predict_all`).
 """
 
 from abc import ABC, abstractmethod
@@ -28,35 +28,35 @@ _START, _LANGEVIN, _SAMPLE = 21, 22, 23
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateOptions(ThinkingOptions):
-    """How to choose tokens. The thinking options are for an EBT alone, on every token; their noise is on the logits."""
+    """How to choose tokens. The thinking options are only for an EBT, for every token; their noise is on the logits."""
 
     num_tokens: int = 200
-    """Tokens to add at most; the document's end stops before."""
+    """Maximum number of new tokens; the end of the document stops earlier."""
     num_steps: int = 2
     temperature: float = 1.0
-    """Logits are divided by it before a token is drawn; 0 takes the likeliest token."""
+    """Divides the logits before a token is sampled; 0 selects the most likely token."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that hold this much of the probability (Holtzman et al. 2020)."""
+    """Sample from the most likely tokens that hold this much of the probability (Holtzman et al. 2020)."""
 
     def __post_init__(self) -> None:
         ThinkingOptions.__post_init__(self)  # super() does not work in a dataclass with slots
         check_whole("num_tokens", self.num_tokens)
         check(self.num_tokens >= 1, "num_tokens", self.num_tokens, "use 1 or more")
-        check(self.temperature >= 0, "temperature", self.temperature, "use 0 for the likeliest token, or more")
+        check(self.temperature >= 0, "temperature", self.temperature, "use 0 (the most likely token) or more")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "use a number in (0, 1]")
         self.thinking()  # raises for a tolerance that a text model does not have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guess:
-    """What a model says of the next token after each of P places."""
+    """The prediction of a model for the next token after each of P positions."""
 
     logits: Tensor
     """(P, vocab_size)."""
     energies: Tensor | None = None
     """Final energy of every candidate, (N, P); None for a model without energies."""
     num_forward: int = 1
-    """Forward passes spent on each place, over all candidates; an EBT's come with a gradient but the last of each."""
+    """Forward passes per position, over all candidates; those of an EBT include a gradient, except the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,34 +65,35 @@ class GeneratedToken:
 
     token: int
     text: str
-    """The characters that it completes; may be empty."""
+    """The characters that this token completes; may be empty."""
     energy: float | None
     """Energy of the chosen candidate."""
     num_forward: int
 
 
 class Reader(ABC):
-    """A model that has read some tokens, and says what comes next."""
+    """A model that reads tokens and predicts the next one."""
 
     def __init__(self) -> None:
         self.cache: Cache = ()
 
     @property
     def num_read(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return self.cache[0].shape[1] if self.cache else 0
 
     @abstractmethod
     def read(self, tokens: Tensor) -> None:
-        """Go on with tokens (1, N)."""
+        """Read more tokens (1, N)."""
 
     @abstractmethod
     def guess(self, place: int, options: GenerateOptions) -> Guess:
-        """What follows the last token that was read, the `place`-th of the text, 0-based: a Guess of one place."""
+        """Predict the token after the last one read; it is the `place`-th of the text, 0-based. Returns a Guess of one
+        position."""
 
 
 class EBTReader(Reader):
-    """A causal EBT: thinks on one candidate against the cache."""
+    """A causal EBT: thinking on one candidate with the cache."""
 
     def __init__(self, model: CausalTextEBT):
         super().__init__()
@@ -106,7 +107,7 @@ class EBTReader(Reader):
 
 
 class TransformerReader(Reader):
-    """A language model: its logits come with the reading."""
+    """A language model: reading already gives its logits."""
 
     def __init__(self, model: CausalTransformer):
         super().__init__()
@@ -124,20 +125,21 @@ class TransformerReader(Reader):
 
 
 def make_reader(model: nn.Module) -> Reader:
-    """The reader of a text model; CheckpointError for a model of another modality."""
+    """Return the reader of a text model. Raises CheckpointError for a model of another modality."""
     if isinstance(model, CausalTextEBT):
         return EBTReader(model)
     if isinstance(model, CausalTransformer):
         return TransformerReader(model)
     kind = getattr(model, "model_type", type(model).__name__)
-    raise CheckpointError(f"a {kind} model writes no text; use a causal_text_ebt or causal_transformer checkpoint")
+    raise CheckpointError(f"a {kind} model cannot generate text; use a causal_text_ebt or causal_transformer checkpoint")
 
 
 @torch.no_grad()
 def predict_all(model: nn.Module, tokens: Tensor, options: GenerateOptions) -> Guess:
-    """What guess() gives after each of tokens (N,), all N places at once; Langevin noise and tolerance aside.
+    """Return the result of guess() after each of tokens (N,), for all N positions at once, except for Langevin noise and
+    tolerance.
 
-    Both of these treat the places of one text together: the noise is drawn for all of them, and they stop together.
+    These two treat the positions of one text together: the noise is drawn for all of them, and they stop together.
     """
     if isinstance(model, CausalTextEBT):
         return _think(model, model.context_of(tokens[None]), range(len(tokens)), options)
@@ -147,7 +149,7 @@ def predict_all(model: nn.Module, tokens: Tensor, options: GenerateOptions) -> G
 
 
 def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: GenerateOptions) -> Guess:
-    """Best of N candidates at the last len(places) places of the cache."""
+    """Return the best of N candidates at the last len(places) positions of the cache."""
     weight = model.head.weight
     device, shape = weight.device, (model.config.vocab_size,)
 
@@ -168,40 +170,41 @@ def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: G
 
 
 def choose_token(logits: Tensor, options: GenerateOptions, generator: torch.Generator) -> int:
-    """A token drawn from logits (vocab_size,) as the options say; `generator` is one of the CPU."""
+    """Sample a token from logits (vocab_size,) by the options; `generator` is on the CPU."""
     if options.temperature == 0:
         return int(logits.argmax())
     probabilities = (logits.cpu().double() / options.temperature).softmax(0)
     ordered, tokens = probabilities.sort(descending=True, stable=True)
-    before = ordered.cumsum(0) - ordered  # what the likelier tokens hold together
+    before = ordered.cumsum(0) - ordered  # total probability of the more likely tokens
     kept = ordered.where(before < options.top_p, torch.zeros_like(ordered))
     return int(tokens[torch.multinomial(kept, 1, generator=generator)])
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, model: nn.Module) -> list[int]:
-    """The document boundary and the prompt's tokens; ValueError, in one line, for a prompt that the model cannot take."""
+    """Return the document boundary and the tokens of the prompt. Raises ValueError for a prompt that does not fit the model."""
     if not prompt:
-        raise ValueError("the prompt is empty; give some text to go on from")
+        raise ValueError("the prompt is empty; give some text to continue")
     config = model.config
     if tokenizer.vocab_size != config.vocab_size:  # type: ignore[union-attr]
         raise ValueError(
             f"the model has {config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; "  # type: ignore[union-attr]
-            "give the --tokenizer that the model was trained with"
+            "use the --tokenizer that the model was trained with"
         )
     tokens = [tokenizer.boundary, *tokenizer.encode(prompt)]
     limit: int = config.context_length  # type: ignore[union-attr, assignment]
     if len(tokens) > limit:
-        raise ValueError(f"the prompt has {len(tokens) - 1} tokens, the model looks back on {limit - 1}; shorten it")
+        raise ValueError(f"the prompt has {len(tokens) - 1} tokens, but the model accepts {limit - 1}; shorten it")
     return tokens
 
 
 def generate(
     model: nn.Module, tokenizer: Tokenizer, prompt: str, options: GenerateOptions, *, use_cache: bool = True
 ) -> Iterator[GeneratedToken]:
-    """Go on with a prompt, token by token, until the document ends or there are enough of them.
+    """Continue a prompt, token by token, until the end of the document or the maximum number of tokens.
 
-    A full context is re-read from its later half. `use_cache=False` reads everything again for every token: the same tokens, to
-    show what the cache saves. Raises ValueError for a prompt or model that does not fit, before the first token.
+    A full context is read again from its later half. `use_cache=False` reads everything again for every token. It gives the
+    same tokens and serves to measure the gain of the cache. Raises ValueError for a prompt or model that does not fit, before
+    the first token.
     """
     make_reader(model)  # refuses a model of another modality
     tokens = encode_prompt(prompt, tokenizer, model)

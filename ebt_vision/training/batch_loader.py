@@ -1,4 +1,4 @@
-"""Batches made ahead by threads while the model works. A batch is a function of its step, so it is the same made ahead."""
+"""Prepare batches in threads while the model works. A batch is a function of its step, so threads do not change it."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,21 +13,20 @@ from ebt_vision.data.order import BatchIndices, BatchStream
 
 
 class BatchLoader:
-    """Hands out the parts of each step's batch on the device, with generators of the device; with threads, those of the next
-    steps are under way.
+    """Return the parts of each step's batch on the device, with generators of the device. Threads prepare the next steps.
 
-    `make(indices, epochs)` makes a part on the CPU. Without threads a part is made when it is asked for. Reading and decoding
-    release Python's lock, so threads do what worker processes would, on one copy of the decoded images.
+    `make(indices, epochs)` makes a part on the CPU. Without threads a part is made when it is requested. Reading and decoding
+    release Python's lock, so threads are as useful as worker processes, with one copy of the decoded images.
     """
 
     def __init__(self, make: Callable[[list[int], list[int]], Any], device: torch.device, *, num_threads: int, num_parts: int):
         self._make, self._device, self._num_parts = make, device, num_parts
-        self._num_ahead = num_threads  # steps: each thread makes one
+        self._num_ahead = num_threads  # in steps; each thread prepares one
         self._pool = ThreadPoolExecutor(num_threads, "batch") if num_threads else None
         self._parts: dict[tuple[int, int], Future[Any]] = {}
 
     def prepare(self, stream: BatchStream, step: int, last_step: int) -> None:
-        """Start on whatever is missing of the parts of `step` and of those ahead of it, up to before `last_step`."""
+        """Start the missing parts of `step` and of the steps ahead of it, up to but not including `last_step`."""
         if self._pool is None:
             return
         for ahead in range(step, min(step + self._num_ahead + 1, last_step)):
@@ -37,12 +36,12 @@ class BatchLoader:
                     self._parts[ahead, part] = self._pool.submit(self._part, indices, part)
 
     def take(self, indices: BatchIndices, part: int) -> Any:
-        """Part `part` of a step, on the device; raises what making it raised."""
+        """Return part `part` of a step on the device. Raises the errors of making it."""
         ready = self._parts.pop((indices.step, part), None)
         return self._moved(self._part(indices, part) if ready is None else ready.result())
 
     def close(self) -> None:
-        """Drop what is not begun, and wait for the rest."""
+        """Cancel the parts that are not started, and wait for the others."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -59,6 +58,6 @@ class BatchLoader:
 
 
 def _each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a batch (a dataclass) with its tensors changed."""
+    """Copy a batch (a dataclass) with its tensors changed."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(batch, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})

@@ -1,4 +1,4 @@
-"""From a config to a model, its objective and its task: the one place that knows which belongs to which."""
+"""Build the model, objective and task of a config. Only this module knows which belong together."""
 
 import re
 
@@ -29,11 +29,11 @@ _STEM_BLOCK = re.compile(r"(trunk\.stem|head)\.levels\.\d+\.[1-9]\d*\.")
 
 
 def build_model(config: ExperimentConfig) -> PretrainedModel:
-    """A model with initial weights, or those of train.init_from, in train mode; see PatchEBT.adapt_weights.
+    """Build a model in train mode with initial weights or the weights of train.init_from; see PatchEBT.adapt_weights.
 
-    A PatchEBT with a quadratic head and a regressor of its size take each other's weights: what the regressor predicts becomes
-    the reconstruction of the energy. Raises ConfigError where the two models are of another type or size, CheckpointError where
-    init_from cannot be loaded.
+    A PatchEBT with a quadratic head and a regressor of the same size accept the weights of each other: the prediction of the
+    regressor becomes the reconstruction of the energy. Raises ConfigError if the two models differ in type or size,
+    CheckpointError if init_from cannot be loaded.
     """
     model = model_class(config.model_type)(config.model).train()
     if config.train.init_from is None:
@@ -45,7 +45,7 @@ def build_model(config: ExperimentConfig) -> PretrainedModel:
     weights, mine = start.state_dict(), model.state_dict()
     if isinstance(model, PatchEBT):
         weights = model.adapt_weights(weights)
-    if start.model_type != config.model_type:  # the learned step size is the EBT's alone
+    if start.model_type != config.model_type:  # only the EBT has a learned step size
         weights = {name: value for name, value in weights.items() if name != STEP_SIZE}
         weights |= {name: value for name, value in mine.items() if name == STEP_SIZE}
     weights = _new_blocks(weights, mine) | weights
@@ -60,34 +60,34 @@ def build_model(config: ExperimentConfig) -> PretrainedModel:
 
 
 def _new_blocks(weights: dict[str, Tensor], mine: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the residual blocks of a convolutional stem and decoder that `weights` lacks: the identity at first."""
+    """Initial weights (the identity) of the residual blocks of stem and decoder that are missing in `weights`."""
     new = {name: value for name, value in mine.items() if name not in weights and _STEM_BLOCK.match(name)}
     return {name: torch.zeros_like(value) if ".conv2." in name else value for name, value in new.items()}
 
 
 def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
-    """The objective of the model, compiled if the config says so; ConfigError for an option it has no use for."""
+    """Build the objective of the model, compiled if configured. Raises ConfigError for an option that it does not use."""
     cls = objective_class(config.model_type)
     if config.replay.capacity and not cls.thinks:
         raise ConfigError(f"replay.capacity={config.replay.capacity} is for energy-based models; use 0 for {config.model_type}")
     if isinstance(config.objective, ObjectiveConfig) and config.objective.energy_order_weight and not cls.thinks:
         raise ConfigError(f"objective.energy_order_weight is for energy-based models; use 0 for {config.model_type}")
     if config.replay.capacity and isinstance(config.data, DataConfig) and config.data.cut_sizes:
-        raise ConfigError("replay.capacity and data.cut_sizes do not go together: replayed rows have one size; use 0 or []")
+        raise ConfigError("replay.capacity cannot be combined with data.cut_sizes: replayed rows have one size; use 0 or []")
     if config.replay.capacity and isinstance(config.objective, ObjectiveConfig) and config.objective.thinking_share < 1:
         raise ConfigError(
-            "replay.capacity and objective.thinking_share do not go together: a replayed row needs a sample; use 1"
+            "replay.capacity cannot be combined with objective.thinking_share: a replayed row needs a sample; use 1"
         )
     reconstructs = isinstance(config.objective, ObjectiveConfig) and config.objective.reconstruction_weight > 0
     if reconstructs and not (isinstance(model, PatchEBT) and model.config.energy_head == "quadratic"):
-        raise ConfigError("objective.reconstruction_weight is for patch_ebt with a quadratic energy_head; use 0")
+        raise ConfigError("objective.reconstruction_weight is only for patch_ebt with a quadratic energy_head; use 0")
     if config.train.checkpoint_blocks:
         if not isinstance(model, PatchEBT | PatchRegressor | PatchEqM):
             raise ConfigError(
                 f"train.checkpoint_blocks is for patch_ebt, patch_eqm and patch_regressor, not {config.model_type}; use false"
             )
         model.trunk.checkpoint_blocks = True
-    if cls.thinks:  # its gradient is what is compiled
+    if cls.thinks:  # the gradient of the energy is compiled
         objective: Objective = cls(model, config.objective, compile_gradient=config.train.compile)
         return objective
     if config.train.compile:
@@ -97,6 +97,6 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
 
 
 def build_task(config: ExperimentConfig) -> Task:
-    """The modality's part of the run. ConfigError for settings that do not go together."""
+    """Build the task of the modality. Raises ConfigError for settings that cannot be combined."""
     tasks: dict[type, type[Task]] = {DataConfig: ImageTask, TextDataConfig: TextTask}
     return tasks[type(config.data)](config)

@@ -1,4 +1,4 @@
-"""Experiments as YAML: assembles the config dataclasses that live beside their owners, and checks every key."""
+"""Experiments as YAML: combine the config dataclasses, which are defined next to their users, and check every key."""
 
 import dataclasses
 import difflib
@@ -37,12 +37,12 @@ _TEXT_SECTIONS: dict[str, type] = {
 
 
 class ConfigError(ValueError):
-    """A config file or override is wrong; the message names the key and the remedy in one line."""
+    """A config file or override is invalid; the one-line message names the key and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExperimentConfig:
-    """One training run, whole."""
+    """All settings of one training run."""
 
     name: str
     """Names the run's folder under runs/ where no --output is given."""
@@ -56,7 +56,7 @@ class ExperimentConfig:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
-    """Of every draw: weights, order, noise. 0 or more."""
+    """Seed of every draw: weights, order, noise. 0 or more."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -64,10 +64,10 @@ class ExperimentConfig:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read a YAML experiment and apply `section.key=value` overrides (values in YAML's syntax).
+    """Read a YAML experiment and apply `section.key=value` overrides (values in YAML syntax).
 
-    Raises ConfigError for a file that is missing or no YAML, a key that comes twice, an unknown key (with the nearest known
-    one), a wrong type, a number that is not finite, or a value that its dataclass refuses.
+    Raises ConfigError for a missing or invalid YAML file, a repeated key, an unknown key (with the nearest known key), a wrong
+    type, a number that is not finite, or a value that its dataclass refuses.
     """
     try:
         raw = load_yaml(Path(path).read_text())
@@ -83,7 +83,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Experim
 
 
 def build_config(raw: dict[str, Any]) -> ExperimentConfig:
-    """An ExperimentConfig from plain data, every key and type checked; ConfigError as load_config."""
+    """Build an ExperimentConfig from plain data and check every key and type. Raises ConfigError like load_config."""
     raw = _with_preset(raw)
     try:
         model_type = find_model_type(str(raw.get("model_type")))
@@ -106,12 +106,12 @@ def build_config(raw: dict[str, Any]) -> ExperimentConfig:
 
 
 def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
-    """Plain data that build_config takes back."""
+    """Convert a config to plain data for build_config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _with_preset(raw: dict[str, Any]) -> dict[str, Any]:
-    """Replace model.preset by the fields it stands for; the model's own keys win."""
+    """Replace model.preset by its fields; explicit keys of the model take precedence."""
     model = raw.get("model")
     if not isinstance(model, dict) or "preset" not in model:
         return raw
@@ -127,7 +127,7 @@ def _with_preset(raw: dict[str, Any]) -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        raise ConfigError(f"override {override!r} does not have the form section.key=value")
     *parents, last = key.split(".")
     target = raw
     for parent in parents:
@@ -141,7 +141,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _check_keys(cls: type, raw: Any, path: tuple[str, ...], hints: dict[str, Any]) -> None:
-    """Refuse keys that the dataclass has not, naming the nearest one that it has."""
+    """Refuse keys that the dataclass does not have, and name the nearest key that it has."""
     if not isinstance(raw, dict):
         return
     types = get_type_hints(cls) | hints
@@ -156,7 +156,7 @@ def _check_keys(cls: type, raw: Any, path: tuple[str, ...], hints: dict[str, Any
 
 
 def _check_finite(value: Any, path: str) -> None:
-    """Refuse .nan and .inf: comparisons with nan are false, so it passes every check of a range."""
+    """Refuse .nan and .inf. Comparisons with nan are false, so nan would pass every range check."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}={value} is not a finite number")
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
@@ -179,8 +179,8 @@ def _dataclass_of(hint: Any, value: Any, path: tuple[str, ...]) -> type | None:
 
 
 def _validate(cls: Any, raw: Any, section: str) -> Any:
-    """Check types strictly and run the dataclasses' own checks."""
-    try:  # strictly: "16" and true are no numbers. As JSON, for a list is then a tuple and a mapping a dataclass.
+    """Check types strictly and run the checks of the dataclasses."""
+    try:  # strict: "16" and true are not numbers. JSON mode: a list becomes a tuple, a mapping a dataclass.
         return TypeAdapter(cls).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         errors = error.errors()  # of a value that may have several types: one for each, and a refusal by its own says most

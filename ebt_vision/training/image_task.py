@@ -1,4 +1,4 @@
-"""Images in the training loop: noise from (seed, epoch, sample), PSNR at 1..N steps on held-out images."""
+"""Training on images: noise from (seed, epoch, sample), and validation by PSNR at 1..N steps on held-out images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,17 +16,17 @@ from ebt_vision.training.task import Task
 from ebt_vision.training.validation import ImageValidation, validate_images
 
 CUT_STREAM = 0x637574
-"""Keeps the draws of cut crops apart from every other use of the seed."""
+"""Separates the draws of cut crops from other uses of the seed."""
 
 
 def cut_images(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) cut into squares, (B * H / size * W / size, C, size, size), row by row; `size` divides H and W."""
+    """Cut images (B, C, H, W) into squares, (B * H / size * W / size, C, size, size), row by row; `size` divides H and W."""
     squares = images.unfold(2, size, size).unfold(3, size, size)  # (B, C, rows, columns, size, size)
     return squares.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
 def _places(indices: Sequence[int], epochs: Sequence[int], count: int) -> Iterator[tuple[int, int, int]]:
-    """(epoch, index, square) of every square, in the order of cut_images."""
+    """Return (epoch, index, square) of every square, in the order of cut_images."""
     for epoch, index in zip(epochs, indices, strict=True):
         for square in range(count):
             yield epoch, index, square
@@ -49,7 +49,7 @@ class ImageTask(Task):
         return ImageBatch(clean=clean, noise=noise, generators=generators, observation=self._observation(clean, generators))
 
     def _observation(self, clean: Tensor, generators: list[torch.Generator]) -> Tensor | None:
-        """Images with realistic noise, (B, 3, H, W) in [-1, 1]; None where the objective adds its own."""
+        """Return images with realistic noise, (B, 3, H, W) in [-1, 1]; None if the objective adds the noise."""
         objective = self.config.objective
         if not isinstance(objective, ObjectiveConfig) or objective.realistic_noise is None:
             return None
@@ -57,7 +57,7 @@ class ImageTask(Task):
         return processes.to_model_range(noisy).to(clean.device)
 
     def _cut_size(self, epoch: int) -> int | None:
-        """The side that crops are cut into in an epoch; None leaves them whole."""
+        """Return the side of the squares in this epoch; None if crops stay whole."""
         sizes = self._data.cut_sizes
         if not sizes:
             return None
@@ -65,7 +65,7 @@ class ImageTask(Task):
         return sizes[int(draw)]
 
     def load_held_out(self) -> Tensor | None:
-        """The validation images, float (B, C, H, W) in [-1, 1]."""
+        """Return the validation images, float (B, C, H, W) in [-1, 1]."""
         settings = self.config.validation
         assert isinstance(settings, ValidationConfig)
         if settings.path is None:

@@ -1,7 +1,7 @@
-"""The training loop, for every model and modality: order, noise, update, log, validate, checkpoint, resume.
+"""The training loop for every model and modality: order, noise, update, log, validate, checkpoint, resume.
 
-Everything random comes from (seed, epoch, sample) or (seed, step), so a run does not depend on how many processes or
-accumulated parts share a batch, and a resumed run goes on exactly where it stopped.
+All random draws depend only on (seed, epoch, sample) or (seed, step). A run therefore does not depend on the number of
+processes or accumulated parts of a batch, and a resumed run continues bit for bit.
 """
 
 import contextlib
@@ -40,20 +40,21 @@ from ebt_vision.training.state import (
 from ebt_vision.training.stopping import StopRequest, TrainingInterrupted
 from ebt_vision.training.task import Samples, ValidationResult
 
-# Streams of make_generator, so that no two uses of the seed draw the same numbers; a task has others.
+# Streams of make_generator, so that no two uses of the seed draw the same numbers; tasks use other streams.
 _REPLAY = 3
 _PARTIAL_MOVES = 31
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient is not finite; the update was not made and the state before it was saved."""
+    """The loss or its gradient is not finite. The update was not made, and the state before it was saved."""
 
 
 class Trainer:
-    """One run of an experiment in `output`; resumes from the newest checkpoint there, if any.
+    """One run of an experiment in `output`. It resumes from the newest checkpoint in this folder, if there is one.
 
-    `device` is one of pick_device; None takes the best there is. A run with other settings is refused (run_folder.py);
-    `allow_changes` resumes it with the new ones where that is possible. Raises ConfigError for what does not go together.
+    `device` is a name for pick_device; None uses the fastest available device. A run with other settings is refused
+    (run_folder.py); `allow_changes` resumes with the new settings if possible. Raises ConfigError for settings that cannot be
+    combined.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class Trainer:
         self._stop, self._stop_is_agreed = StopRequest(), False
         self._loader: BatchLoader | None = None
         with lock_run(output, self.accelerator):
-            self._check_run()  # before the seconds that a model takes
-            torch.manual_seed(config.seed)  # initial weights; in the trainer's own process, not in the library
+            self._check_run()  # before building the model, which takes seconds
+            torch.manual_seed(config.seed)  # for the initial weights; only the trainer seeds globally, never the library
             self.model: PretrainedModel = build_model(config)
             self.ema = ModelEmaV3(self.model, decay=config.train.ema_decay, use_warmup=True)
             bfloat16 = config.train.mixed_precision == "bf16"
@@ -76,19 +77,19 @@ class Trainer:
             self.ema.module.to(self.accelerator.device)
             self.replay = ReplayBuffer(config.replay)
             self.step = 0
-            self._num_samples: int | None = None  # of the training set, once it is loaded
+            self._num_samples: int | None = None  # size of the training set, known after loading
             self._resume()
 
     def run(self) -> Path:
-        """Train to the end; returns the folder of the exported model (averaged weights).
+        """Train to the end and return the folder of the exported model (averaged weights).
 
-        SIGINT and SIGTERM end it between two updates: it writes a checkpoint and raises TrainingInterrupted. Raises
-        TrainingDivergedError before an update that is not finite, ConfigError where another training is at work in the folder.
+        SIGINT and SIGTERM stop the run between two updates: it writes a checkpoint and raises TrainingInterrupted. Raises
+        TrainingDivergedError before an update that is not finite, ConfigError if another training uses the folder.
         """
         with lock_run(self.output, self.accelerator):
             if (step := newest_step(self.output / "checkpoints")) != self.step:
                 raise ConfigError(
-                    f"another training has brought {self.output} to update {step}; start again to resume from there"
+                    f"another training has continued {self.output} to update {step}; run again to resume from there"
                 )
             return self._run()
 
@@ -107,9 +108,9 @@ class Trainer:
             start_step=self.step,
         )
         if self.step == self.config.train.num_updates:
-            reporter.say(f"already trained to update {self.step}; a larger train.num_updates goes on from there")
+            reporter.say(f"already trained to update {self.step}; increase train.num_updates to continue")
         loader = self._loader = self._new_loader(samples)
-        message = "stopping after this update; press Ctrl-C once more to stop without a checkpoint"
+        message = "stopping after this update; press Ctrl-C again to stop without a checkpoint"
         try:
             with StopRequest(message if self.accelerator.is_main_process else "") as self._stop:
                 while self.step < self.config.train.num_updates:
@@ -117,7 +118,7 @@ class Trainer:
                     self._advance(samples, next(stream), held_out, reporter)
                     if self._is_stopping and self.step < self.config.train.num_updates:
                         self._save_if_new()
-                        reporter.say(f"interrupted at update {self.step}; the same command resumes from here")
+                        reporter.say(f"interrupted at update {self.step}; run the same command to resume")
                         raise TrainingInterrupted(self._stop.signal or signal.SIGTERM)
         finally:
             loader.close()
@@ -125,7 +126,7 @@ class Trainer:
         return self.output / "model"
 
     def _advance(self, samples: Samples, indices: BatchIndices, held_out: Any | None, reporter: Reporter) -> None:
-        """One update and whatever is due after it."""
+        """Make one update, then log, validate and save if due."""
         logs = self.update(samples, indices)
         settings, last = self.config.train, self.step == self.config.train.num_updates
         if self.step % settings.log_every == 0 or last:
@@ -136,7 +137,7 @@ class Trainer:
             self.save()
 
     def _validate(self, held_out: Any, reporter: Reporter) -> None:
-        """Validate the averaged weights; where they think out of all range, say so and train on."""
+        """Validate the averaged weights. If thinking fails with them, report it and continue training."""
         try:
             result: ValidationResult = self.task.validate(self.ema.module, held_out, self.accelerator.device)
         except NonFiniteGradientError as error:
@@ -145,9 +146,9 @@ class Trainer:
             reporter.validation(self.step, result)
 
     def update(self, samples: Samples, indices: BatchIndices) -> dict[str, Any]:
-        """Make update number `step`; returns what to log.
+        """Make update number `step` and return the values to log.
 
-        Raises TrainingDivergedError before an update that is not finite: nothing of it is kept, and the state before it is
+        Raises TrainingDivergedError before an update that is not finite. The update is discarded, and the state before it is
         saved.
         """
         lr = set_learning_rate(self.optimizer, self.config.optim, self.step, self.config.train.num_updates)
@@ -174,9 +175,9 @@ class Trainer:
         return {"loss": loss_value, "lr": lr, "gradient_norm": norm_value} | self._objective.logs(batch, output)
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-        """(loss, gradient norm) as means over the processes; all of them learn whether one was asked to stop.
+        """Return (loss, gradient norm) as means over the processes; share a request to stop among all processes.
 
-        The only place of an update where the host waits for the device.
+        This is the only place in an update where the host waits for the device.
         """
         asked = to_device(torch.tensor([0.0 if self._stop.signal is None else 1.0]), loss.device)
         values = self.accelerator.reduce(torch.cat([loss.view(1), norm.view(1), asked.to(loss)]), reduction="mean")
@@ -186,11 +187,11 @@ class Trainer:
 
     @property
     def _is_stopping(self) -> bool:
-        """Whether training ends before the next update: the same answer in every process."""
+        """Whether training stops before the next update; the answer is the same in every process."""
         return self._stop_is_agreed if self.world_size > 1 else self._stop.signal is not None
 
     def _refuse(self, loss: float, norm: float) -> NoReturn:
-        """Forget the update under way, save the state before it and raise TrainingDivergedError."""
+        """Discard the current update, save the state before it and raise TrainingDivergedError."""
         self.optimizer.zero_grad()
         self.replay.roll_back()
         self._save_if_new()
@@ -209,7 +210,7 @@ class Trainer:
         )
 
     def _with_replay(self, batch: Any, part: Tensor) -> tuple[Any, Tensor]:
-        """The part of this process's share of a batch, with replayed candidates in its last places, and their ages."""
+        """Return this process's part of a batch, with replayed candidates in the last places, and their ages."""
         ages = torch.zeros(len(part), dtype=torch.int64)
         if not self._replays:
             return batch, ages
@@ -221,7 +222,7 @@ class Trainer:
         return self._objective.continue_thinking(batch, rows if count else {}), ages
 
     def _rows_to_keep(self, batch: Any, output: dict[str, Tensor], part: Tensor) -> dict[str, Tensor]:
-        """What the replay buffer keeps of a part of a batch."""
+        """Return the rows of a part of a batch that the replay buffer keeps."""
         rows = self._objective.replay_rows(batch, output)
         if self.config.replay.partial_moves:
             generator = make_generator(self.config.seed, _PARTIAL_MOVES, self.step, self.rank, int(part[0]))
@@ -233,7 +234,7 @@ class Trainer:
         return rows
 
     def _renoise(self, candidates: Tensor, ages: Tensor, generator: torch.Generator) -> Tensor:
-        """Replayed candidates, about half of them, as far as their ages allow, with noise."""
+        """Add noise to about half of the replayed candidates, if their ages allow it."""
         settings = self.config.replay
         if not settings.renoise_std or self.step < settings.renoise_start:
             return candidates
@@ -252,12 +253,12 @@ class Trainer:
 
     @property
     def _objective(self) -> Objective:
-        """The objective itself, without what accelerate wraps it in."""
+        """Return the objective without the wrappers of accelerate."""
         objective: Objective = self.accelerator.unwrap_model(self.objective)
         return objective
 
     def _save_if_new(self) -> None:
-        """Save unless the newest checkpoint is of this update: writing it again would take away the only one for a moment."""
+        """Save, unless the newest checkpoint is of this update; writing it again would remove the only one for a moment."""
         if newest_step(self.output / "checkpoints") != self.step:
             self.save()
 
@@ -290,7 +291,7 @@ class Trainer:
             self.ema.module.save_pretrained(self.output / "model")
 
     def _check_run(self) -> None:
-        """Refuse a folder that holds another run, before anything of it is read but the settings."""
+        """Refuse a folder that holds another run, before reading anything except its settings."""
         folders = checkpoint_folders(self.output / "checkpoints")
         if not folders:
             check_folder(self.output)
@@ -299,20 +300,20 @@ class Trainer:
         check_settings(self.output, state["config"], self.config, allow_changes=self._allow_changes)
         if self.config.replay.capacity and state["world_size"] != self.world_size:
             raise ConfigError(
-                f"{self.output} was trained by {state['world_size']} processes and its replay buffer is shared over them; "
-                f"resume with as many, not {self.world_size}"
+                f"{self.output} was trained by {state['world_size']} processes, and its replay buffer is divided among them; "
+                f"resume with the same number, not {self.world_size}"
             )
         if state["step"] > self.config.train.num_updates:
             raise ConfigError(
                 f"{self.output} is at update {state['step']}, past train.num_updates={self.config.train.num_updates}; "
-                "use a larger number to go on, or another --output"
+                "use a larger number to continue, or another --output"
             )
 
     def _check_samples(self, samples: Samples) -> None:
-        """Refuse to resume on a training set of another size: its order of samples is another one."""
+        """Refuse to resume on a training set of another size, because its order of samples would differ."""
         if self._num_samples not in (None, len(samples)) and not self._allow_changes:
             raise ConfigError(
-                f"{self.output} was trained on {self._num_samples} samples, data.path holds {len(samples)} now; "
+                f"{self.output} was trained on {self._num_samples} samples, but data.path now has {len(samples)}; "
                 "use the same data, --allow-changes or another --output"
             )
         self._num_samples = len(samples)

@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024) for matrices and AdamW for everything else, in one optimiser.
+"""Muon (Jordan et al. 2024) for matrices and AdamW for all other parameters, in one optimiser.
 
-timm and torch run Muon's Newton-Schulz steps in bfloat16, which a CPU without instructions for it emulates at a hundredth of
-float32's speed, and neither lets its caller choose. So the update is made here, of timm's parts, in the parameter's dtype
-on a CPU unless the caller asks for bfloat16, and in bfloat16 elsewhere.
+timm and torch always run the Newton-Schulz steps of Muon in bfloat16. A CPU without bfloat16 instructions emulates it at a
+hundredth of the speed of float32. The update is therefore built here from parts of timm. On a CPU it runs in the dtype of the
+parameter unless the caller asks for bfloat16; on other devices it runs in bfloat16.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,11 +19,11 @@ _NUM_NEWTON_SCHULZ = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `orthogonal: True` get Muon (matrices, and convolutions as such), the others AdamW.
+    """Groups with `orthogonal: True` use Muon (matrices, and convolutions as matrices), the other groups use AdamW.
 
-    Muon's update is the orthogonalised Nesterov momentum, times 0.2 * sqrt(larger side), so that its root mean square is
-    AdamW's and one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4). `bfloat16` makes the Newton-Schulz
-    steps in bfloat16 on a CPU too: half the time with AVX512-BF16 or AMX, very slow without.
+    The update of Muon is the orthogonalised Nesterov momentum, times 0.2 * sqrt(larger side). Its root mean square then equals
+    that of AdamW, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4). `bfloat16` runs the
+    Newton-Schulz steps in bfloat16 on a CPU too: half the time with AVX512-BF16 or AMX, but very slow without them.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             if group["orthogonal"] and any(p.ndim < 2 for p in group["params"]):
-                raise ValueError("Muon's orthogonal groups take matrices alone; put vectors into another group")
+                raise ValueError("Muon's orthogonal groups accept only matrices; put vectors into another group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Optimiser and schedule: AdamW or Muon, warm-up and cosine, groups without weight decay, the step size's own learning rate."""
+"""Optimiser and schedule: AdamW or Muon, warm-up and cosine, groups without weight decay, a learning rate for the step size."""
 
 import math
 
@@ -10,7 +10,7 @@ from ebt_vision.training.settings import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, bfloat16: bool = False) -> torch.optim.Optimizer:
-    """AdamW or Muon over three groups, each with the `lr_ratio` that set_learning_rate multiplies by; `bfloat16` as in Muon."""
+    """Create AdamW or Muon with three groups; each has the `lr_ratio` for set_learning_rate. `bfloat16` is as in Muon."""
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "step_size": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -1,7 +1,7 @@
 """A replay buffer of thinking trajectories (Du & Mordatch 2019, sec. 3.2; Gladstone et al. 2025, System 2 training).
 
-It keeps where training steps ended, so that later steps think on from there: the model sees the candidates that many
-thinking steps produce at the cost of one step. It knows rows of tensors and no modality.
+It stores the candidates at the end of training steps, and later steps continue thinking from them. The model then sees the
+candidates of many thinking steps at the cost of one step. The buffer stores rows of tensors, independent of the modality.
 """
 
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayConfig:
-    """How much of a batch is thought on from earlier candidates."""
+    """Settings of the replay buffer: how much of a batch continues from earlier candidates."""
 
     capacity: int = 0
-    """Rows kept by each process; 0 turns the buffer off."""
+    """Rows kept by each process; 0 disables the buffer."""
     share: float = 0.5
-    """Largest share of a batch that continues old trajectories, in [0, 1]."""
+    """Maximum fraction of a batch that continues old trajectories, in [0, 1]."""
     max_age: int = 8
-    """A trajectory is dropped after so many training steps."""
+    """Number of training steps after which a trajectory is dropped."""
     start: int = 0
-    """The first update that replays: a young model's steps overshoot, and repeated they drive candidates out of all range."""
+    """First update that replays. Steps of an untrained model overshoot, and repeated steps make candidates diverge."""
     partial_moves: float = 0.0
-    """Share of the candidates, in [0, 1], that are kept only part of the way from where they started to where the step led, a
-    uniform share of it: an energy then meets half-finished candidates that have kept what the image has of texture."""
+    """Fraction of the candidates, in [0, 1], that are moved only part of the way of their step (uniform in [0, 1)). Such
+    half-finished candidates still have the texture of the image, and the energy trains on them."""
     renoise_std: float = 0.0
-    """Half of the replayed candidates get Gaussian noise of a standard deviation uniform in [0, renoise_std], on [-1, 1]: an
-    energy that meets half-finished candidates only where its own steps leave them takes every other one for finished."""
+    """Standard deviation, on [-1, 1]. Half of the replayed candidates get Gaussian noise of a standard deviation uniform in
+    [0, renoise_std]. Without it the energy trains only on its own steps and treats other half-finished candidates as clean."""
     renoise_max_age: int | None = None
-    """The last age at which they do; 1 noises half of the trajectories, once, and leaves the other half as they are, to
-    teach the energy when a candidate is finished. None: every age."""
+    """Maximum age of candidates that get noise; None: every age. With 1, half of the trajectories get noise once. The others
+    stay without noise and teach the energy when a candidate is already clean."""
     renoise_start: int = 0
-    """The first update that adds it."""
+    """First update that adds noise to replayed candidates."""
 
     def __post_init__(self) -> None:
         if self.capacity < 0:
@@ -51,19 +51,19 @@ class ReplayConfig:
 
 
 class ReplayBuffer:
-    """Trajectories under way; a row is one entry of each named tensor, and its age in training steps.
+    """Unfinished trajectories. A row is one entry of each named tensor, and its age in training steps.
 
-    Rows that are sampled leave the buffer, and come back one step older until they reach max_age; only the room they
-    leave takes new ones. So every age from 1 to max_age - 1 is equally common, however small the share of new rows.
+    Sampled rows leave the buffer and return one step older until they reach max_age. New rows fill only the free places. All
+    ages from 1 to max_age - 1 are then equally common, however few new rows there are.
 
-    The rows lie in tensors that are allocated once. `roll_back` undoes all that was sampled and added since the last
-    `commit`: until then no row that was in the buffer is overwritten.
+    The rows are stored in tensors that are allocated once. `roll_back` undoes all sampling and adding since the last `commit`;
+    until the next commit no row of the buffer is overwritten.
     """
 
     def __init__(self, config: ReplayConfig):
         self.config = config
         self.ages = torch.zeros(0, dtype=torch.int64)
-        self._slots = torch.zeros(0, dtype=torch.int64)  # where each row lies in the storage, in the order of the ages
+        self._slots = torch.zeros(0, dtype=torch.int64)  # position of each row in the storage, ordered by age
         self._storage: dict[str, Tensor] = {}
         self._num_slots = 0
         self._committed = (self.ages, self._slots)
@@ -73,11 +73,11 @@ class ReplayBuffer:
 
     @property
     def rows(self) -> dict[str, Tensor]:
-        """A copy of every row, in the order of the ages."""
+        """Return a copy of every row, ordered by age."""
         return {name: values[to_device(self._slots, values.device)] for name, values in self._storage.items()}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Take out (rows, ages) of at most share * batch_size random rows; empty while there is nothing."""
+        """Remove and return (rows, ages) of at most share * batch_size random rows; empty if the buffer is empty."""
         wanted = min(int(self.config.share * batch_size), len(self))
         order = torch.randperm(len(self), generator=generator)
         taken, kept = order[:wanted], order[wanted:].sort().values
@@ -88,7 +88,7 @@ class ReplayBuffer:
         return rows, ages
 
     def add(self, rows: dict[str, Tensor], ages: Tensor) -> None:
-        """Keep rows (B, ...) whose age (B,) is below max_age, the oldest first, as far as there is room."""
+        """Keep rows (B, ...) whose age (B,) is below max_age, the oldest first, while there is room."""
         oldest_first = ages.argsort(descending=True, stable=True)
         chosen = oldest_first[ages[oldest_first] < self.config.max_age][: self.config.capacity - len(self)]
         slots = self._free_slots(rows, len(chosen))
@@ -99,11 +99,11 @@ class ReplayBuffer:
         self.ages, self._slots = torch.cat([self.ages, ages[chosen]]), torch.cat([self._slots, slots])
 
     def commit(self) -> None:
-        """Make final what was sampled and added."""
+        """Make all sampling and adding so far permanent."""
         self._committed = (self.ages, self._slots)
 
     def roll_back(self) -> None:
-        """Undo what was sampled and added since the last commit."""
+        """Undo all sampling and adding since the last commit."""
         self.ages, self._slots = self._committed
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -119,14 +119,14 @@ class ReplayBuffer:
         self.commit()
 
     def _free_slots(self, rows: dict[str, Tensor], count: int) -> Tensor:
-        """Places of the storage that neither the rows nor the committed rows use, int64 (count,); it grows if there are few."""
+        """Return free positions in the storage, int64 (count,); committed rows are not free. Grow the storage if needed."""
         if not self._storage:
             self._storage = {name: values.detach().new_empty((0, *values.shape[1:])) for name, values in rows.items()}
         is_free = torch.ones(self._num_slots, dtype=torch.bool)
         is_free[self._slots] = False
         is_free[self._committed[1]] = False
         free = is_free.nonzero()[:, 0]
-        if (missing := count - len(free)) > 0:  # at first, and once for the rows of one update that wait for their commit
+        if (missing := count - len(free)) > 0:  # at the start, and for the uncommitted rows of one update
             size = max(self.config.capacity, self._num_slots + missing)
             for name, values in self._storage.items():
                 self._storage[name] = torch.cat([values, values.new_empty((size - len(values), *values.shape[1:]))])
@@ -136,5 +136,5 @@ class ReplayBuffer:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor, any shape, on the device, without waiting for a GPU's earlier work."""
+    """Move a CPU tensor, any shape, to the device without waiting for earlier work of a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, TensorBoard, sample grids and a progress line with the time left."""
+"""Reports of a run: JSON lines, TensorBoard, sample grids and a progress line with the remaining time."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from ebt_vision.training.task import ValidationResult
 
 
 class Reporter:
-    """Writes under the run's folder: config.yaml, log.jsonl, tensorboard/, samples/. Silent but on the main process."""
+    """Write config.yaml, log.jsonl, tensorboard/ and samples/ in the run's folder. Only the main process writes."""
 
     def __init__(self, output: Path, config: ExperimentConfig, start_step: int, *, is_main: bool):
         self.output, self.total, self.is_main = output, config.train.num_updates, is_main
@@ -30,12 +30,12 @@ class Reporter:
             self.say(f"resumed at update {start_step}")
 
     def say(self, line: str) -> None:
-        """One line for the person who watches."""
+        """Print one line for the user."""
         if self.is_main:
             print(line, file=sys.stderr, flush=True)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers of one update; prints them with the speed and the time left."""
+        """Log the numbers of one update, and print them with the speed and the remaining time."""
         if not self.writer:
             return
         elapsed = time.monotonic() - self.start_time
@@ -48,7 +48,7 @@ class Reporter:
         self.say(f"update {step}/{self.total}  {left} left  {numbers}")
 
     def validation(self, step: int, result: ValidationResult) -> None:
-        """What a validation found, to every place; its sample as samples/STEP."""
+        """Log a validation everywhere; write its sample as samples/STEP."""
         if not self.writer:
             return
         self._write({"step": step, **result.record()})
@@ -59,7 +59,7 @@ class Reporter:
         result.save_sample(self.output / "samples", step)
 
     def close(self) -> None:
-        """Flush what TensorBoard holds."""
+        """Flush TensorBoard."""
         if self.writer:
             self.writer.close()
 
@@ -68,7 +68,7 @@ class Reporter:
             file.write(json.dumps(record) + "\n")
 
     def _drop_lines_after(self, step: int) -> None:
-        """Forget what a killed run logged after its last checkpoint: those updates are made again."""
+        """Remove log lines after the last checkpoint: a killed run wrote them, and the resumed run repeats these updates."""
         path = self.output / "log.jsonl"
         if not path.exists():
             return
@@ -78,5 +78,5 @@ class Reporter:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError):
-                continue  # a line cut off by the kill
+                continue  # an incomplete line of the killed run
         path.write_text("".join(line + "\n" for line in kept))

@@ -1,4 +1,4 @@
-"""Start a training run from a config file: what `ebt-vision train` calls, in one process or under torchrun."""
+"""Start a training run from a config file; `ebt-vision train` calls this, in one process or under torchrun."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ def train(
     device: str | None = None,
     allow_changes: bool = False,
 ) -> Path:
-    """Train what the config says into `output` (default runs/NAME), on from a checkpoint there; returns its folder.
+    """Train by a config into `output` (default runs/NAME), resume from a checkpoint in it, and return the folder of the model.
 
-    `device` and `allow_changes` are Trainer's.
+    `device` and `allow_changes` are as in Trainer.
 
-    Raises ConfigError for a config that is wrong or an output that cannot be written, and what Trainer raises.
+    Raises ConfigError for an invalid config or an output that cannot be written, and the errors of Trainer.
     """
     config = load_config(config_path, overrides)
     folder = output or Path("runs") / config.name

@@ -1,4 +1,4 @@
-"""The folder of a run: one training at a time, and no resuming with other settings."""
+"""The folder of a run: a lock against a second training, and a check against resuming with other settings."""
 
 import contextlib
 import warnings
@@ -25,16 +25,16 @@ MAY_DIFFER = (
     "train.checkpoint_every",
     "train.num_checkpoints",
 )
-"""Sections and keys that a resumed run may change: its length, what it logs, and how it computes the same updates."""
-_MUST_BE_EQUAL = ("model_type", "model", "seed", "replay", "optim.optimizer")  # the training state has their form
+"""Sections and keys that a resumed run may change: its length, its logging, and how it computes the same updates."""
+_MUST_BE_EQUAL = ("model_type", "model", "seed", "replay", "optim.optimizer")  # the training state depends on them
 
 
 @contextlib.contextmanager
 def lock_run(output: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other trainings out of the folder, which is made if it is missing; a killed process leaves no lock.
+    """Create the folder if it is missing and lock it against other trainings. A killed process leaves no lock.
 
-    The main process holds the lock; the others learn whether it has it. Raises ConfigError, in every process, where another
-    training is at work in the folder, OSError where the folder cannot be written.
+    The main process holds the lock and tells the other processes. Raises ConfigError in every process if another training uses
+    the folder, OSError if the folder cannot be written.
     """
     lock: BaseFileLock | None = None
     answer: list[str | None] = [None]
@@ -44,9 +44,9 @@ def lock_run(output: Path, accelerator: Accelerator) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            answer = [f"another training is at work in {output}; wait for its end or choose another --output"]
+            answer = [f"another training uses {output}; wait until it ends or choose another --output"]
         except NotImplementedError:
-            warnings.warn(f"the file system of {output} has no locks; start no second training there", stacklevel=3)
+            warnings.warn(f"the file system of {output} has no locks; do not start a second training there", stacklevel=3)
     if message := broadcast_object_list(answer)[0]:
         raise ConfigError(message)
     try:
@@ -57,33 +57,33 @@ def lock_run(output: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def check_folder(output: Path) -> None:
-    """Refuse a folder without checkpoints that holds an exported model: a new run would replace it. Raises ConfigError."""
+    """Raise ConfigError for a folder with an exported model but no checkpoints; a new run would replace the model."""
     if (output / "model" / CONFIG_NAME).exists():
         raise ConfigError(
             f"{output / 'model'} is a trained model, but there is no checkpoint to resume from; "
-            "choose another --output, or move the model away to train anew"
+            "choose another --output, or move the model to train again"
         )
 
 
 def check_settings(output: Path, stored: dict[str, Any], config: ExperimentConfig, *, allow_changes: bool) -> None:
-    """Refuse to resume with settings that differ from the stored ones, but for those of MAY_DIFFER.
+    """Refuse to resume with settings that differ from the stored ones, except for MAY_DIFFER.
 
-    With `allow_changes` only the settings that the training state depends on are refused. Raises ConfigError in one line that
-    names every setting that differs.
+    With `allow_changes` only changes of settings that the training state depends on are refused. Raises ConfigError with one
+    line that names every changed setting.
     """
-    with contextlib.suppress(ConfigError):  # of an older version: its keys are compared as they are
+    with contextlib.suppress(ConfigError):  # from an older version: compare its keys without conversion
         stored = config_to_dict(build_config(stored))
     before, now = _flat(stored), _flat(config_to_dict(config))
     differing = [
         key for key in sorted(before.keys() & now.keys()) if before[key] != now[key] and not _is_among(key, MAY_DIFFER)
     ]
     firm = [key for key in differing if _is_among(key, _MUST_BE_EQUAL)]
-    if "model_type" in firm:  # all that follows from it differs too
+    if "model_type" in firm:  # the settings that depend on it differ too
         firm = ["model_type"]
     if chosen := firm or ([] if allow_changes else differing):
         changes = ", ".join(f"{key}={before[key]} (now {now[key]})" for key in chosen)
         remedy = "the same settings" if firm else "the same settings, or --allow-changes to resume with the new ones"
-        raise ConfigError(f"{output} holds a run with {changes}; use {remedy}, or choose another --output")
+        raise ConfigError(f"{output} has a run with {changes}; use {remedy}, or choose another --output")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

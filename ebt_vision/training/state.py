@@ -1,8 +1,8 @@
-"""The training state on disk: complete or not there at all, resumable bit for bit, nothing pickled.
+"""The training state on disk: complete or absent, resumable bit for bit, without pickle.
 
-A checkpoint is a folder `step-00001000` that is written under a temporary name, flushed to the disk and then renamed, which
-is atomic: a process killed at any moment leaves the earlier checkpoint whole. Random numbers need no state: every draw
-comes from (seed, step, sample).
+A checkpoint is a folder `step-00001000`. It is written under a temporary name, flushed to the disk and then renamed. Renaming
+is atomic, so a process killed at any moment leaves the earlier checkpoint intact. Random numbers need no state: every draw
+depends on (seed, step, sample).
 """
 
 import json
@@ -21,18 +21,18 @@ _PREFIX, _TEMPORARY = "step-", ".writing-"
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted(p for p in directory.glob(f"{_PREFIX}*") if p.is_dir() and (p / "state.json").is_file())
 
 
 def newest_step(directory: Path) -> int:
-    """The update of the newest complete checkpoint; 0 where there is none."""
+    """Return the update of the newest complete checkpoint; 0 if there is none."""
     folders = checkpoint_folders(directory)
     return int(folders[-1].name.removeprefix(_PREFIX)) if folders else 0
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors: "exp_avg.trunk.embed.weight" and so on."""
+    """Return the state of the optimiser as named tensors: "exp_avg.trunk.embed.weight" and so on."""
     state = optimizer.state
     return {
         f"{key}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -42,12 +42,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put optimizer_tensors back; CheckpointError where a parameter has no state in it."""
+    """Restore the state from optimizer_tensors. Raises CheckpointError if a parameter has no state."""
     parameters = dict(model.named_parameters())
     for key_and_name, value in tensors.items():
         key, _, name = key_and_name.partition(".")
         if name not in parameters:
-            raise CheckpointError(f"the optimiser state names {name!r}, which this model has not; use the run's own config")
+            raise CheckpointError(f"the optimiser state has {name!r}, which this model does not have; use the run's own config")
         parameter = parameters[name]
         # AdamW keeps its step count on the CPU, its moments beside the parameter.
         optimizer.state[parameter][key] = value.clone() if key == "step" else value.to(parameter.device).clone()
@@ -64,9 +64,9 @@ def write_checkpoint(
     rank: int = 0,
     barrier: Any = lambda: None,
 ) -> Path:
-    """Write `shared` tensors (once) and each process's `own` ones as NAME.safetensors and NAME-RANK.safetensors.
+    """Write `shared` tensors (once) and each process's `own` tensors as NAME.safetensors and NAME-RANK.safetensors.
 
-    The newest `keep` checkpoints stay. Every process calls it with its rank and a barrier. Returns the folder.
+    Keep the newest `keep` checkpoints. Every process must call this with its rank and a barrier. Return the folder.
     """
     final, temporary = directory / f"{_PREFIX}{step:08d}", directory / f"{_TEMPORARY}{step:08d}"
     if rank == 0:
@@ -93,17 +93,17 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path, names: list[str], own: list[str], rank: int = 0) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    """(tensors by name, state) of a checkpoint folder; CheckpointError where a file is missing or damaged."""
+    """Return (tensors by name, state) of a checkpoint folder. Raises CheckpointError for a missing or damaged file."""
     try:
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
         tensors |= {name: load_file(folder / f"{name}-{rank}.safetensors") for name in own}
-    except Exception as error:  # safetensors raises its own kinds, the file system others
+    except Exception as error:  # safetensors and the file system raise different kinds
         raise _damaged(folder, error) from error
     return tensors, read_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint folder without its tensors; CheckpointError where it is damaged."""
+    """Return the state of a checkpoint folder without its tensors. Raises CheckpointError if it is damaged."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         return state
@@ -112,7 +112,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder} is damaged ({error}); delete it to resume from the checkpoint before")
+    return CheckpointError(f"{folder} is damaged ({error}); delete it to resume from the previous checkpoint")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

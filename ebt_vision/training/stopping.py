@@ -8,11 +8,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SAME_REQUEST = 2.0  # seconds; under torchrun one Ctrl-C reaches a process twice, from the terminal and from torchrun
+_SAME_REQUEST = 2.0  # seconds; under torchrun one Ctrl-C arrives twice: from the terminal and from torchrun
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A signal ended the training between two updates, after a checkpoint was written; `signal` is the signal's number."""
+    """A signal stopped the training between two updates, after a checkpoint was written; `signal` is its number."""
 
     def __init__(self, number: int):
         self.signal = number
@@ -20,14 +20,14 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM are remembered instead of acting at once.
+    """A context that records SIGINT and SIGTERM instead of stopping at once.
 
-    A second signal, two seconds or more after the first, acts at once as it does outside the context. Signals that the process
-    ignores stay ignored. Outside the main thread, where Python installs no handlers, nothing is remembered.
+    A second signal, at least two seconds after the first, acts at once, as outside the context. Signals that the process
+    ignores stay ignored. Outside the main thread Python installs no handlers, so nothing is recorded.
     """
 
     def __init__(self, message: str = "") -> None:
-        """`message` is written to stderr when the first signal arrives."""
+        """Write `message` to stderr when the first signal arrives."""
         self.signal: int | None = None
         self._message, self._time = message, 0.0
         self._previous: dict[int, Any] = {}
@@ -45,7 +45,7 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._time = number, time.monotonic()
-            if self._message:  # print may not be called inside a handler that interrupts a print
+            if self._message:  # print is not allowed in a handler that interrupts a print
                 os.write(2, f"{self._message}\n".encode())
         elif time.monotonic() - self._time >= _SAME_REQUEST:
             self._restore()

@@ -1,4 +1,4 @@
-"""What the training loop asks of a modality: its samples, its batches and how it is validated."""
+"""The interface between the training loop and a modality: samples, batches and validation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import nn
 from ebt_vision.core.rng import make_generator
 from ebt_vision.training.config import ExperimentConfig
 
-# Streams of make_generator, so that no two uses of the seed draw the same numbers; the loop has 2 and 3.
+# Streams of make_generator, so that no two uses of the seed draw the same numbers; the loop uses 2 and 3.
 NOISE_STREAM = 1
 VALIDATION_STREAM = 9
 
@@ -22,47 +22,47 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def report(self) -> str:
-        """One line for people."""
+        """Describe the samples in one line."""
 
 
 class ValidationResult(Protocol):
-    """What a validation found, as a Reporter writes it."""
+    """The result of a validation, for a Reporter."""
 
     def record(self) -> dict[str, Any]:
-        """Plain data for the log."""
+        """Return plain data for the log."""
 
     def scalars(self) -> dict[str, float]:
         """Curves for TensorBoard."""
 
     def lines(self) -> list[str]:
-        """Lines for the person who watches."""
+        """Return lines for the user."""
 
     def save_sample(self, folder: Path, step: int) -> None:
-        """Write something to look at, if there is any, under the name of the update."""
+        """Write a sample, if there is any, under the number of the update."""
 
 
 class Task(ABC):
-    """One modality's part of a run; `config.data` and `config.validation` are of its kind."""
+    """The part of a run that depends on the modality; `config.data` and `config.validation` are of its kind."""
 
     def __init__(self, config: ExperimentConfig):
         self.config = config
 
     @abstractmethod
     def load_samples(self) -> Any:
-        """The training samples; DataError where there are none."""
+        """Return the training samples. Raises DataError if there are none."""
 
     @abstractmethod
     def make_batch(self, samples: Any, indices: Sequence[int], epochs: Sequence[int], device: torch.device) -> Any:
-        """The batch of samples `indices`, each as drawn for its epoch from (seed, epoch, index) alone, on the device."""
+        """Return the batch of samples `indices` on the device; each depends only on (seed, epoch, index)."""
 
     @abstractmethod
     def load_held_out(self) -> Any | None:
-        """What validate() measures on; None where the config names none."""
+        """Return the samples for validate(); None if the config names none."""
 
     @abstractmethod
     def validate(self, model: nn.Module, held_out: Any, device: torch.device) -> ValidationResult:
-        """Measure the model, always on the same samples and draws; it is left in the mode it was in."""
+        """Measure the model, always on the same samples and draws. The mode of the model does not change."""
 
     def generators(self, indices: Sequence[int], epochs: Sequence[int]) -> list[torch.Generator]:
-        """One for each training sample, for every draw it needs."""
+        """Return a generator for each training sample, for all its draws."""
         return [make_generator(self.config.seed, NOISE_STREAM, e, i) for e, i in zip(epochs, indices, strict=True)]

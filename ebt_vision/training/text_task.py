@@ -1,4 +1,4 @@
-"""Text in the training loop: packed sequences, and bits per byte at 1..N steps on held-out text."""
+"""Training on text: packed sequences, and validation by bits per byte at 1..N steps on held-out text."""
 
 import math
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class TextValidation:
     """Means over all held-out tokens."""
 
     bits_per_byte: list[float]
-    """After each step; one entry for a model without steps."""
+    """Bits per byte after each step; one entry for a model without steps."""
     perplexity: list[float]
-    """Per token, the exponential of the mean over all tokens."""
+    """Perplexity per token: the exponential of the mean loss over all tokens."""
     energies: list[float]
     """Mean energy before the first and after every step; empty for models without an energy."""
 
@@ -43,11 +43,11 @@ class TextValidation:
         return ["  bits per byte " + " ".join(f"{value:.4f}" for value in self.bits_per_byte)]
 
     def save_sample(self, folder: Path, step: int) -> None:
-        """Text has nothing to draw."""
+        """Write nothing: text has no images."""
 
 
 class TextTask(Task):
-    """Prediction of the next token."""
+    """Training for the prediction of the next token."""
 
     def __init__(self, config: ExperimentConfig):
         super().__init__(config)
@@ -130,7 +130,7 @@ class TextTask(Task):
 
 
 def text_batch(sequences: TokenBatch, generators: list[torch.Generator], device: torch.device) -> TextBatch:
-    """Packed sequences on the device, and their generators as they are."""
+    """Return packed sequences on the device; generators stay unchanged."""
     return TextBatch(
         tokens=sequences.tokens.to(device),
         targets=sequences.targets.to(device),

@@ -1,4 +1,4 @@
-"""Validation on images while training: PSNR at 1..N steps and a grid of samples, always on the same images and noise."""
+"""Validation on images during training: PSNR at 1..N steps and a grid of samples, always with the same images and noise."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ _BATCH_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageValidation:
-    """Per strength of the noise: the mean per-image PSNR of the noisy images and after each step (dB), energies, a picture."""
+    """For each noise strength: mean per-image PSNR (dB) of the noisy images and after each step, energies, an image grid."""
 
     unit: Literal["level", "sigma"]
-    """What strengths are in: levels of the VP process, or AWGN's standard deviation in 0..255 units."""
+    """Unit of the strengths: levels of the VP process, or standard deviations of AWGN in 0..255 units."""
     psnr: dict[float, list[float]]
     """Strength -> [noisy, 1 step, 2 steps, ...]."""
     energies: dict[float, list[float]]
@@ -52,7 +52,7 @@ class ImageValidation:
         ]
 
     def save_sample(self, folder: Path, step: int) -> None:
-        """The grid as STEP.png."""
+        """Write the grid as STEP.png."""
         save_image(self.grid, folder / f"{step:08d}.png", nrow=self.grid_columns)
 
 
