@@ -11,9 +11,15 @@ from PIL import ExifTags, Image, IptcImagePlugin, PngImagePlugin
 from test_odd_files import noise, png_of
 
 from apps import sources
+from ebt_vision.core.rng import make_generator
 from ebt_vision.data.decoding import decode_image, to_rgb8
 from ebt_vision.data.image_files import ImageFile, losses, read_image, write_image
 from ebt_vision.data.metadata import Metadata
+from ebt_vision.denoising.base import for_photographs
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.results import is_flat
+from ebt_vision.denoising.tiling import denoise_tiled
+from ebt_vision.models.checkpoint import default_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
@@ -302,14 +308,28 @@ def test_hidden_colours_do_not_matter_to_the_command_line_the_page_and_training(
     assert np.array_equal(*(to_rgb8(decode_image(path.read_bytes())) for path in (black, white)))
 
 
+@pytest.mark.parametrize("size", [12, 16, 24, 48])
+def test_a_flat_disc_on_white_keeps_its_colours_and_a_noisy_one_is_denoised(size):
+    denoiser = load_denoiser(default_pretrained())
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    disc = (rows - size / 2 + 0.5) ** 2 + (columns - size / 2 + 0.5) ** 2 < (0.4 * size) ** 2
+    cyan = torch.tensor([0.0, 1.0, 1.0])[:, None, None].expand(3, size, size)
+    icon = torch.where(disc, cyan, 1.0)[None]
+    assert torch.equal(denoiser.denoise(icon).image, icon)
+    noisy = icon + 0.1 * torch.randn(icon.shape, generator=make_generator(0))
+    assert (denoiser.denoise(noisy).image - icon).square().mean() < 0.7 * (noisy - icon).square().mean()
+
+
+def test_faint_noise_is_not_taken_for_flat_areas():
+    """Of grey noise of one 8-bit unit, the largest share of equal neighbours that noise can have in practice."""
+    grey = torch.randn(1, 1, 32, 32, generator=make_generator(0)).expand(1, 3, 32, 32)
+    noisy = (128 + grey).round() / 255
+    assert is_flat(torch.full((1, 3, 32, 32), 0.5)).all() and not is_flat(noisy).any()
+
+
 @pytest.mark.parametrize("size", [8, 12, 16])
 @pytest.mark.parametrize("colour", [(255, 0, 0), (255, 255, 0), (0, 255, 0), (20, 60, 220)])
 def test_a_small_flat_icon_keeps_its_colour(size, colour):
-    from ebt_vision.denoising.base import for_photographs
-    from ebt_vision.denoising.load import load_denoiser
-    from ebt_vision.denoising.tiling import denoise_tiled
-    from ebt_vision.models.checkpoint import default_pretrained
-
     denoiser = for_photographs(load_denoiser(default_pretrained()))
     pixels = (torch.tensor(colour) / 255)[:, None, None].expand(3, size, size)
     alpha = torch.ones(1, size, size)
