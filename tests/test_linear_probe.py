@@ -207,7 +207,7 @@ def no_validation(data: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (one_class, "", "has 1 class (blue); a probe needs 2 or more"),
+        (one_class, "", "has 1 class (blue); a probe needs at least 2"),
         (one_image, "", "class 'red' has 1 readable training image; choices are made on held-out images"),
         (another_class, "", "labels differ between the splits: the training set lacks 1 validation classes (pink)"),
         (no_validation, "", "has no validation set"),
@@ -279,4 +279,4 @@ def test_a_full_disk_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(feature_cache.np, "save", full)
     assert probe("pixels", photos, tmp_path, "--layers", "side4", "--img-size", "16") == 2
-    assert "the disk of" in (line := capsys.readouterr().err.strip().splitlines()[-1]) and "is full; make room" in line
+    assert "the disk of" in (line := capsys.readouterr().err.strip().splitlines()[-1]) and "is full; free space" in line
