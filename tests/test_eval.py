@@ -216,8 +216,8 @@ def test_parts_of_other_settings_are_refused(photos: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sigmas", "5"], "--sigmas has no effect on --protocol paper, only on awgn"),
-        (["--protocol", "awgn", "--levels", "0.3"], "--levels has no effect on --protocol awgn, only on paper"),
+        (["--sigmas", "5"], "--sigmas has no effect with --protocol paper, only with awgn"),
+        (["--protocol", "awgn", "--levels", "0.3"], "--levels has no effect with --protocol awgn, only with paper"),
         (["--clipped"], "--clipped is a track of awgn and ood"),
         (["--tolerance-of", "previous"], "--tolerance-of previous has no effect without --tolerances"),
         (["--langevin", "0.1"], "--langevin has no effect with --candidates 0"),
@@ -265,7 +265,7 @@ def test_parts_know_the_fields_of_the_config_that_their_row_depends_on(
         (["--clipped"], "--clipped is a track of awgn and ood"),
         (["--protocol", "ood", "--corruptions", "fog"], "corruption 'fog' is unknown; use some of salt-and-pepper"),
         (["--reference", "identity:noisy input:7"], "is not a row of this run; the rows are: identity:noisy input:1"),
-        (["--group", "both=identity"], "is not of the form NAME=MODEL,MODEL"),
+        (["--group", "both=identity"], "does not have the form NAME=MODEL,MODEL"),
         (["--lpips-backbone", "missing.pth"], "no LPIPS backbone at missing.pth"),
         (["--device", "abacus"], "device='abacus' is not on this machine"),
     ],
@@ -433,4 +433,4 @@ def test_the_training_gain_is_the_mean_fall_of_the_first_step(
     falls = training_gain.measure(str(tiny_checkpoint), str(photos), 0.1, 4, batch_size=3)
     assert falls.shape == (4,) and f"training_gain: {falls.mean():.4g} " in told
     assert training_gain.main(["--model", baselines[0], "--data", str(photos)]) == 2
-    assert "is no EBT" in capsys.readouterr().err
+    assert "is not an EBT" in capsys.readouterr().err

@@ -277,9 +277,9 @@ def test_floats_in_the_unit_range_are_the_same_images(dtype: torch.dtype, folder
         (lambda x: x.float() / 127.5 - 1, r"values in \[-1, 1\].*for -1..1 \(images \+ 1\) / 2"),
         (lambda x: x.long(), "dtype torch.int64; use uint8, or floats in"),
         (lambda x: x.float().div(255).fill_(float("nan")), "NaN or infinite"),
-        (lambda x: x[0], r"of shape \(3, 16, 16\); give a tensor \(B, 3, H, W\)"),
+        (lambda x: x[0], r"of shape \(3, 16, 16\); use a tensor \(B, 3, H, W\)"),
         (lambda x: x[:, :1], r"of shape \(5, 1, 16, 16\)"),
-        (lambda x: x.numpy(), "a ndarray; give a tensor"),
+        (lambda x: x.numpy(), "a ndarray; use a tensor"),
     ],
 )
 def test_images_of_another_kind_or_range_are_refused_in_one_line(change, answer: str, folder: Path, images: Tensor):

@@ -63,7 +63,7 @@ def test_the_noisy_input_has_the_error_of_the_files(pairs: Path, tmp_path: Path,
     (row,) = json.loads((output / "results.json").read_text())["rows"]
     assert row["protocol"] == "real" and row["mse"] == pytest.approx((1 + 4 + 9) / 3)
     report = (output / "report.md").read_text()
-    assert "real noise" in report and "camera's own noise" in report and "d_noisy.png" in report
+    assert "real noise" in report and "real camera noise" in report and "d_noisy.png" in report
     before = (output / "results.json").read_text()
     assert denoising.main([*command, "--output", str(output)]) == 0  # from its parts
     assert json.loads((output / "results.json").read_text())["rows"][0]["mse"] == json.loads(before)["rows"][0]["mse"]
@@ -72,11 +72,11 @@ def test_the_noisy_input_has_the_error_of_the_files(pairs: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("more", "answer"),
     [
-        (["--protocol", "real"], "go together"),
-        (["--pairs", PATTERNS], "go together"),
+        (["--protocol", "real"], "must be used together"),
+        (["--pairs", PATTERNS], "must be used together"),
         (["--protocol", "real", "--pairs", "noisy:clean"], "two patterns with equally many stars"),
         (["--protocol", "real", "--pairs", "*_n*:*"], "two patterns with equally many stars"),
-        (["--protocol", "real", "--pairs", PATTERNS, "--img-size", "64"], "photographs stay whole"),
+        (["--protocol", "real", "--pairs", PATTERNS, "--img-size", "64"], "uses whole photographs"),
         (["--protocol", "real", "--pairs", PATTERNS, "--clipped"], "8-bit files"),
         (["--protocol", "real", "--pairs", "*_x*:*_y*"], "no pair"),
     ],
