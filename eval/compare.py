@@ -3,8 +3,8 @@
     python eval/compare.py results/ebt results/dit/results.json --format markdown
     python eval/compare.py results/* --format latex --conditions "level 0.1" --output table.tex
 
-Rows are refused where they were measured on different images or with different noise. A row of several seeds is given as
-mean and spread. CSV holds every field of every row in full precision.
+Rows are refused if they were measured on different images or with different noise. Rows of several seeds become mean and
+spread. CSV has every field of every row in full precision.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ebt_vision.core.atomic_files import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input."""
+    """Run the command line and return the exit status: 0 success, 2 bad input."""
     settings = _parser().parse(arguments)
     try:
         text = compare(settings)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(settings: argparse.Namespace) -> str:
-    """The merged table, in the format that is asked for."""
+    """Return the merged table in the requested format."""
     files = {}
     for path in settings.results:
         name = str(path.parent if path.name == "results.json" else path)
@@ -45,14 +45,14 @@ def compare(settings: argparse.Namespace) -> str:
         files = {name: _of_models(results, settings.models) for name, results in files.items()}
     rows = [row for row in merge_rows(files) if not row["sweep"]]
     if not rows:
-        raise MergeError("no row is left; see the files' report.md for their conditions, seeds and models")
+        raise MergeError("no rows match; see report.md of the results for their conditions, seeds and models")
     if settings.format == "csv":
         return comma_separated(rows)
     return "\n".join(_tables(rows, settings.format))
 
 
 def _tables(rows: Sequence[Mapping], form: str) -> list[str]:
-    """A table for each condition; of several seeds the mean and spread."""
+    """Return a table for each condition; for several seeds with mean and spread."""
     texts = []
     several = len({row["seed"] for row in rows}) > 1
     for condition in dict.fromkeys(row["condition"] for row in rows):
@@ -80,9 +80,9 @@ def _of_models(results: Mapping, models: Sequence[str]) -> dict:
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="compare", description="Merge results of the denoising benchmark into one table.")
-    parser.add_argument("results", nargs="+", type=named_path, help="results.json files, or folders that hold one")
+    parser.add_argument("results", nargs="+", type=named_path, help="results.json files, or folders that contain one")
     parser.add_argument("--format", choices=("markdown", "latex", "csv"), default="markdown")
-    parser.add_argument("--conditions", nargs="+", help='tables to make, say "level 0.1" (default: all)')
+    parser.add_argument("--conditions", nargs="+", help='tables to write, for example "level 0.1" (default: all)')
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), help="seeds to use (default: all)")
     parser.add_argument("--models", nargs="+", help="models to show (default: all)")
     parser.add_argument("--output", type=named_path, help="file to write (default: the screen)")

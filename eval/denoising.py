@@ -1,13 +1,13 @@
-"""The denoising benchmark: every way of using every model, on the same images with the same noise.
+"""The denoising benchmark: all uses of all models, on the same images with the same noise.
 
     python eval/denoising.py --models tiny_imagenet_ebt tiny_imagenet_dit bm3d --data "validation-*.parquet" --output results/
     python eval/denoising.py --protocol awgn --models tiny_imagenet_ebt bm3d --data data/cbsd68 --output results/
     python eval/denoising.py --protocol real --pairs "*_noisy*:*_clean*" --models photographs_ebt --data FOLDER
     python eval/denoising.py --config benchmark.yaml
 
-It writes results.json, per_image.parquet, candidates.parquet, report.md and plots into the output folder. What is measured is
-kept there batch by batch: the same command goes on where it was interrupted, and at most one batch is lost. Two runs of one
-command give the same results.json but for the date and the seconds. eval/compare.py merges several.
+The program writes results.json, per_image.parquet, candidates.parquet, report.md and plots into the output folder. Figures are
+saved batch by batch: after an interruption the same command resumes, and at most one batch is lost. Two runs of one command
+give the same results.json except for the date and the seconds. eval/compare.py merges several results.
 """
 
 import argparse
@@ -50,14 +50,14 @@ Protocol = Literal["paper", "awgn", "ood", "real"]
 
 @dataclass(kw_only=True)
 class _Collected:
-    """What the run has so far."""
+    """The results of the run so far."""
 
     measured: list[Measured] = field(default_factory=list)
     strips: dict[str, list[plots.Strip]] = field(default_factory=dict)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line and return the exit status: 0 success, 2 bad input, 130 interrupted."""
     settings = _parser().parse(arguments)
     settings.command = _without_output(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -66,13 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"denoising: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"denoising: interrupted; the same command goes on from the parts in {settings.output}", file=sys.stderr)
+        print(f"denoising: interrupted; run the same command to resume from {settings.output}", file=sys.stderr)
         return 130
     return 0
 
 
 def run(settings: argparse.Namespace) -> None:
-    """Measure every row and write everything into settings.output."""
+    """Measure every row and write all results into settings.output."""
     _check_together(settings)
     groups = _groups(settings.group)
     names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
@@ -82,7 +82,7 @@ def run(settings: argparse.Namespace) -> None:
     row_settings = _row_settings(settings)
     subjects = {
         model: _subject(model, name, settings) for model, name in names.items()
-    }  # a wrong name is found before the work
+    }  # find a wrong name before the work starts
     bench = _bench(settings, device)
     collected = _Collected()
     for subject in subjects.values():
@@ -93,7 +93,7 @@ def run(settings: argparse.Namespace) -> None:
 
 
 def conditions_of(settings: argparse.Namespace) -> tuple[list[Condition], list[Condition]]:
-    """The conditions of the tables, and those of the sweep over noise levels (paper protocol alone)."""
+    """Return the conditions of the tables, and those of the sweep over noise levels (only in the paper protocol)."""
     seeds = settings.seeds or [settings.seed]
     kinds: list[tuple[str, float]] = {
         "paper": [("level", level) for level in settings.levels],
@@ -112,7 +112,7 @@ def conditions_of(settings: argparse.Namespace) -> tuple[list[Condition], list[C
 
 
 def distinct_names(models: Sequence[str]) -> dict[str, str]:
-    """What each model is called in tables: the last part of its path, or as many parts as tell it from the others."""
+    """Return the names of the models in tables: the last part of the path, or as many parts as make it unique."""
     names: dict[str, str] = {}
     for model in models:
         parts = model.removeprefix("hub:").rstrip("/").split("/")
@@ -122,7 +122,7 @@ def distinct_names(models: Sequence[str]) -> dict[str, str]:
             length += 1
         names[model] = "/".join(parts[-length:])
     if len(set(names.values())) < len(names):
-        raise ValueError(f"--models names one model in two ways: {' '.join(models)}; leave one out")
+        raise ValueError(f"--models has one model twice: {' '.join(models)}; remove one")
     return names
 
 
@@ -135,9 +135,11 @@ def _subject(model: str, name: str, settings: argparse.Namespace) -> Subject:
 def _bench(settings: argparse.Namespace, device: str) -> Bench:
     real = settings.protocol == "real"
     if real != (settings.pairs is not None):
-        raise ValueError('--protocol real and --pairs "*_noisy*:*_clean*" go together; give both or neither')
+        raise ValueError('--protocol real and --pairs "*_noisy*:*_clean*" must be used together')
     if real and settings.img_size not in (None, "whole"):
-        raise ValueError(f"--img-size {settings.img_size} does not go with --protocol real, whose photographs stay whole")
+        raise ValueError(
+            f"--img-size {settings.img_size} cannot be combined with --protocol real, which uses whole photographs"
+        )
     whole = settings.img_size == "whole" or (settings.img_size is None and settings.protocol in ("awgn", "real"))
     img_size = None if whole else (settings.img_size or 64)
     try:
@@ -150,7 +152,7 @@ def _bench(settings: argparse.Namespace, device: str) -> Bench:
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {settings.output} cannot be made ({error.strerror}); choose another folder") from error
+        raise ValueError(f"--output {settings.output} cannot be created ({error.strerror}); choose another folder") from error
     if real:
         images: BenchmarkImages = load_pairs(settings.data, settings.pairs, limit=settings.limit)
     else:
@@ -178,7 +180,7 @@ def _measure_subject(
     settings: argparse.Namespace,
     collected: _Collected,
 ) -> None:
-    """All rows of one model, and its strip of pictures."""
+    """Measure all rows of one model, and return its strip of images."""
     name, kind = subject.name, kind_of(subject.denoiser)
     everything = bench.images.spread(None)
     some = bench.images.spread(settings.sweep_limit)
@@ -220,7 +222,7 @@ def _strip(subject: Subject, row: Row, condition: Condition, bench: Bench, index
 
 
 def _results(settings: argparse.Namespace, bench: Bench, measured: Sequence[Measured], groups: dict[str, list[str]]) -> dict:
-    """Everything that results.json holds. What differs between two runs of one command is the date and the seconds."""
+    """Return the contents of results.json. Two runs of one command differ only in the date and the seconds."""
     resampling = {"num_resamples": settings.resamples, "seed": settings.seed}
     rows = summarise(measured, image_hash=bench.images.hash, reference=settings.reference, **resampling)
     tables = [run for run in measured if not run.sweep]
@@ -307,24 +309,24 @@ OPTIONS_OF = {
     "sigmas": ("awgn",),
     "corruptions": ("ood",),
 }
-"""The protocols that an option has an effect on; a Condition judges --clipped itself."""
+"""The protocols in which an option has an effect; a Condition checks --clipped itself."""
 
 
 def _check_together(settings: argparse.Namespace) -> None:
-    """ValueError for an option that has no effect with the others."""
+    """Raise ValueError for an option that has no effect with the others."""
     parser = _parser()
     for name, protocols in OPTIONS_OF.items():
         value = getattr(settings, name)
         if value and value != parser.get_default(name) and settings.protocol not in protocols:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} has no effect on --protocol {settings.protocol}, only on {' and '.join(protocols)}")
+            raise ValueError(f"{option} has no effect with --protocol {settings.protocol}, only with {' and '.join(protocols)}")
     if settings.tolerance_of != parser.get_default("tolerance_of") and not settings.tolerances:
         raise ValueError(
-            f"--tolerance-of {settings.tolerance_of} has no effect without --tolerances; give some, or leave it out"
+            f"--tolerance-of {settings.tolerance_of} has no effect without --tolerances; add --tolerances or remove it"
         )
     for name in ("candidate_steps", "candidate_noise", "langevin"):
         if not settings.candidates and getattr(settings, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --candidates 0; leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --candidates 0; remove it")
 
 
 def _groups(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -333,12 +335,12 @@ def _groups(texts: Sequence[str]) -> dict[str, list[str]]:
         name, equals, models = text.partition("=")
         groups[name] = [model for model in models.split(",") if model]
         if not name or not equals or len(groups[name]) < 2:
-            raise ValueError(f"--group {text} is not of the form NAME=MODEL,MODEL with two models or more")
+            raise ValueError(f"--group {text} does not have the form NAME=MODEL,MODEL with at least two models")
     return groups
 
 
 def _without_output(arguments: Sequence[str]) -> list[str]:
-    """The command without --output, so that two runs into two folders say the same."""
+    """Return the command without --output, so that runs into different folders have the same command."""
     kept, skip = [], False
     for word in arguments:
         if not skip and word != "--output" and not word.startswith("--output="):
@@ -358,27 +360,27 @@ def _parser() -> OneLineParser:
     add("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
     add("--protocol", choices=PROTOCOLS, default="paper")
     add("--pairs", metavar="NOISY:CLEAN", help='real: patterns of the file names, such as "*_noisy*:*_clean*"')
-    add("--output", type=named_path, default=Path("results"), help="folder for everything that is written")
-    add("--limit", type=number(int, 1), help="use so many images, spread evenly over the set")
-    add("--img-size", type=_whole_or_pixels, help="centre squares of this side, or whole (default 64; awgn: whole)")
+    add("--output", type=named_path, default=Path("results"), help="folder of all results")
+    add("--limit", type=number(int, 1), help="number of images, spread evenly over the set")
+    add("--img-size", type=_whole_or_pixels, help="side of centre squares, or whole (default 64; awgn: whole)")
     add("--group", nargs="*", default=[], metavar="NAME=A,B", help="checkpoints to combine into mean and spread")
     _add_noise(parser)
     _add_rows(parser)
     add = parser.add_argument_group("how").add_argument
-    add("--tile", type=_whole_or_pixels, help="tiles of this side, or whole (default: the model's own; paper: whole)")
-    add("--overlap", type=number(int, 0), help="pixels that tiles have in common (default: each model's own)")
+    add("--tile", type=_whole_or_pixels, help="side of tiles, or whole (default: from the model; paper: whole)")
+    add("--overlap", type=number(int, 0), help="overlap of tiles in pixels (default: from each model)")
     add("--batch-size", type=number(int, 1), help="images at a time (default 100; 1 for whole images)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     add(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="float32",
-        help="of the networks; see ebt-vision denoise",
+        help="precision of the networks; see ebt-vision denoise",
     )
     add("--lpips-backbone", metavar="FILE", help="torchvision's weights of the backbone, or download")
     add("--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex")
     add("--resamples", type=number(int, 100), default=1000, help="bootstrap samples")
-    add("--strip", type=number(int, 0), default=2, help="images of each model's strip of pictures; 0 draws none")
+    add("--strip", type=number(int, 0), default=2, help="number of images in the strip of each model; 0 disables strips")
     return parser
 
 
@@ -389,9 +391,9 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     add("--sigmas", type=number(float, 0, 255), nargs="+", default=[15.0, 25.0, 50.0], help="awgn: 0..255 units")
     add("--corruptions", nargs="+", default=list(OOD_STRENGTHS), help=f"ood: some of {', '.join(OOD_STRENGTHS)}")
     switch = argparse.BooleanOptionalAction
-    add("--clipped", action=switch, default=False, help="awgn, ood: the noisy input clipped and rounded to 8 bits")
-    add("--sweep", type=level, nargs="*", default=list(SWEEP), help="paper: levels of the plot over levels; none: no plot")
-    add("--sweep-limit", type=number(int, 1), default=256, help="images of the sweep, spread evenly")
+    add("--clipped", action=switch, default=False, help="awgn, ood: clip the noisy input and round it to 8 bits")
+    add("--sweep", type=level, nargs="*", default=list(SWEEP), help="paper: levels of the plot over levels; no value: no plot")
+    add("--sweep-limit", type=number(int, 1), default=256, help="number of images of the sweep, spread evenly")
     add("--seed", type=number(int, 0), default=0)
     add("--seeds", type=number(int, 0), nargs="*", default=[], help="several seeds, combined into mean and spread")
 
@@ -400,15 +402,20 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rows").add_argument
     count, amount = number(int, 1), number(float, 0)
     add("--steps", type=count, default=10, help="EBT: thinking steps")
-    add("--tolerances", type=amount, nargs="*", default=[], help="EBT: rows of adaptive thinking")
-    add("--tolerance-of", choices=get_args(ToleranceOf), default="first", help="what they are shares of")
-    add("--step-sizes", type=amount, nargs="*", default=[], help="EBT: rows with so many times the learned step size")
-    add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 leaves it out")
+    add("--tolerances", type=amount, nargs="*", default=[], help="EBT: tolerances, with a row of adaptive thinking for each")
+    add(
+        "--tolerance-of",
+        choices=get_args(ToleranceOf),
+        default="first",
+        help="EBT: reference of --tolerances; see ebt-vision denoise",
+    )
+    add("--step-sizes", type=amount, nargs="*", default=[], help="EBT: factors on the learned step size, with rows for each")
+    add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 disables it")
     add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")
     add("--candidate-noise", type=amount, default=0.1, help="EBT: noise on the candidates' starts, on [-1, 1]")
     add("--langevin", type=amount, default=0.0, help="EBT: noise before each gradient of a candidate, on [-1, 1]")
     add("--passes", type=count, nargs="*", default=[1, 2, 5, 10, 25, 50, 100], help="DiT: passes of DDIM")
-    add("--loops", type=number(int, 0), default=3, help="DiT: loops of its recursion; 0 leaves it out")
+    add("--loops", type=number(int, 0), default=3, help="DiT: loops of the recursion; 0 disables it")
     add("--reference", metavar="MODEL:METHOD:STEPS", help="the row to compare with (default: the best ddim row)")
 
 

@@ -3,8 +3,8 @@
     python eval/graphics.py --output runs/graphics
     python eval/denoising.py --protocol awgn --data runs/graphics --sigmas 0 25 --models photographs_ebt bm3d
 
-They are drawn by matplotlib, in its fonts, and so by other programs than the drawings that photographs_ebt trained on
-(ebt_vision/data/graphics.py). The scanned page is skimage's.
+matplotlib draws them with its own fonts. The training drawings of photographs_ebt (ebt_vision/data/graphics.py) come from
+another program. The scanned page is from skimage.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def diagram(figure: Figure) -> None:
 
 
 def window(figure: Figure) -> None:
-    """A program's window: a title bar, a list, buttons and text."""
+    """A window of a program: a title bar, a list, buttons and text."""
     axes = _canvas(figure)
     figure.set_facecolor("#d9dde3")
     for box, colour in (
@@ -110,14 +110,14 @@ def _canvas(figure: Figure) -> plt.Axes:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the images as PNG; exit status 0, or 2 where the folder cannot be made."""
+    """Write the images as PNG; return 0, or 2 if the folder cannot be created."""
     parser = argparse.ArgumentParser(description="Draw test images of screenshots and line art.")
     parser.add_argument("--output", type=named_path, required=True, help="folder for the images")
     folder: Path = parser.parse_args(arguments).output
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"graphics: --output {folder} cannot be made ({error.strerror}); choose another folder", file=sys.stderr)
+        print(f"graphics: --output {folder} cannot be created ({error.strerror}); choose another folder", file=sys.stderr)
         return 2
     for draw in DRAWINGS:
         figure = plt.figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI)

@@ -1,15 +1,16 @@
-"""Linear probes: how well classes can be read from a frozen network's features.
+"""Linear probes: how well a classifier can read classes from the features of a frozen network.
 
     python eval/linear_probe.py --model tiny_imagenet_ebt --data data/tiny-imagenet-200 --output results/probe-ebt
     python eval/linear_probe.py --model tiny_imagenet_dit --timesteps 0 25 50 99 --noise-levels 0 matched --data ...
 
-Every layer, pooling, noise level, timestep and number of thinking steps that is asked for is tried on held-out images of the
-*training* set, by every head with every setting of it. The best of each head is fitted anew on the whole training set and only
-then are features of the validation set made, and measured once. --sweep-limit bounds the images that choices are made on.
+All requested layers, poolings, noise levels, timesteps and numbers of thinking steps are tried on held-out images of the
+*training* set, with every head and every setting of the head. The best feature of each head is fitted again on the whole
+training set. Only then are features of the validation set made and measured once. --sweep-limit limits the images used for
+choices.
 
-What was done is kept, features in --cache and trials in --output: the same command goes on where it was interrupted. Other
-processes with the same command and --extract-only help to make the training features. The disk and memory that large sets take
-are in ebt_vision/probing/feature_cache.py.
+Features are kept in --cache and trials in --output; after an interruption the same command resumes. Other processes with the
+same command and --extract-only help to extract the training features. ebt_vision/probing/feature_cache.py describes the disk
+space and memory for large sets.
 """
 
 import argparse
@@ -59,7 +60,7 @@ MATCHED = "matched"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     settings = _parse(arguments)
     try:
         run(settings)
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         kept = f"features in {settings.cache} and trials in {settings.output} are kept"
-        print(f"linear_probe: interrupted; {kept}, the same command goes on", file=sys.stderr)
+        print(f"linear_probe: interrupted; {kept}; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -116,7 +117,7 @@ def _write_results(settings: argparse.Namespace, about: dict, swept: SweepResult
     rows = [_row(validated) for validated in found]
     for validated in found:
         write_classes(settings.output, validated.choice.head.name, validated.measured, validated.labels, about["class_names"])
-    notes = [f"{swept.num_unreadable} training images of the sweep cannot be read and are left out."]
+    notes = [f"{swept.num_unreadable} training images of the sweep cannot be read and are skipped."]
     about |= {
         "num_sweep": swept.num_images,
         "num_held_out": swept.num_held_out,
@@ -153,13 +154,13 @@ def _row(validated: Validated) -> dict:
 
 
 def _candidates(extractor: FeatureExtractor, settings: argparse.Namespace) -> list[Candidate]:
-    """All that is to be tried; ValueError where the network cannot do it."""
+    """Return all candidates. Raises ValueError if the network does not support one."""
     timesteps = settings.timesteps or ([0] if extractor.takes_timestep else [None])
     conditions = []
     for timestep, level, steps in product(timesteps, settings.noise_levels, settings.thinking_steps):
         if level == MATCHED:
             if timestep is None:
-                raise ValueError(f"--noise-levels {MATCHED} is the noise of a timestep, and {extractor.name} takes none")
+                raise ValueError(f"--noise-levels {MATCHED} is the noise of a timestep, but {extractor.name} takes no timestep")
             level = (timestep + 1) / 1000
         conditions.append(FeatureCondition(noise_level=float(level), timestep=timestep, thinking_steps=steps))
     layers = choose_layers(extractor, settings.layers)
@@ -173,7 +174,7 @@ def _candidates(extractor: FeatureExtractor, settings: argparse.Namespace) -> li
 
 
 def _heads(settings: argparse.Namespace) -> list[Head]:
-    """ValueError for a head that is unknown, or that no pooling asked for suits."""
+    """Raise ValueError for an unknown head, or a head that accepts none of the requested poolings."""
     heads: list[Head] = []
     for name in dict.fromkeys(settings.heads):
         if name == "logistic":
@@ -200,7 +201,7 @@ def _heads(settings: argparse.Namespace) -> list[Head]:
 
 
 def _open_sets(settings: argparse.Namespace, img_size: int) -> tuple[LabelledImages, LabelledImages]:
-    """(training set, validation set), without reading an image. DataErrors as of the sources and of their labels."""
+    """Return (training set, validation set) without reading an image. Raises DataErrors of the sources and their labels."""
 
     def open_one(path: str, split: str | None, limit: int | None) -> LazyImages:
         columns = {"image_column": settings.image_column, "label_column": settings.label_column}
@@ -211,7 +212,7 @@ def _open_sets(settings: argparse.Namespace, img_size: int) -> tuple[LabelledIma
         train = open_one(settings.data, settings.train_split, settings.limit_train)
         val = open_one(settings.val_data, settings.val_split, settings.limit_val)
     elif is_file:
-        raise DataError(f"{settings.data} is no folder with splits; give one, hub:OWNER/NAME, or other files with --val-data")
+        raise DataError(f"{settings.data} is not a folder with splits; use one, or hub:OWNER/NAME, or add --val-data")
     else:
         train = open_one(settings.data, settings.train_split or "train", settings.limit_train)
         val = _first_split(lambda name: open_one(settings.data, name, settings.limit_val), settings.val_split, settings.data)
@@ -231,13 +232,13 @@ def _first_split(open_split: Callable[[str], LazyImages], name: str | None, data
             return open_split(name)
         except MissingSplitError as error:
             reason = str(error)
-    raise DataError(f"{data} has no validation set ({reason}); name it with --val-split, or give --val-data")
+    raise DataError(f"{data} has no validation set ({reason}); name it with --val-split, or add --val-data")
 
 
 def _sweep_set(train: LabelledImages, limit: int) -> LabelledImages:
-    """The part of the training set that choices are made on: `train` itself where the limit is no lower.
+    """Return the part of the training set for choices: `train` itself if the limit is not lower.
 
-    Spread evenly over the images as they lie in the source, which keeps the shares of the classes in sorted files.
+    The part is spread evenly over the images in source order, which keeps the class frequencies in sorted files.
     """
     if limit >= len(train.images):
         return train
@@ -246,13 +247,13 @@ def _sweep_set(train: LabelledImages, limit: int) -> LabelledImages:
     number = dict(zip(train.images.labels, train.labels.tolist(), strict=True))
     strange = len(set(images.labels) - set(number))
     if strange:
-        raise DataError(f"--limit-train leaves out {strange} classes that the sweep has; raise it, or lower --sweep-limit")
+        raise DataError(f"--limit-train removes {strange} classes that the sweep has; increase it, or reduce --sweep-limit")
     labels = np.array([number[label] for label in images.labels])
     return LabelledImages(images=images, labels=labels, class_names=train.class_names)
 
 
 def _num_choices(rows: list[dict], settings: argparse.Namespace) -> int:
-    """How many different choices the validation set has been measured with from this output folder, counting these."""
+    """Count the different choices measured on the validation set from this output folder, including these."""
     path = settings.output / "validation_choices.json"
     seen = json.loads(path.read_text()) if path.exists() else []
     for row in rows:
@@ -283,9 +284,9 @@ def _timings(maker: FeatureMaker, sweep_seconds: float, seconds: float) -> list[
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     rate = f", {maker.num_made / maker.seconds:.0f} images/s" if maker.seconds else ""
     return [
-        f"features: {maker.num_made} images fed to the network by this run in {maker.seconds:.0f} s{rate}",
+        f"features: {maker.num_made} images through the network by this run in {maker.seconds:.0f} s{rate}",
         f"sweep with its features: {sweep_seconds:.0f} s; all: {seconds:.0f} s; {torch.get_num_threads()} threads",
-        f"features on disk: {maker.bytes_used / 1e9:.3f} GB; most memory in use: {peak / 1e9:.2f} GB",
+        f"features on disk: {maker.bytes_used / 1e9:.3f} GB; peak memory: {peak / 1e9:.2f} GB",
     ]
 
 
@@ -294,10 +295,10 @@ def _say(message: str) -> None:
 
 
 class _Parser(OneLineParser):
-    """Lists are split at commas too."""
+    """A parser that also splits lists at commas."""
 
     def add_list(self, name: str, kind: Callable[[str], object], default: list, text: str) -> None:
-        """An option that takes several values, with spaces or commas between them."""
+        """Add an option with several values, separated by spaces or commas."""
         self.add_argument(
             name, nargs="+", type=lambda word: [kind(w) for w in word.split(",") if w], default=[default], help=text
         )
@@ -312,9 +313,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--output", type=named_path, default=Path("results/probe"), help="folder for results.json, report.md, plots"
     )
     parser.add_argument("--cache", type=named_path, default=Path(".cache/features"), help="folder for the features")
-    parser.add_argument("--extract-only", action="store_true", help="make the training features, beside other processes")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of noise, crops, the held-out split and random weights")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument(
+        "--extract-only", action="store_true", help="only extract the training features, in parallel with other processes"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="seed of noise, crops, the held-out split and random weights"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     settings = parser.parse(arguments)
     for name, value in vars(settings).items():
         if isinstance(value, list):
@@ -325,41 +330,48 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _add_inputs(parser: _Parser) -> None:
     parser.add_argument("--model", required=True, help="shipped name, folder, hub:OWNER/NAME, timm:NAME, random:NAME, pixels")
-    parser.add_argument("--timm-weights", metavar="PATH", help='file of weights, or "pretrained" to download; random without')
+    parser.add_argument(
+        "--timm-weights", metavar="PATH", help='file of weights, or "pretrained" to download (default: random weights)'
+    )
     parser.add_argument("--data", required=True, help="training images: a folder, parquet files, *.tar or hub:OWNER/NAME")
-    parser.add_argument("--val-data", help="validation images, where they are not another split of --data")
+    parser.add_argument("--val-data", help="validation images, if they are not another split of --data")
     parser.add_argument("--train-split", help="sub-folder, prefix or split of --data (default: train)")
-    parser.add_argument("--val-split", help=f"that of the validation images (default: the first of {', '.join(VAL_SPLITS)})")
+    parser.add_argument("--val-split", help=f"split of the validation images (default: the first of {', '.join(VAL_SPLITS)})")
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--img-size", type=number(int, 1), help="for timm and pixels (default 64); a checkpoint has its own")
-    parser.add_argument("--limit-train", type=number(int, 1), help="use so many training images, spread evenly over the set")
-    parser.add_argument("--limit-val", type=number(int, 1), help="use so many validation images, spread evenly over the set")
+    parser.add_argument("--limit-train", type=number(int, 1), help="number of training images, spread evenly over the set")
+    parser.add_argument("--limit-val", type=number(int, 1), help="number of validation images, spread evenly over the set")
 
 
 def _add_features(parser: _Parser) -> None:
-    parser.add_list("--layers", str, ["all"], "all, numbers, lastK (side by side), final, gradient (EBT), sideS (pixels)")
+    parser.add_list("--layers", str, ["all"], "all, numbers, lastK (concatenated), final, gradient (EBT), sideS (pixels)")
     parser.add_list("--pool", one_of("mean", "max", "attention"), ["mean"], "mean, max, attention (trained, torch head only)")
-    parser.add_list("--noise-levels", _level, [0.0], f"VP noise of the input, 0..1, or {MATCHED}: that of the timestep")
-    parser.add_list("--timesteps", number(int, 0), [], "that a DiT is told, 0..999 (default 0, as in the paper)")
-    parser.add_list("--thinking-steps", number(int, 0), [0], "of an EBT, before its tokens are taken")
+    parser.add_list("--noise-levels", _level, [0.0], f"VP noise of the input, 0..1, or {MATCHED}: the level of the timestep")
+    parser.add_list("--timesteps", number(int, 0), [], "timesteps of a DiT, 0..999 (default 0, as in the paper)")
+    parser.add_list("--thinking-steps", number(int, 0), [0], "thinking steps of an EBT before its tokens are taken")
     parser.add_argument(
         "--views", type=number(int, 0), default=0, help="random crops of each training image for the torch head"
     )
-    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the features on disk")
-    parser.add_argument("--batch-size", type=number(int, 1), default=128, help="images fed to the network at once")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="dtype of the features on disk")
+    parser.add_argument("--batch-size", type=number(int, 1), default=128, help="images per batch of the network")
 
 
 def _add_heads(parser: _Parser) -> None:
     parser.add_list("--heads", one_of("logistic", "knn", "torch"), ["logistic", "knn"], "logistic, knn, torch")
     parser.add_list("--cs", positive, [1e-4, 1e-3, 1e-2, 1e-1], "C of logistic regression, inverse to its L2 penalty")
-    parser.add_list("--learning-rates", positive, [], "of the torch head, for a batch of 256 (default: a grid)")
-    parser.add_argument("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="of the torch head")
-    parser.add_argument("--epochs", type=number(int, 1), default=30, help="of the torch head")
-    parser.add_argument("--probe-batch-size", type=number(int, 2), default=1024, help="of the torch head")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the training images that choices are made on")
+    parser.add_list("--learning-rates", positive, [], "learning rates of the torch head, for a batch of 256 (default: a grid)")
+    parser.add_argument("--optimizer", choices=list(LEARNING_RATES), default="sgd", help="optimizer of the torch head")
+    parser.add_argument("--epochs", type=number(int, 1), default=30, help="epochs of the torch head")
+    parser.add_argument("--probe-batch-size", type=number(int, 2), default=1024, help="batch size of the torch head")
     parser.add_argument(
-        "--sweep-limit", type=number(int, 4), default=20_000, help="training images of the sweep; the choice is fitted on all"
+        "--held-out", type=float, default=0.1, help="fraction of the training images that is held out for choices"
+    )
+    parser.add_argument(
+        "--sweep-limit",
+        type=number(int, 4),
+        default=20_000,
+        help="training images of the sweep; the choice is fitted on all images",
     )
 
 

@@ -1,12 +1,12 @@
-"""The Gradio page under load: seconds to the first preview and to the result, memory, and many visitors at once.
+"""The Gradio page under load: seconds to the first preview and to the result, memory, and many visitors at the same time.
 
     python eval/page_load.py                                   512x512, 12 megapixels, 20 visitors, on the shipped checkpoint
     python eval/page_load.py --sizes 512x512 --visitors 0 --device cuda
 
-The page is started afresh for every size and for the visitors, and spoken to as a browser speaks to it, with everything but the
-image as the page has it: its own noise and number of steps. The photographs are one of the page's examples enlarged,
-as JPEG. Memory is the most that the page's process has held since it was started, which without a request is "at rest". Writes
-results.json and report.md after every part.
+The program starts a new page for every size and for the visitors, and sends the same requests as a browser. Everything except
+the image has the defaults of the page, including noise and number of steps. The photographs are an enlarged example of the
+page, as JPEG. Memory is the peak of the page's process since its start; without a request it is called "at rest". The program
+writes results.json and report.md after every part.
 """
 
 import argparse
@@ -33,7 +33,7 @@ EXAMPLE = PROGRAM.parent / "examples" / "chelsea.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 bad input or a page that failed, 130 interrupted."""
+    """Return the exit status: 0 success, 2 bad input or a page that failed, 130 interrupted."""
     settings = _parser().parse(arguments)
     settings.command = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(settings: argparse.Namespace) -> None:
-    """Measure every size, then the visitors; print and write the report after each, so that what is done stays."""
+    """Measure every size, then the visitors; print and write the report after each, so that finished parts are kept."""
     settings.device = program_device(settings.device)
     options = ["--device", settings.device]
     options += ["--checkpoint", settings.checkpoint] if settings.checkpoint else []
@@ -73,7 +73,7 @@ def run(settings: argparse.Namespace) -> None:
 
 
 def photograph(size: tuple[int, int], folder: Path) -> Path:
-    """The example enlarged to (width, height), as a JPEG file."""
+    """Return the example enlarged to (width, height), as a JPEG file."""
     path = folder / f"{size[0]}x{size[1]}.jpg"
     with Image.open(EXAMPLE) as example:
         example.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
@@ -84,7 +84,7 @@ def photograph(size: tuple[int, int], folder: Path) -> Path:
 
 
 def one_photograph(options: Sequence[str], photo: Path, size: tuple[int, int], requests: int) -> dict[str, Any]:
-    """A visitor alone on a fresh page, several times: the first request pays for what is loaded when it is used."""
+    """Measure one visitor on a new page, several times; the first request includes loading on first use."""
     with served(options) as server:
         rest = server.peak_memory()
         rows = []
@@ -103,7 +103,7 @@ def _seconds(visit: Visit) -> dict[str, Any]:
 
 
 def many_visitors(options: Sequence[str], photo: Path, size: tuple[int, int], count: int) -> dict[str, Any]:
-    """So many visitors at once, the first being served when the others come, and one more, who should be told to wait."""
+    """Measure visitors at the same time, the first being served when the others come, and one more who should be refused."""
     with served(options) as server, ThreadPoolExecutor(count) as pool:
         visitors = [Visitor(server=server) for _ in range(count + 1)]
         images = [visitor.upload(photo) for visitor in visitors]
@@ -142,7 +142,7 @@ def many_visitors(options: Sequence[str], photo: Path, size: tuple[int, int], co
 
 
 def _until_served(server: Server) -> None:
-    """Wait until the request that was made has left the queue for the worker."""
+    """Wait until the worker has taken the request from the queue."""
     while Visitor(server=server).queue_size():
         time.sleep(0.02)
 
@@ -151,7 +151,7 @@ def _until_served(server: Server) -> None:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
+    """Return the tables as Markdown."""
     about = results["about"]
     lines = ["# The page under load", "", f"    {about['command']}", ""]
     lines += [
@@ -167,7 +167,7 @@ def report(results: dict[str, Any]) -> str:
     several = results["visitors"]
     if several:
         told = several["one_more_was_told"]
-        one_more = f'one more was told: "{told}"' if told else "one more was let in"
+        one_more = f'one more was told: "{told}"' if told else "one more was accepted"
         lines += ["", f"{several['count']} visitors at once, {several['size'][0]}x{several['size'][1]} each: "]
         lines[-1] += (
             f"{several['done']} served in {_number(several['seconds'])} s, {len(several['problems'])} failed, {one_more}. "
@@ -198,10 +198,10 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("--sizes", type=_size, nargs="+", default=[(512, 512), (4000, 3000)], metavar="WIDTHxHEIGHT")
     add("--requests", type=number(int, 1), default=2, help="one after the other, for each size")
-    add("--visitors", type=number(int, 0, 20), default=20, help="visitors at once; 0 leaves that part out")
+    add("--visitors", type=number(int, 0, 20), default=20, help="visitors at the same time; 0 disables this part")
     add("--visitors-size", type=_size, default=(512, 512), metavar="WIDTHxHEIGHT")
     add("--checkpoint", metavar="FOLDER", help="a model instead of the shipped one")
-    add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--device", help="cpu, cuda, mps (default: the fastest available)")
     add("--note", default="", help="a sentence on the circumstances, for the report")
     add("--output", type=named_path, default=Path("results/page_load"))
     return parser

@@ -1,4 +1,4 @@
-"""The page in a process of its own, and visitors who speak to it as a browser does: page_load.py measures with them."""
+"""The page in its own process, and visitors that send the same requests as a browser; page_load.py measures with them."""
 
 import json
 import os
@@ -31,10 +31,10 @@ class Server:
     address: str
     pid: int
     config: dict[str, Any]
-    """What it tells every browser: its components and what they start."""
+    """The configuration that the page sends to every browser: components and events."""
 
     def peak_memory(self) -> int | None:
-        """The most bytes that the process has held at once since it was started; None where the system does not tell."""
+        """Peak bytes of the process since its start; None if the system does not report it."""
         try:
             lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         except OSError:
@@ -44,7 +44,7 @@ class Server:
 
 @contextmanager
 def served(options: Sequence[str], *, timeout: float = 300.0) -> Iterator[Server]:
-    """apps/denoise.py, freshly started with `options`. PageError if it ends, or does not answer within `timeout` seconds."""
+    """Start apps/denoise.py with `options`. Raises PageError if it ends, or does not answer within `timeout` seconds."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = int(sock.getsockname()[1])
@@ -78,37 +78,37 @@ def _config(address: str) -> dict[str, Any] | None:
 
 @dataclass(kw_only=True, slots=True)
 class Visit:
-    """What a visitor saw, in seconds after pressing Denoise."""
+    """The observations of a visitor, in seconds after pressing Denoise."""
 
     first_preview: float | None = None
-    """When the first two pictures were there, fetched; None if only the result came."""
+    """Time when the first two images were downloaded; None if only the result came."""
     total: float = 0.0
-    """When the result was there."""
+    """Time of the result."""
     facts: str = ""
     """The line under the result."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Visitor:
-    """Somebody with the page open: uploads a photograph and presses Denoise, everything else being as the page has it."""
+    """A visitor with the page open, who uploads a photograph and presses Denoise with the defaults of the page."""
 
     server: Server
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     asked: float = 0.0
-    """When Denoise was pressed, by time.perf_counter."""
+    """Time when Denoise was pressed, by time.perf_counter."""
     _client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
         self._client = httpx.Client(base_url=self.server.address, timeout=None)
 
     def upload(self, photo: Path) -> dict[str, Any]:
-        """Send a photograph; returns what stands for it in `ask`."""
+        """Upload a photograph; return its value for `ask`."""
         with photo.open("rb") as file:
             sent = self._client.post(f"{API}/upload", files={"files": (photo.name, file)})
         return {"path": sent.raise_for_status().json()[0], "orig_name": photo.name, "meta": {"_type": "gradio.FileData"}}
 
     def ask(self, image: dict[str, Any]) -> None:
-        """Press Denoise. PageError if the queue is full."""
+        """Press Denoise. Raises PageError if the queue is full."""
         self.asked = time.perf_counter()
         before, event = self._event("ask_for_result"), self._event("show_denoising")
         self._client.post(f"{API}/run/predict", json=self._body(before, [])).raise_for_status()
@@ -121,7 +121,7 @@ class Visitor:
             raise PageError(str(joined.json().get("detail", joined.text)))
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What the page says after `ask`, until it is done. PageError for a request that failed."""
+        """Yield the messages of the page after `ask`, until the result. Raises PageError for a failed request."""
         with self._client.stream("GET", f"{API}/queue/data", params={"session_hash": self.session}) as stream:
             for line in stream.iter_lines():
                 if not line.startswith("data:"):
@@ -134,7 +134,7 @@ class Visitor:
                     return
 
     def wait(self) -> Visit:
-        """Watch until the result is there."""
+        """Watch the page until the result."""
         visit = Visit()
         for message in self.messages():
             if message["msg"] == "process_generating" and visit.first_preview is None:
@@ -147,7 +147,7 @@ class Visitor:
         return visit
 
     def queue_size(self) -> int:
-        """How many requests wait, anybody's."""
+        """Return the number of waiting requests of all visitors."""
         return int(self._client.get(f"{API}/queue/status").raise_for_status().json()["queue_size"])
 
     def _event(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The picture of the README: noisy photographs, what thinking makes of them step by step, and the clean ones.
+"""The image of the README: noisy photographs, the results of thinking step by step, and the clean photographs.
 
 python eval/picture.py --model NAME --images apps/examples/*.png --output docs/thinking.png
 """
@@ -27,13 +27,13 @@ def _parser() -> OneLineParser:
     parser.add_argument("--images", nargs="+", type=named_path, required=True)
     parser.add_argument("--levels", nargs="+", type=float, default=[0.1, 0.2])
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     parser.add_argument("--output", type=named_path, required=True)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input."""
+    """Run the command line and return the exit status: 0 success, 2 bad input."""
     settings = _parser().parse(arguments)
     try:
         draw(settings)
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw(settings: argparse.Namespace) -> None:
-    """One row a photograph and noise level; columns are the noisy image, some steps, the clean image."""
+    """Draw one row per photograph and noise level; columns are the noisy image, some steps, the clean image."""
     denoiser = load_denoiser(settings.model, device=program_device(settings.device))
     rows = [(path, level) for path in settings.images for level in settings.levels]
     titles = ["noisy", *(f"{n} step{'s' * (n > 1)}" for n in settings.steps), "clean"]
@@ -67,7 +67,7 @@ def draw(settings: argparse.Namespace) -> None:
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(settings.output, dpi=80)
     plt.close(figure)
-    with Image.open(settings.output) as drawn:  # 256 colours take a fifth of the bytes
+    with Image.open(settings.output) as drawn:  # 256 colours need a fifth of the bytes
         small = drawn.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
     small.save(settings.output, optimize=True)
 

@@ -1,9 +1,10 @@
-"""The plainest faithful versions of the paper's training steps: what eval/speed.py measures ours against.
+"""The plainest faithful implementations of the paper's training steps, as a baseline for eval/speed.py.
 
-Image: what the paper's published code does, written directly: blocks whose norms, gates and shifts come from adaLN fed with
-one learned constant, attention as two matrix products and a softmax, one linear unit a patch, the mean as energy, float32, the
-gradient of the energy taken eagerly with create_graph and differentiated again. Text: the paper's layout on our blocks and
-weights, where at every thinking step S context tokens and S candidates run through all blocks together, with one mask.
+Image: a direct implementation of the paper's published code. Norms, gates and shifts of blocks come from adaLN with one learned
+constant. Attention is two matrix products and a softmax. There is one linear unit per patch, the energy is the mean, in
+float32. The gradient of the energy is taken eagerly with create_graph and differentiated again. Text: the layout of the paper
+with our blocks and weights. At every thinking step S context tokens and S candidates run through all blocks together, with one
+mask.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from ebt_vision.models.trunk_config import TrunkConfig
 
 
 class PlainBlock(nn.Module):
-    """A DiT block as the paper's code has it: six vectors from adaLN for every sample."""
+    """A DiT block as in the paper's code: six vectors from adaLN for every sample."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -41,7 +42,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainEBT(nn.Module):
-    """The paper's bidirectional EBT: images (B, 3, H, W) to one energy each, (B,)."""
+    """The paper's bidirectional EBT: images (B, 3, H, W) to one energy per image, (B,)."""
 
     def __init__(self, sizes: TrunkConfig):
         super().__init__()
@@ -82,7 +83,7 @@ def plain_image_update(sizes: TrunkConfig, noisy: Tensor, clean: Tensor) -> Call
 
 
 def plain_text_energy(model: CausalTextEBT) -> Callable[..., Tensor]:
-    """The energy (B, S) of candidates (B, S, V) after tokens (B, S), by 2S tokens through every block."""
+    """Energy (B, S) of candidates (B, S, V) after tokens (B, S), with 2S tokens through every block."""
 
     def energy(candidate: Tensor, tokens: Tensor) -> Tensor:
         S = tokens.shape[1]

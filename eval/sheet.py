@@ -1,8 +1,8 @@
-"""A sheet of noisy photographs and what models make of them, with default settings, for noise that nobody knows.
+"""A sheet of noisy photographs and the results of models with default settings, for unknown noise.
 
     python eval/sheet.py --data data/rni15 --models photographs_ebt --output docs/rni15.jpg
 
-It shows a square from the middle of each photograph, noisy, and the same square of each model's result. The whole photograph is
+It shows a square from the middle of each noisy photograph, and the same square of each result. The whole photograph is
 denoised.
 """
 
@@ -22,13 +22,13 @@ from ebt_vision.models.checkpoint import program_device
 
 
 def middle(image: Tensor, size: int) -> Tensor:
-    """The middle square of side `size`, or all of a shorter side, of (3, H, W)."""
+    """Return the middle square of side `size` of (3, H, W); a shorter side is not cut."""
     top, left = (max((side - size) // 2, 0) for side in image.shape[-2:])
     return image[:, top : top + size, left : left + size]
 
 
 def draw(rows: Sequence[Sequence[tuple[str, Tensor]]], columns: int) -> plt.Figure:
-    """A figure of squares (3, h, w) in [0, 1] with their titles, row by row, `columns` rows side by side."""
+    """Draw squares (3, h, w) in [0, 1] with their titles, row by row, `columns` rows side by side."""
     lines = -(-len(rows) // columns)
     width = len(rows[0])
     figure, axes = plt.subplots(lines, columns * width, figsize=(1.7 * columns * width, 1.85 * lines), squeeze=False)
@@ -45,7 +45,7 @@ def draw(rows: Sequence[Sequence[tuple[str, Tensor]]], columns: int) -> plt.Figu
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the sheet; exit status 2 for bad input."""
+    """Write the sheet; return exit status 2 for bad input."""
     settings = _parser().parse(arguments)
     try:
         device = program_device(settings.device)
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="sheet", description="Draw noisy photographs and what models make of them.")
+    parser = OneLineParser(prog="sheet", description="Draw noisy photographs and the results of models.")
     add = parser.add_argument
     add("--data", type=named_path, required=True, help="a folder of noisy photographs")
     add("--models", nargs="+", required=True)
@@ -79,7 +79,7 @@ def _parser() -> OneLineParser:
     add("--size", type=number(int, 8), default=160, help="side of the squares, pixels")
     add("--columns", type=number(int, 1), default=2, help="photographs side by side")
     add("--dpi", type=number(int, 30), default=110)
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     return parser
 
 

@@ -1,16 +1,16 @@
-"""Speed, side by side in one run: our training steps against the paper's plainest ones and against a feed-forward step.
+"""Speed side by side in one run: our training steps against plain implementations of the paper's and a feed-forward step.
 
     python eval/speed.py                                                  images, tokens, inference and text at two-core sizes
     python eval/speed.py --parts image --compile --precision bf16 --device cuda --img-size 128 --patch-size 16 \\
         --embed-dim 1536 --depth 24 --num-heads 16 --mlp-ratio 1 --batch-size 64
 
-Parts: `image` and `text` are training steps (thinking, loss, backward, clipping, AdamW); the plain ones are in plain_steps.py.
-`inference` is denoising by 1, 2, 4 and 8 steps and a DiT by DDIM. `photographs` is one photograph by the
-default denoiser against DnCNN's network. `tokens` is our image step at 64..4096 tokens.
-`generation` is text with the cache and without. `loader` is what the training set gives against what our step takes. Every part
-but generation says what share of the machine's own matrix rate it reaches, by counted FLOPs. `--peak-memory` adds what each row
-needs beyond its weights, `--profile` where its time goes. Only the ratios of one run mean something; see
-ebt_vision/benchmark/timing.py. Writes results.json and report.md after every part.
+Parts: `image` and `text` are training steps (thinking, loss, backward, clipping, AdamW); plain_steps.py has the plain ones.
+`inference` is denoising with 1, 2, 4 and 8 steps and with a DiT by DDIM. `photographs` compares the default denoiser with the
+network of DnCNN on one photograph. `tokens` is our image step at 64..4096 tokens. `generation` is text with and without the
+cache. `loader` compares the rate of the training set with that of our step. Every part except generation reports its fraction
+of the machine's matrix rate, by counted FLOPs. `--peak-memory` adds the memory of each row beyond its weights, `--profile` its
+use of time. Compare only ratios of one run; see ebt_vision/benchmark/timing.py. The program writes results.json and report.md
+after every part.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PARTS = ("image", "inference", "photographs", "tokens", "loader", "text", "gener
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Return the exit status: 0 success, 2 bad input, 130 interrupted."""
     settings = _parser().parse(arguments)
     settings.command = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(settings: argparse.Namespace) -> None:
-    """Time every part; print and write the report after each, so that what is done stays."""
+    """Time every part; print and write the report after each, so that finished parts are kept."""
     settings.device = program_device(settings.device)
     torch.manual_seed(settings.seed)
     if settings.profile:
@@ -86,12 +86,21 @@ def _parser() -> OneLineParser:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--rounds", type=count, default=8)
     add("--seed", type=number(int, 0), default=0)
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of our steps and of the matrix rate; plain is float32")
-    add("--no-compile", dest="compile", action="store_false", help="leave out the compiled versions")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of our steps and of the matrix rate; plain is float32",
+    )
+    add("--no-compile", dest="compile", action="store_false", help="do not run the compiled versions")
     add("--checkpoint", action="store_true", help="add rows with train.checkpoint_blocks")
-    add("--peak-memory", action="store_true", help="find each row's peak memory, in a process of its own")
-    add("--profile", action="store_true", help="add the shares of matrix products, attention, fused kernels and optimizer")
+    add("--peak-memory", action="store_true", help="measure the peak memory of each row in its own process")
+    add(
+        "--profile",
+        action="store_true",
+        help="add the time fractions of matrix products, attention, fused kernels and optimizer",
+    )
     add("--peak-of", metavar="ROW", help="print the peak memory of one row of one part in bytes, and nothing else")
     add("--output", type=named_path, default=Path("results/speed"))
     images = parser.add_argument_group("image models")
@@ -111,7 +120,9 @@ def _parser() -> OneLineParser:
         images.add_argument(name, type=kind, default=value)
     images.add_argument("--tokens", type=count, nargs="+", default=[64, 256, 1024, 4096])
     images.add_argument("--photograph-size", type=count, default=512, help="side of the photograph, pixels")
-    images.add_argument("--photograph-models", nargs="+", metavar="NAME", help="default: the one of `ebt-vision denoise`")
+    images.add_argument(
+        "--photograph-models", nargs="+", metavar="NAME", help="default: the default model of `ebt-vision denoise`"
+    )
     text = parser.add_argument_group("text models")
     for name, value in [
         ("--context-length", 256),

@@ -31,7 +31,7 @@ from ebt_vision.training.optim import build_optimizer
 
 
 def image_training(settings: argparse.Namespace) -> dict:
-    """The plain step first, ours eager and compiled with both heads, and the feed-forward step of the same trunk."""
+    """Time the plain step first, then ours, eager and compiled with both heads, and the feed-forward step of the same trunk."""
     sizes = _image_sizes(settings)
     torch.manual_seed(settings.seed)
     size = (settings.batch_size, 3, sizes.img_size, sizes.img_size)
@@ -69,7 +69,7 @@ def _image_sizes(settings: argparse.Namespace) -> TrunkConfig:
 def _image_update(
     settings: argparse.Namespace, sizes: TrunkConfig, model_type: str, clean: Tensor, *, train: dict, **model: Any
 ) -> Callable[[], None]:
-    """One update of the project's own objective and optimiser."""
+    """Make one update of the project's own objective and optimiser."""
     config = build_config(
         {
             "name": "speed",
@@ -88,18 +88,18 @@ def _image_update(
 
 
 def growth_with_tokens(settings: argparse.Namespace) -> dict:
-    """Our step at each number of tokens; the batch shrinks as they grow."""
+    """Time our step at each number of tokens; the batch shrinks as the number grows."""
     rows: list[dict] = []
     rate = 0.0
     for tokens in settings.tokens:
         side = round(tokens**0.5)
         if side * side != tokens:
-            raise ValueError(f"--tokens {tokens} is no square; use numbers such as 64, 256, 1024, 4096")
+            raise ValueError(f"--tokens {tokens} is not a square; use numbers such as 64, 256, 1024, 4096")
         sizes = replace(_image_sizes(settings), img_size=settings.patch_size * side)
         batch = max(1, settings.batch_size * 64 // tokens)
         clean = torch.randn(batch, 3, sizes.img_size, sizes.img_size, device=settings.device)
         versions = _versions_at(settings, sizes, tokens, clean)
-        if not versions:  # --peak-of names a row of another length
+        if not versions:  # --peak-of asks for a row of another length
             continue
         found = _timed_images(settings, versions, sizes, batch, "tokens")
         rows, rate = rows + found["rows"], found["matrix_rate"]
@@ -109,10 +109,10 @@ def growth_with_tokens(settings: argparse.Namespace) -> dict:
 
 
 def _versions_at(settings: argparse.Namespace, sizes: TrunkConfig, tokens: int, clean: Tensor) -> list[Version]:
-    """Our step on `clean`: compiled if wanted, else eager; from 1024 tokens on eager with both kinds of attention too."""
+    """Time our step on `clean`: compiled or eager; from 1024 tokens on eager with both kinds of attention too."""
     name, units = f"{tokens} tokens, batch {len(clean)}", len(clean) * tokens
     eager = _image_update(settings, sizes, "patch_ebt", clean, train={})
-    whole = _blockwise_from(tokens + 1, eager)  # what is counted: blocks compute their scores again
+    whole = _blockwise_from(tokens + 1, eager)  # counted version, because blocks compute their scores again
     versions: dict[str, Callable[[], object]] = {}
     if settings.compile:
         compiled = _image_update(settings, sizes, "patch_ebt", clean, train={"compile": True})
@@ -127,7 +127,7 @@ def _versions_at(settings: argparse.Namespace, sizes: TrunkConfig, tokens: int, 
 
 
 def _blockwise_from(tokens: int, call: Callable[[], object]) -> Callable[[], object]:
-    """`call` with attention by blocks from so many tokens on."""
+    """Return `call` with attention by blocks from this number of tokens on."""
 
     def run() -> None:
         with patch.object(blocks, "BLOCKWISE_TOKENS", tokens):
@@ -142,7 +142,7 @@ def _timed_images(settings: argparse.Namespace, versions: Sequence[Version], siz
 
 
 def loader(settings: argparse.Namespace) -> dict:
-    """What the training set gives, from the decoded cache and decoding on use, against what our step takes."""
+    """Time the training set, from the decoded cache and with decoding on use, against our step."""
     sizes, size = _image_sizes(settings), settings.batch_size
     clean = torch.randn(size, 3, sizes.img_size, sizes.img_size, device=settings.device)
     versions = [Version(name="our step, eager", call=_image_update(settings, sizes, "patch_ebt", clean, train={}), units=size)]
@@ -161,7 +161,7 @@ def _loading(task: ImageTask, batch_size: int) -> Callable[[], object]:
 
 
 def _write_photographs(folder: Path, count: int, side: int, seed: int) -> None:
-    """JPEGs with structure at several scales, so that they take about as long to decode as photographs."""
+    """Make JPEGs with structure at several scales, which take about as long to decode as photographs."""
     generator = torch.Generator().manual_seed(seed)
     for i in range(count):
         octaves = [torch.rand(1, 3, cells, cells, generator=generator) for cells in (2, 8, 32)]
@@ -170,7 +170,8 @@ def _write_photographs(folder: Path, count: int, side: int, seed: int) -> None:
 
 
 def inference(settings: argparse.Namespace) -> dict:
-    """An EBT by 1, 2, 4, 8 steps, the regressor once, a DiT of about the same size by DDIM; all with fresh weights."""
+    """Time an EBT with 1, 2, 4, 8 steps, the regressor once, and a DiT of about the same size by DDIM; all with random
+    weights."""
     sizes = _image_sizes(settings)
     noisy = torch.rand(settings.batch_size, 3, sizes.img_size, sizes.img_size, device=settings.device)
 

@@ -1,4 +1,4 @@
-"""The part of eval/speed.py on photographs: the denoisers people use, with their default settings, against DnCNN's network."""
+"""The part of eval/speed.py on photographs: the users' denoisers with default settings, against the network of DnCNN."""
 
 import argparse
 import functools
@@ -14,9 +14,10 @@ from ebt_vision.models.checkpoint import default_pretrained
 
 
 def dncnn() -> nn.Module:
-    """DnCNN's network for blind colour denoising, with random weights: 20 layers of 64 channels (Zhang et al. 2017, sec. IV).
+    """The network of DnCNN for blind colour denoising, with random weights: 20 layers of 64 channels (Zhang et al. 2017, sec.
+    IV).
 
-    Noisy images (B, 3, H, W) -> denoised ones. Batch normalisation is left out: at inference it is part of the convolutions.
+    Noisy images (B, 3, H, W) -> denoised images. Batch normalisation is omitted: at inference it is part of the convolutions.
     """
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(inplace=True)]
     for _ in range(18):
@@ -25,9 +26,9 @@ def dncnn() -> nn.Module:
 
 
 def photographs(settings: argparse.Namespace) -> dict:
-    """DnCNN's network first, then each of --photograph-models as `ebt-vision denoise` uses it, on one square photograph.
+    """Time the network of DnCNN first, then each of --photograph-models as in `ebt-vision denoise`, on one square photograph.
 
-    Where the processor is fast at bfloat16, which those models then use, DnCNN's network is measured in it too.
+    If the processor is fast at bfloat16, which these models then use, DnCNN is also measured in bfloat16.
     """
     side = settings.photograph_size
     generator = torch.Generator().manual_seed(settings.seed)

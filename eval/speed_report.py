@@ -7,7 +7,7 @@ from ebt_vision.benchmark.timing import Timing
 
 
 def report(results: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
+    """Return the tables as Markdown."""
     about = results["about"]
     made = ", ".join([f"commit {about['commit']}", about["hardware"], f"{about['threads']} threads", f"torch {about['torch']}"])
     lines = [
@@ -29,7 +29,7 @@ def _table(found: dict[str, Any]) -> list[str]:
     unit = found["unit"]
     lines = [f"The machine's matrix rate in these rounds: {found['matrix_rate'] / 1e9:,.1f} GFLOP/s.", ""]
     lines += [
-        f"| version | {unit}/s | times the first | s a call | first call, s | MFLOPs of one | of the matrix rate | memory |"
+        f"| version | {unit}/s | times the first | s per call | first call, s | MFLOPs of one | of the matrix rate | memory |"
     ]
     lines += ["|" + "---|" * 8]
     for row in (Timing(**row) for row in found["rows"]):
@@ -41,7 +41,7 @@ def _table(found: dict[str, Any]) -> list[str]:
 
 
 def _profile_table(profile: dict[str, dict[str, float]]) -> list[str]:
-    """Shares of a call's time; nothing where none was profiled."""
+    """Return the time fractions of the calls; empty without profiles."""
     if not profile:
         return []
     lines = ["", f"| share of the time | {' | '.join(KINDS)} |", "|" + "---|" * (1 + len(KINDS))]

@@ -1,4 +1,4 @@
-"""What the parts of eval/speed.py share: one update, rows timed in rounds, their peak memory in processes of their own."""
+"""Common code of the parts of eval/speed.py: one update, rows timed in rounds, their peak memory in separate processes."""
 
 import argparse
 import subprocess
@@ -52,11 +52,11 @@ def timed(settings: argparse.Namespace, versions: Sequence[Version], product: tu
 
 
 class PeakFound(Exception):
-    """Ends a program that was asked for one row's peak memory alone; carries the bytes."""
+    """Ends a program that was asked only for the peak memory of one row; carries the bytes."""
 
 
 def _peak_alone(settings: argparse.Namespace, name: str) -> int:
-    """The peak memory of one row, found by this program in a process of its own; ValueError where that fails."""
+    """Measure the peak memory of one row by this program in a new process. Raises ValueError if that fails."""
     program = Path(__file__).with_name("speed.py")
     command = [sys.executable, str(program), *settings.command, "--parts", settings.part, "--peak-of", name]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The parts of eval/speed.py on text: training, and generation with the cache and without."""
+"""The parts of eval/speed.py on text: training, and generation with and without the cache."""
 
 import argparse
 import statistics
@@ -29,9 +29,9 @@ from ebt_vision.text.generation import GenerateOptions, generate
 
 
 def text_training(settings: argparse.Namespace) -> dict:
-    """The plain step on 2S tokens, ours on the same weights, and the feed-forward Transformer++ of the same trunk.
+    """Time the plain step on 2S tokens, ours on the same weights, and the feed-forward Transformer++ of the same trunk.
 
-    ValueError if the two steps do not have the same loss.
+    Raises ValueError if the two steps differ in their loss.
     """
     names = ("context_length", "energy_head")
     trunk = {name: getattr(settings, f"text_{name}") for name in ("embed_dim", "depth", "num_heads")}
@@ -94,7 +94,7 @@ def _plain_text_loss(model: CausalTextEBT, batch: TextBatch, thinking: ThinkingC
 
 
 def generation(settings: argparse.Namespace) -> dict:
-    """Seconds for so many tokens with the cache and recomputing, which must write the same text (ValueError if not)."""
+    """Return seconds for this number of tokens with the cache and by recomputing. Raises ValueError if the texts differ."""
     rows = []
     for num_tokens in settings.generate:
         torch.manual_seed(settings.seed)
@@ -112,7 +112,7 @@ def generation(settings: argparse.Namespace) -> dict:
                 written[cached] = [token.token for token in tokens]
                 seconds[cached].append(time.perf_counter() - begin)
         if written[True] != written[False]:
-            raise ValueError(f"with the cache {num_tokens} tokens are others than without it")
+            raise ValueError(f"with the cache {num_tokens} tokens differ from those without it")
         with_cache, recomputing = statistics.median(seconds[True]), statistics.median(seconds[False])
         rows.append(
             {

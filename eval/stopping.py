@@ -1,10 +1,10 @@
-"""Choose a photograph EBT's stopping rule: PSNR after each step, and where a tolerance of the observation's energy would stop.
+"""Choose the stopping rule of a photograph EBT: PSNR after each step, and where a tolerance of the observation would stop.
 
     python eval/stopping.py --model runs/photographs_ebt/model --data data/imagenet-photos --split train
 
-Measure it on images of the training, not on those of a benchmark. Every photograph is used at each sigma, and once with
-realistic noise. The table has a row for each noise: the PSNR in dB after 1..N steps, and for each tolerance the PSNR and the
-mean number of steps. The last lines say which tolerance is never far behind the best number of steps of each noise.
+Use training images, not those of a benchmark. Every photograph is used at each sigma, and once with realistic noise. The table
+has a row for each noise: the PSNR in dB after 1..N steps, and for each tolerance the PSNR and the mean number of steps. The
+last lines show the worst loss of each tolerance against the best number of steps for each noise.
 """
 
 import sys
@@ -28,9 +28,10 @@ TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1,
 
 
 def stops(energies: Tensor, tolerance: float) -> Tensor:
-    """After how many steps each sample stops, int64 (B,), by the rule of think(): energies (T + 1, B), the observation's first.
+    """Return the step at which each sample stops, int64 (B,), by the rule of think(); energies (T + 1, B) start with the
+    observation.
 
-    Stops at the first t >= 1 with E_t <= tolerance * E_0, and at t - 1 where step t raised the energy.
+    A sample stops at the first t >= 1 with E_t <= tolerance * E_0, and at t - 1 if step t raised the energy.
     """
     num_steps, batch = len(energies) - 1, energies.shape[1]
     ended = torch.full((batch,), num_steps)
@@ -46,7 +47,7 @@ def stops(energies: Tensor, tolerance: float) -> Tensor:
 
 
 def measure(denoiser: Denoiser, clean: Tensor, noisy: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """PSNR after each of 1..num_steps steps, (num_steps, B), and energies (num_steps + 1, B), of images of one size."""
+    """Return PSNR after each of 1..num_steps steps, (num_steps, B), and energies (num_steps + 1, B), of images of one size."""
     options = DenoiseOptions(num_steps=num_steps, keep_trajectory=True)
     psnrs, energies = [], []
     for one, clear in zip(noisy.split(8), clean.split(8), strict=True):
@@ -58,7 +59,7 @@ def measure(denoiser: Denoiser, clean: Tensor, noisy: Tensor, num_steps: int) ->
 
 
 def conditions(clean: Tensor, sigmas: Sequence[float], seed: int) -> dict[str, Tensor]:
-    """Noisy versions of the images: white Gaussian noise of each sigma, and realistic noise."""
+    """Return noisy versions of the images: white Gaussian noise of each sigma, and realistic noise."""
     noisy = {}
     for sigma in sigmas:
         generators = sample_generators(seed, range(len(clean)), round(sigma))
@@ -70,12 +71,12 @@ def conditions(clean: Tensor, sigmas: Sequence[float], seed: int) -> dict[str, T
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; exit status 2 for bad input."""
+    """Print the table; return exit status 2 for bad input."""
     settings = _parser().parse(arguments)
     try:
         denoiser = load_denoiser(settings.model, device=program_device(settings.device))
         if not denoiser.starts_from_proposal:
-            raise ValueError(f"{settings.model} does not think from a proposal; its rule is eval/training_gain.py's")
+            raise ValueError(f"{settings.model} does not think from a proposal; use eval/training_gain.py for its rule")
         data = DataConfig(path=settings.data, split=settings.split, img_size=settings.img_size, limit=settings.limit)
         images = load_image_set(data)
     except (ValueError, OSError) as error:
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         means = psnrs.mean(1)
         print(f"{name}: after 1..{settings.steps} steps {' '.join(f'{value:.2f}' for value in means)}")
         shares = energies[1:].mean(1) / energies[0].mean()
-        print(f"  energies as shares of the noisy image's: {' '.join(f'{value:.4f}' for value in shares)}")
+        print(f"  energies relative to the noisy image: {' '.join(f'{value:.4f}' for value in shares)}")
         fixed = torch.maximum(fixed, means.max() - means)
         for i, tolerance in enumerate(TOLERANCES):
             ended = stops(energies, tolerance)
@@ -104,17 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="stopping", description="Where does a photograph EBT stop, and where should it?")
+    parser = OneLineParser(prog="stopping", description="Compare stopping rules of a photograph EBT.")
     add = parser.add_argument
     add("--model", required=True)
-    add("--data", required=True, help="images, as data.path of a config")
+    add("--data", required=True, help="images, in the forms of data.path")
     add("--split", help="as data.split")
     add("--img-size", type=number(int, 16), default=160)
-    add("--limit", type=number(int, 1), default=48, help="images, spread over the set")
+    add("--limit", type=number(int, 1), default=48, help="number of images, spread over the set")
     add("--steps", type=number(int, 1), default=5)
     add("--sigmas", type=number(float, 0), nargs="+", default=[5.0, 15.0, 25.0, 50.0, 75.0])
     add("--seed", type=number(int, 0), default=0)
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     return parser
 
 

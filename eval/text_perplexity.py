@@ -1,11 +1,11 @@
-"""Perplexity of text models against thinking steps and candidates, on held-out and on shifted text.
+"""Perplexity of text models over thinking steps and candidates, on held-out and shifted text.
 
     python eval/text_perplexity.py --models runs/text_shakespeare_ebt/model runs/text_shakespeare_transformer/model \\
         --data data/tinyshakespeare/input.txt --share 0.9 1.0 --output results/text
 
-The same text is scored as it is, with its case swapped and with typos; --texts NAME=FILE adds others, such as another language,
-and program code (this library's own) is always there. Writes results.json and report.md. Bits per byte compare models
-with different tokenizers; perplexity is per token.
+The text is scored unchanged, with swapped case and with typos. Program code (of this library) is always added; --texts
+NAME=FILE adds other texts, such as another language. The program writes results.json and report.md. Bits per byte are
+comparable for different tokenizers; perplexity is per token.
 """
 
 import json
@@ -28,7 +28,7 @@ from ebt_vision.text.generation import make_reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Return the exit status: 0 success, 2 bad input, 130 interrupted."""
     settings = _parser().parse(arguments)
     settings.command = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -47,14 +47,14 @@ def run(settings: Any) -> None:
     device = program_device(settings.device)
     models = {name: load_pretrained(name, device=device) for name in dict.fromkeys(settings.models)}
     for model in models.values():
-        make_reader(model)  # refuses other kinds of models, before the work
+        make_reader(model)  # refuse other kinds of models before the work starts
     length = settings.context_length or min(int(model.config.context_length) for model in models.values())
     texts = load_texts(settings, length)
     for name, model in models.items():
         for samples in texts.values():
             if samples.tokenizer.vocab_size > model.config.vocab_size:
                 sizes = f"{samples.tokenizer.vocab_size} tokens, {name} {model.config.vocab_size}"
-                raise ValueError(f"--tokenizer {settings.tokenizer} has {sizes}; give the one it was trained with")
+                raise ValueError(f"--tokenizer {settings.tokenizer} has {sizes}; use the tokenizer of its training")
         if length > model.config.context_length:
             raise ValueError(f"--context-length {length} is above the {model.config.context_length} of {name}")
     results: dict[str, Any] = {
@@ -91,7 +91,7 @@ def run(settings: Any) -> None:
 
 
 def load_texts(settings: Any, length: int) -> dict[str, TextSet]:
-    """The texts to score by name: the data shifted in every way, code, and --texts."""
+    """Return the texts to score by name: the data with every shift, code, and --texts."""
     base = TextDataConfig(path=settings.data, tokenizer=settings.tokenizer, context_length=length, share=tuple(settings.share))
     held_out = load_text_set(base)
     text = held_out.text()
@@ -105,7 +105,7 @@ def load_texts(settings: Any, length: int) -> dict[str, TextSet]:
     for word in settings.texts:
         name, equals, path = word.partition("=")
         if not equals or not name or not path:
-            raise ValueError(f"--texts {word} is not of the form NAME=FILE")
+            raise ValueError(f"--texts {word} does not have the form NAME=FILE")
         others[name] = path
     return texts | {name: load_text_set(replace(base, path=path, share=(0.0, 1.0))) for name, path in others.items()}
 
@@ -120,7 +120,7 @@ def _collect(results: dict[str, Any], text: str, scores: dict[str, TextScores]) 
             results["rows"] += [{"model": name, "text": text, **row} for row in score.summary(count)]
         if score.energies is None:
             continue
-        # How hard a token is, from another model or another start: see gain_by_difficulty.
+        # Difficulty of a token, from another model or another start: see gain_by_difficulty.
         others = references or ([score.losses[-1, 0]] if len(score.losses) > 1 else [])
         for other in others[:1]:
             rows = score.gain_by_difficulty(other)
@@ -128,19 +128,19 @@ def _collect(results: dict[str, Any], text: str, scores: dict[str, TextScores]) 
 
 
 def report(results: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
+    """Return the tables as Markdown."""
     about = results["about"]
     lines = ["# Text: perplexity against thinking", "", f"    {about['command']}", ""]
     made = ", ".join([f"commit {about['commit']}", about["hardware"], f"torch {about['torch']}", about["date"]])
     lines += [f"{made}, seed {about['seed']}.", ""]
     lines += [f"- `{name}`: {m['kind']}, {m['parameters']:,} parameters, {m['hash']}" for name, m in results["models"].items()]
-    head = "| model | text | candidates | steps | perplexity | bits per byte | gain over one step (nats a token) |"
+    head = "| model | text | candidates | steps | perplexity | bits per byte | gain over one step (nats per token) |"
     lines += ["", head, "|---|---|---|---|---|---|---|"]
     for row in results["rows"]:
         gain = f"{row['gain_nats']:+.4f} ± {row['gain_error']:.4f}"
         numbers = f"{row['candidates']} | {row['steps']} | {row['perplexity']:.3f} | {row['bits_per_byte']:.4f} | {gain}"
         lines.append(f"| {row['model']} | {row['text']} | {numbers} |")
-    lines += ["", "± is one standard error over tokens taken as independent, which neighbours are not."]
+    lines += ["", "± is one standard error, with tokens treated as independent, although neighbours are not."]
     if results["difficulty"]:
         lines += ["", "Gain of the last step over the first, by tenths of the tokens from the easiest to the hardest:", ""]
         lines += ["| model | text | tenth | difficulty (nats) | gain (nats) |", "|---|---|---|---|---|"]
@@ -159,14 +159,14 @@ def _parser() -> OneLineParser:
     add("--share", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], help="the part of the text to score")
     add("--texts", nargs="*", default=[], metavar="NAME=FILE", help="more texts, such as another language")
     add("--tokenizer", default="bytes", help="bytes, or a tokenizer.json")
-    add("--context-length", type=count, help="predictions in a sequence (default: the shortest context of the models)")
+    add("--context-length", type=count, help="predictions per sequence (default: the shortest context of the models)")
     add("--steps", type=count, default=10)
     add("--candidates", type=count, default=8)
     add("--langevin", type=number(float, 0), default=0.0, help="noise on the logits before each gradient")
-    add("--limit", type=count, default=20_000, help="tokens of each text")
+    add("--limit", type=count, default=20_000, help="number of tokens of each text")
     add("--batch-size", type=count, default=8)
     add("--seed", type=number(int, 0), default=0)
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     add("--output", type=named_path, default=Path("results/text"))
     return parser
 

@@ -1,10 +1,10 @@
-"""By how much an EBT's first thinking step lowers the energy at the noise that it was trained on.
+"""Measure the training gain of an EBT: the mean decrease of the energy by the first step at the training noise level.
 
     python eval/training_gain.py --model tiny_imagenet_ebt --data "train-*.parquet" --level 0.1
 
-prints the mean over images of that fall, in energy per patch. As `training_gain` in the model's config (its config.json, or
-the `model` section of a training config) it is what `--tolerance-of training` compares later steps with. The noise is that
-of the VP process at one level; there is no such number for a model that was trained on noise of many strengths.
+prints the mean over images, in energy per patch. `--tolerance-of training` needs this number as `training_gain` in the config
+of the model (its config.json, or the `model` section of a training config). The noise is that of the VP process at one level. A
+model that was trained on noise of many strengths has no training gain.
 """
 
 import sys
@@ -25,15 +25,15 @@ from ebt_vision.models.checkpoint import program_device
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="training_gain", description="Measure an EBT's training_gain.")
     parser.add_argument("--model", required=True, help="a shipped name, a folder or hub:OWNER/NAME; an EBT for images")
-    parser.add_argument("--data", required=True, help="images as it was trained on, better not those that it is tested on")
-    parser.add_argument("--level", type=number(float, 0, 1), default=0.1, help="its training's VP noise level (default 0.1)")
-    parser.add_argument("--limit", type=number(int, 1), default=512, help="images, spread evenly over the data")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--data", required=True, help="images like the training images, but not the test images")
+    parser.add_argument("--level", type=number(float, 0, 1), default=0.1, help="VP noise level of the training (default 0.1)")
+    parser.add_argument("--limit", type=number(int, 1), default=512, help="number of images, spread evenly over the data")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input."""
+    """Run the command line and return the exit status: 0 success, 2 bad input."""
     settings = _parser().parse(arguments)
     try:
         device = program_device(settings.device)
@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(model: str, data: str, level: float, limit: int, *, batch_size: int = 32, device: str = "cpu") -> torch.Tensor:
-    """The fall of each image's energy in the first step, mean over patches, (N,). Raises ValueError for other models."""
+    """Return the gain of each image's first step, mean over patches, (N,). Raises ValueError for other models."""
     denoiser = load_denoiser(model, device=device)
     if not isinstance(denoiser, EBTDenoiser):
-        raise ValueError(f"{model} is no EBT for images, so it has no energy to lower")
+        raise ValueError(f"{model} is not an EBT for images, so it has no energy")
     images = load_images(data, img_size=denoiser.tile_size, limit=limit)
     condition = Condition(protocol="paper", kind="level", strength=level)
     row = Row(model=model, kind="ebt", method="thinking", num_steps=1, reported=(1,))

@@ -221,7 +221,7 @@ def test_shards_whose_samples_have_several_images(tmp_path):
     assert torch.equal(load(tmp_path / "a.tar").images([0]), as_tensor(first))
     assert torch.equal(load(tmp_path / "a.tar", image_column="depth.png").images([0]), as_tensor(depth))
     write_tar(tmp_path / "b.tar", {f"photo.{i}.png": png(noise(i)) for i in range(6)})
-    with pytest.raises(DataError, match=r"sample photo in .*b.tar has 6 images \(0.png, 1.png, 2.png, ...; a key ends at"):
+    with pytest.raises(DataError, match=r"sample photo in .*b.tar has 6 images \(0.png, 1.png, 2.png, ...; keys end at"):
         load(tmp_path / "b.tar")
     assert torch.equal(load(tmp_path / "b.tar", image_column="4.png").images([0]), as_tensor(noise(4)))
 

@@ -126,7 +126,7 @@ def test_trajectory_ends_with_the_image(kind):
 @pytest.mark.parametrize(
     ("noisy", "message"),
     [
-        (torch.zeros(3, 16, 16), r"shape \(3, 16, 16\); give \(B, 3, H, W\)"),
+        (torch.zeros(3, 16, 16), r"shape \(3, 16, 16\); use \(B, 3, H, W\)"),
         (torch.zeros(1, 1, 16, 16), "1 channels; use RGB"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "image / 255"),
         (torch.zeros(1, 3, 7, 16), "7x16 px; both sides must be 8 px or more"),
@@ -185,13 +185,13 @@ def test_an_image_that_is_to_get_a_gradient_is_refused_and_think_gives_it(size: 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("num_steps", 2.0, "num_steps=2.0 is a float; give a whole number"),
+        ("num_steps", 2.0, "num_steps=2.0 is a float; use a whole number"),
         ("num_steps", True, "num_steps=True is a bool"),
         ("num_candidates", "2", "num_candidates='2' is a str"),
         ("seed", None, "seed=None is a NoneType"),
         ("tile_size", 64.0, "tile_size=64.0 is a float"),
-        ("tolerance", "0.1", "tolerance='0.1' is a str; give a number"),
-        ("langevin_std", None, "langevin_std=None is a NoneType; give a number"),
+        ("tolerance", "0.1", "tolerance='0.1' is a str; use a number"),
+        ("langevin_std", None, "langevin_std=None is a NoneType; use a number"),
     ],
 )
 def test_options_of_another_type(name, value, message):

@@ -216,8 +216,8 @@ def test_parts_of_other_settings_are_refused(photos: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sigmas", "5"], "--sigmas has no effect on --protocol paper, only on awgn"),
-        (["--protocol", "awgn", "--levels", "0.3"], "--levels has no effect on --protocol awgn, only on paper"),
+        (["--sigmas", "5"], "--sigmas has no effect with --protocol paper, only with awgn"),
+        (["--protocol", "awgn", "--levels", "0.3"], "--levels has no effect with --protocol awgn, only with paper"),
         (["--clipped"], "--clipped is a track of awgn and ood"),
         (["--tolerance-of", "previous"], "--tolerance-of previous has no effect without --tolerances"),
         (["--langevin", "0.1"], "--langevin has no effect with --candidates 0"),
@@ -264,8 +264,8 @@ def test_parts_know_the_fields_of_the_config_that_their_row_depends_on(
     [
         (["--clipped"], "--clipped is a track of awgn and ood"),
         (["--protocol", "ood", "--corruptions", "fog"], "corruption 'fog' is unknown; use some of salt-and-pepper"),
-        (["--reference", "identity:noisy input:7"], "is no row of this run; the rows are: identity:noisy input:1"),
-        (["--group", "both=identity"], "is not of the form NAME=MODEL,MODEL"),
+        (["--reference", "identity:noisy input:7"], "is not a row of this run; the rows are: identity:noisy input:1"),
+        (["--group", "both=identity"], "does not have the form NAME=MODEL,MODEL"),
         (["--lpips-backbone", "missing.pth"], "no LPIPS backbone at missing.pth"),
         (["--device", "abacus"], "device='abacus' is not on this machine"),
     ],
@@ -281,9 +281,9 @@ def test_unreadable_images_are_left_out_of_every_row(tmp_path: Path, baselines: 
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:500])
     (folder / "note.png").write_text("no image")
     assert denoising.main(arguments(folder, tmp_path / "out", ["identity", baselines[0]], "--levels", "0.1")) == 0
-    assert "2 images" in (err := capsys.readouterr().err) and "2 left out: 1.png" in err
+    assert "2 images" in (err := capsys.readouterr().err) and "2 skipped: 1.png" in err
     assert {row["num_images"] for row in rows(tmp_path / "out")} == {2}
-    assert "Left out of every row: note.png" in (tmp_path / "out" / "report.md").read_text()
+    assert "Excluded from every row: note.png" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_awgn_is_the_restoration_papers(tmp_path: Path, tiny_checkpoint: Path):
@@ -351,7 +351,7 @@ def test_a_config_file_says_the_same(photos: Path, tmp_path: Path, capsys: pytes
     ]
     config.write_text("\n".join(lines))
     assert denoising.main(["--config", str(config), "--levels", "0.3", "--output", str(tmp_path / "out")]) == 0
-    assert [row["strength"] for row in rows(tmp_path / "out")] == [0.3]  # the command line goes before the file
+    assert [row["strength"] for row in rows(tmp_path / "out")] == [0.3]  # the command line takes precedence over the file
     capsys.readouterr()
     config.write_text("\n".join([*lines, "levles: [0.1]"]))
     with pytest.raises(SystemExit) as exit_status:
@@ -433,4 +433,4 @@ def test_the_training_gain_is_the_mean_fall_of_the_first_step(
     falls = training_gain.measure(str(tiny_checkpoint), str(photos), 0.1, 4, batch_size=3)
     assert falls.shape == (4,) and f"training_gain: {falls.mean():.4g} " in told
     assert training_gain.main(["--model", baselines[0], "--data", str(photos)]) == 2
-    assert "is no EBT" in capsys.readouterr().err
+    assert "is not an EBT" in capsys.readouterr().err

@@ -100,9 +100,9 @@ def test_the_command_exports_a_regressor(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["--output", "model.txt"], "must end with .onnx or .pt2"),
         (["--output", "no/model.pt2"], "is not a folder"),
-        (["--output", "model.pt2", "--part", "step"], "give height and width"),
+        (["--output", "model.pt2", "--part", "step"], "set height and width"),
         (["--output", "model.pt2", "--part", "step", "--size", "9x16"], "9x16 is not a multiple of patch_size=8"),
-        (["--output", "model.pt2", "--size", "16x16"], "--size is for --part step"),
+        (["--output", "model.pt2", "--size", "16x16"], "--size is only for --part step"),
     ],
 )
 def test_a_wrong_request_is_one_line(

@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(tmp_path: Path, monkeypa
         save(file, array, **options)
 
     monkeypatch.setattr(feature_cache.np, "save", full)
-    with pytest.raises(CacheError, match="disk of .* is full; make room or choose another --cache"):
+    with pytest.raises(CacheError, match="disk of .* is full; free space or choose another --cache"):
         fill(make_cache(tmp_path), ["once"])
     assert not list(tmp_path.rglob("*.writing"))
     monkeypatch.setattr(feature_cache.np, "save", save)
@@ -150,7 +150,7 @@ def test_too_little_room_is_said_before_the_work(tmp_path: Path, monkeypatch: py
     cache.check_space({"once": 6})
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage(0, 0, 10**9))
-    with pytest.raises(CacheError, match="need about 2.50 GB, the disk of .* has 1.00 GB left"):
+    with pytest.raises(CacheError, match="need about 2.50 GB, but .* has only 1.00 GB left"):
         cache.check_space({"once": 10**8})
     fill(cache, ["once"])
     cache.check_space({"once": 10**8})  # nothing is missing

@@ -242,14 +242,14 @@ def test_what_a_network_cannot_do_is_said(name: str, asked: dict, message: str, 
 
 
 def test_bad_names_sizes_and_conditions(folder: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="was trained at 16 px, img_size=32 is another size; leave img_size out"):
+    with pytest.raises(ValueError, match="was trained at 16 px, not at img_size=32; remove img_size"):
         load_extractor(str(folder / "ebt"), img_size=32)
     for name in ("no-such", "random:no-such"):
         with pytest.raises(ValueError, match="neither a shipped checkpoint"):
             load_extractor(name)
-    with pytest.raises(ValueError, match="timm:no_such cannot be made at 64 px .*Unknown model"):
+    with pytest.raises(ValueError, match="timm:no_such cannot be created at 64 px .*Unknown model"):
         load_extractor("timm:no_such")
-    with pytest.raises(ValueError, match="timm weights go with a timm:NAME"):
+    with pytest.raises(ValueError, match="timm weights are only for a timm:NAME"):
         load_extractor("pixels", timm_weights="pretrained")
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="check its name, weights and size"):
@@ -275,11 +275,11 @@ def test_floats_in_the_unit_range_are_the_same_images(dtype: torch.dtype, folder
     [
         (lambda x: x.float(), r"values in \[0, 255\].*use images / 255"),
         (lambda x: x.float() / 127.5 - 1, r"values in \[-1, 1\].*for -1..1 \(images \+ 1\) / 2"),
-        (lambda x: x.long(), "dtype torch.int64; give uint8, or floats in"),
+        (lambda x: x.long(), "dtype torch.int64; use uint8, or floats in"),
         (lambda x: x.float().div(255).fill_(float("nan")), "NaN or infinite"),
-        (lambda x: x[0], r"of shape \(3, 16, 16\); give a tensor \(B, 3, H, W\)"),
+        (lambda x: x[0], r"of shape \(3, 16, 16\); use a tensor \(B, 3, H, W\)"),
         (lambda x: x[:, :1], r"of shape \(5, 1, 16, 16\)"),
-        (lambda x: x.numpy(), "a ndarray; give a tensor"),
+        (lambda x: x.numpy(), "a ndarray; use a tensor"),
     ],
 )
 def test_images_of_another_kind_or_range_are_refused_in_one_line(change, answer: str, folder: Path, images: Tensor):

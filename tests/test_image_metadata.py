@@ -186,7 +186,7 @@ def test_iptc_of_a_jpeg_survives_beside_the_rest(tmp_path, suffix, bit_depth):
     with Image.open(tmp_path / f"b{suffix}") as other:
         assert IptcImagePlugin.getiptcinfo(other) == {(2, 105): b"Headline", (2, 25): b"key"}
         assert suffix == ".tif" or other.info["comment"] == b"A comment"
-    lost = [] if suffix == ".jpg" else ["its comment is left out, because TIFF has no place for it"]
+    lost = [] if suffix == ".jpg" else ["its comment is left out, because TIFF does not support it"]
     assert losses(f"b{suffix}", image) == lost
 
 
@@ -195,7 +195,7 @@ def test_iptc_that_cannot_be_kept_is_said(tmp_path):
     image = ImageFile(pixels=torch.zeros(3, 16, 16), metadata=long)
     for suffix, kind in ((".png", "PNG"), (".webp", "WebP")):
         assert losses(f"a{suffix}", image) == [
-            f"its IPTC data (caption, author, keywords) are left out, because {kind} has none"
+            f"its IPTC data (caption, author, keywords) are left out, because {kind} does not support them"
         ]
     assert [loss.split(" are ")[0] for loss in losses("a.jpg", image)] == ["its XMP data", "its IPTC data"]
     write_image(tmp_path / "a.jpg", image)
@@ -209,7 +209,7 @@ def test_comments_and_texts_survive_in_their_own_format(tmp_path):
         assert other.info["comment"] == b"A comment"
     for suffix, kind in ((".png", "PNG"), (".webp", "WebP"), (".tif", "TIFF")):
         lost = losses(f"a{suffix}", read_image(tmp_path / "a.jpg"))
-        assert lost == [f"its comment is left out, because {kind} has no place for it"]
+        assert lost == [f"its comment is left out, because {kind} does not support it"]
     info = PngImagePlugin.PngInfo()
     info.add_text("Title", "A title")
     Image.fromarray(noise()).save(tmp_path / "a.png", pnginfo=info)

@@ -95,7 +95,7 @@ def test_an_ebt_with_all_that_it_has(photos: Path, tmp_path: Path, tiny_checkpoi
     again = results(tmp_path)
     assert [row["top1"] for row in again["validation"]] == [row["top1"] for row in found["validation"]]
     assert again["about"]["num_validation_choices"] == found["about"]["num_validation_choices"] == 3
-    assert "0 images fed to the network" in capsys.readouterr().out
+    assert "0 images through the network" in capsys.readouterr().out
 
 
 def test_a_dit_swept_over_timesteps(photos: Path, tmp_path: Path, dit: str):
@@ -207,18 +207,18 @@ def no_validation(data: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (one_class, "", "has 1 class (blue); a probe needs 2 or more"),
+        (one_class, "", "has 1 class (blue); a probe needs at least 2"),
         (one_image, "", "class 'red' has 1 readable training image; choices are made on held-out images"),
         (another_class, "", "labels differ between the splits: the training set lacks 1 validation classes (pink)"),
         (no_validation, "", "has no validation set"),
         (None, "--val-split nope", "has neither a folder 'nope'"),
-        (None, "--model EBT --img-size 64", "was trained at 32 px, img_size=64 is another size"),
+        (None, "--model EBT --img-size 64", "was trained at 32 px, not at img_size=64"),
         (None, "--model no-such", "neither a shipped checkpoint"),
-        (None, "--data no/such", "no/such is no folder with splits; give one, hub:OWNER/NAME, or other files with --val-data"),
+        (None, "--data no/such", "no/such is not a folder with splits; use one, or hub:OWNER/NAME, or add --val-data"),
         (None, "--layers block7", "pixels has no layer 'block7'"),
         (None, "--timesteps 3", "pixels takes no timestep"),
         (None, "--thinking-steps 2", "pixels does not think"),
-        (None, "--noise-levels matched", "is the noise of a timestep, and pixels takes none"),
+        (None, "--noise-levels matched", "is the noise of a timestep, but pixels takes no timestep"),
         (None, "--noise-levels 2", "noise level 2 is not in [0, 1]"),
         (None, "--pool attention", "the logistic head cannot train attention pooling; use --heads torch"),
         (None, "--views 2", "only the torch head trains on random crops"),
@@ -279,4 +279,4 @@ def test_a_full_disk_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(feature_cache.np, "save", full)
     assert probe("pixels", photos, tmp_path, "--layers", "side4", "--img-size", "16") == 2
-    assert "the disk of" in (line := capsys.readouterr().err.strip().splitlines()[-1]) and "is full; make room" in line
+    assert "the disk of" in (line := capsys.readouterr().err.strip().splitlines()[-1]) and "is full; free space" in line

@@ -331,7 +331,7 @@ def test_a_heic_of_10_bits_says_that_8_are_read_and_keeps_what_its_colours_mean(
     heif = pillow_heif.from_bytes(mode="RGB;16", size=(96, 64), data=pixels.tobytes())
     heif.save(tmp_path / "a.heic", color_primaries=12, transfer_characteristics=13, matrix_coefficients=6, full_range_flag=1)
     image = read_image(tmp_path / "a.heic")
-    assert image.notes == ("its 10 bits are read as 8",)
+    assert image.notes == ("its 10 bits are reduced to 8",)
     write_image(tmp_path / "a.png", image)
     assert read_image(tmp_path / "a.png").metadata.png_colour == ((b"cICP", b"\x0c\x0d\0\1"),)
 
@@ -363,7 +363,7 @@ def test_bits_of_an_avif_that_are_lost_are_said(tmp_path, flags, bits):
     data[configuration + 2] |= flags
     data[channels : channels + 3] = bytes([bits] * 3)
     (tmp_path / "a.avif").write_bytes(data)
-    assert read_image(tmp_path / "a.avif").notes == (f"its {bits} bits are read as 8",)
+    assert read_image(tmp_path / "a.avif").notes == (f"its {bits} bits are reduced to 8",)
 
 
 @pytest.mark.parametrize("words", [["", "--output", "o"], ["a.png", "--output", ""], ["a.png", "--output="]])

@@ -71,7 +71,7 @@ def test_graphics_are_drawn_and_have_flat_colours(tmp_path: Path, capsys: pytest
     assert colours.shape == (320, 480, 3) and tuple(colours[-20, 20]) == (255, 0, 0)  # pure red
     (tmp_path / "file").touch()
     assert graphics.main(["--output", str(tmp_path / "file")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be created" in capsys.readouterr().err
 
 
 def test_the_sheet_shows_every_photograph(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -38,7 +38,7 @@ def test_classes_agree_by_name_or_by_number():
     [
         ((None, None, [0], None), "the training set has no labels; use class folders or --label-column"),
         (([0, 1], None, None, None), "the validation set has no labels"),
-        (([0, 0], ["ant"], [0], ["ant"]), r"has 1 class \(ant\); a probe needs 2 or more"),
+        (([0, 0], ["ant"], [0], ["ant"]), r"has 1 class \(ant\); a probe needs at least 2"),
         (([0, 1], ["a", "b"], [0, 1], ["a", "x"]), r"labels differ between the splits: .*lacks 1 validation classes \(x\)"),
         (([0, 1], ["a", "b"], [0, 1], None), "training set has class names, the validation set numbers"),
         (([0, 1], None, [0, 1], ["a", "b"]), "validation set has class names, the training set numbers"),
@@ -60,7 +60,7 @@ def test_the_split_takes_of_every_class_and_knows_its_seed():
     assert not np.array_equal(stratified_split(labels, usable, 0.1, 1, "abc")[1], held)
     assert np.bincount(labels[stratified_split(labels, usable, 0.9, 0, "abc")[0]]).min() >= 1
     usable[[60, 61]] = False
-    with pytest.raises(DataError, match="class 'c' has 1 readable training image; .*needs 2 or more"):
+    with pytest.raises(DataError, match="class 'c' has 1 readable training image; .*needs at least 2"):
         stratified_split(labels, usable, 0.1, 0, "abc")
     with pytest.raises(ValueError, match="held-out share 1 is not between 0 and 1"):
         stratified_split(labels, usable, 1.0, 0, "abc")

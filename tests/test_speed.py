@@ -106,7 +106,7 @@ def test_steps_that_disagree_are_not_timed(tmp_path: Path, capsys: pytest.Captur
     assert speed.main([*TINY, "--parts", "text", "--output", str(tmp_path)]) == 2
     assert "disagree" in capsys.readouterr().err
     assert speed.main([*TINY, "--parts", "tokens", "--tokens", "60", "--output", str(tmp_path)]) == 2
-    assert "--tokens 60 is no square" in capsys.readouterr().err
+    assert "--tokens 60 is not a square" in capsys.readouterr().err
 
 
 def test_rates_and_shares_come_from_units_and_counted_products():

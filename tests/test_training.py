@@ -511,7 +511,7 @@ def test_a_second_training_in_a_folder_is_one_line(photos: Path, tmp_path: Path)
     with FileLock(tmp_path / "run" / ".lock"):
         second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert second.returncode == 2
-    assert second.stderr == "ebt-vision: another training uses in run; wait for its end or choose another --output\n"
+    assert second.stderr == "ebt-vision: another training uses run; wait until it ends or choose another --output\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     train(raw, tmp_path / "run")  # the lock is gone with its holder
 

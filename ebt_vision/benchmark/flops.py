@@ -1,7 +1,7 @@
 """Floating-point operations of a run, by PyTorch's counter: 2 for each multiply-add of matrix products and convolutions.
 
-The gradient with respect to the image is counted like everything else. Element-wise work, norms and softmax are not: the
-counter knows products alone. Attention takes its math path while it is counted, so that its products are seen.
+The gradient with respect to the image is counted as well. Element-wise operations, norms and softmax are not counted, because
+the counter knows only products. While counting, attention uses the math path, so that the counter sees its products.
 """
 
 from collections.abc import Callable
@@ -19,30 +19,30 @@ from ebt_vision.denoising.options import DenoiseOptions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one image costs a denoiser."""
+    """The cost of one image."""
 
     step: int
-    """One step: for an EBT the energy and its gradient, for the others a forward pass."""
+    """FLOPs of one step: for an EBT the energy and its gradient, for the others a forward pass."""
     final: int
-    """An EBT's energy of the last image, which plain thinking does not need."""
+    """FLOPs of an EBT's energy of the last image, which plain thinking does not need."""
 
     def of_run(self, row: Row, num_forward: float, step: int) -> float:
-        """FLOPs until the image of `step` is there, in a run that has spent `num_forward` passes on the image."""
+        """Return the FLOPs up to the image of `step`, in a run with `num_forward` passes for this image."""
         if not row.needs_final_energy:
             return self.step * num_forward * step / row.num_steps
-        # A run that stopped early ends with a gradient that is not used, any other with an energy alone.
+        # A run that stopped early ends with an unused gradient; other runs end with an energy only.
         whole, rest = divmod(num_forward, row.num_steps + 1)
         return whole * (row.num_steps * self.step + self.final) + rest * self.step
 
 
 class CostMeter:
-    """Counts the FLOPs of each model once for every image size."""
+    """Count the FLOPs of each model once for every image size."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int, int], Cost | None] = {}
 
     def cost(self, denoiser: Denoiser, height: int, width: int) -> Cost | None:
-        """The cost of one image of this size, untiled; None for a method without a network."""
+        """Return the cost of one image of this size without tiles; None for a method without a network."""
         key = (denoiser.name, height, width)
         if key not in self._known:
             self._known[key] = _measure(denoiser, height, width) if denoiser.num_parameters else None
@@ -62,21 +62,21 @@ def _measure(denoiser: Denoiser, height: int, width: int) -> Cost:
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """FLOPs of the matrix products and convolutions of one call, backward passes in it included."""
+    """Return the FLOPs of matrix products and convolutions in one call, including backward passes."""
     with sdpa_kernel(SDPBackend.MATH), _counter() as counter:
         call()
     return int(counter.get_total_flops())
 
 
 def _counter() -> FlopCounterMode:
-    """PyTorch's counter without its sums for each module, whose hooks refuse torch.autograd.grad from a leaf."""
+    """PyTorch's counter without sums per module; the hooks for these sums refuse torch.autograd.grad from a leaf."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter
 
 
 class _NoModules:
-    """Stands where the counter has its ModuleTracker: everything counts for the whole."""
+    """Replaces the ModuleTracker of the counter: everything is counted for the whole model."""
 
     parents = frozenset({"Global"})
 

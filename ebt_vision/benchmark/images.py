@@ -1,4 +1,4 @@
-"""The benchmark's images: squares of one size, or whole photographs; the unreadable ones are left out of every row alike."""
+"""Images of the benchmark: squares of one size, or whole photographs. Unreadable images are excluded from every row."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ebt_vision.data.sources import DataError, open_source
 
 
 class BenchmarkImages:
-    """A fixed list of readable 8-bit RGB images. An image's index here is its identity: its noise is drawn from it."""
+    """A fixed list of readable 8-bit RGB images. The index of an image is its identity, and its noise depends on it."""
 
     def __init__(self, read: Callable[[int], Tensor], names: Sequence[str], skipped: Sequence[tuple[str, str]], what: str):
         self._read = read
@@ -26,24 +26,24 @@ class BenchmarkImages:
         return len(self.names)
 
     def images(self, indices: Sequence[int]) -> list[Tensor]:
-        """uint8 (3, H, W) each, of any size."""
+        """Return uint8 (3, H, W) images of any size."""
         return [self._read(index) for index in indices]
 
     def spread(self, count: int | None) -> list[int]:
-        """`count` indices spread evenly over the set; all of them for None or more than there are."""
+        """Return `count` indices, evenly spread over the set; all of them for None or for a larger count."""
         count = len(self) if count is None else min(count, len(self))
         return [place * len(self) // count for place in range(count)]
 
     def report(self) -> str:
-        """One line for people: how many, from where, and which could not be read and why."""
+        """Describe the set in one line: number, source, and unreadable images with reasons."""
         line = f"{len(self)} {self.what}"
         if self.skipped:
             shown = "; ".join(text.split(";")[0] for text in self.skipped[:3])
-            line += f"; {len(self.skipped)} left out: {shown}" + ("; ..." if len(self.skipped) > 3 else "")
+            line += f"; {len(self.skipped)} skipped: {shown}" + ("; ..." if len(self.skipped) > 3 else "")
         return line
 
     def _digest(self) -> str:
-        """16 hex digits over every pixel and its place: two runs with one digest had the same images in the same order."""
+        """16 hex digits over every pixel and its position: runs with the same digest had the same images in the same order."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             for image in self._pixels(index):
@@ -53,14 +53,14 @@ class BenchmarkImages:
         return digest.hexdigest()[:16]
 
     def _pixels(self, index: int) -> list[Tensor]:
-        """Everything that the digest is made of, of one image."""
+        """Return the contribution of one image to the digest."""
         return [self._read(index)]
 
 
 def load_images(path: str, *, img_size: int | None, limit: int | None = None) -> BenchmarkImages:
-    """The images at `path` (see DataConfig.path): centre squares of `img_size` px, or whole and as they are for None.
+    """Return the images at `path` (see DataConfig.path): centre squares of `img_size` px, or whole images for None.
 
-    `limit` takes so many, spread evenly. Raises DataError where there is no image to use.
+    `limit` takes this number of images, evenly spread. Raises DataError if there is no usable image.
     """
     if img_size is None:
         return _whole_images(path, limit)

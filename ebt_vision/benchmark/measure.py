@@ -1,4 +1,4 @@
-"""Runs one row of the table on the images, part by part, and keeps what it measures of every image."""
+"""Run one row of the table on the images, part by part, and keep the figures of every image."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -23,82 +23,82 @@ from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
 from ebt_vision.models.pretrained_model import PretrainedModel
 
 FORMAT = 2
-"""Goes into the key of every part; another number makes older parts be refused."""
+"""Part of the key of every part; a new number makes older parts invalid."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """A model under test: its denoiser under the name that tables give it."""
+    """A model under test: its denoiser, and its name in tables."""
 
     name: str
     denoiser: Denoiser
     hash: str | None
-    """Of the checkpoint; None for a method without weights."""
+    """Hash of the checkpoint; None for a method without weights."""
 
     def config_of(self, row: Row) -> dict | None:
-        """The fields of the model's config that the figures of `row` depend on; None for a method without weights."""
+        """Return the config fields that affect the figures of `row`; None for a method without weights."""
         model: PretrainedModel | None = getattr(self.denoiser, "model", None)
         if model is None:
             return None
-        names = ["suggested_start"]  # a row names no start
+        names = ["suggested_start"]  # rows do not set a start
         if row.tolerance is not None and row.tolerance_of == "training":
             names.append("training_gain")
         return model.network_config | {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
 
     @property
     def device(self) -> str:
-        """The kind of device that the network runs on, which its rounding and its seconds depend on."""
+        """The kind of device of the network; rounding and seconds depend on it."""
         model: PretrainedModel | None = getattr(self.denoiser, "model", None)
         return "cpu" if model is None else next(model.parameters()).device.type
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """A row under a condition with every image's figures. S is len(row.reported), N the number of candidates."""
+    """A row under a condition, with the figures of every image. S is len(row.reported), N the number of candidates."""
 
     row: Row
     condition: Condition
     model_hash: str | None
     parameters: int
     indices: list[int]
-    """The images, by their place in the set."""
+    """The images, by their index in the set."""
     arrays: Part
-    """mse (on 0..255), ssim, lpips, energy, passes and flops, all float64 (n, S); steps_used and seconds (n,); with candidates
-    their candidate_mse and candidate_energy (n, N). NaN where something is not to be had."""
+    """mse (on 0..255), ssim, lpips, energy, passes and flops, all float64 (n, S); steps_used and seconds (n,). With candidates
+    also candidate_mse and candidate_energy (n, N). NaN if a figure is not available."""
     sweep: bool = False
 
     @property
     def psnr(self) -> np.ndarray:
-        """Of every image, dB, (n, S)."""
+        """PSNR of every image, dB, (n, S)."""
         return psnr_of(self.arrays["mse"])
 
 
 def psnr_of(mse: np.ndarray) -> np.ndarray:
-    """PSNR in dB of mean squared errors on 0..255, any shape; one without error counts as 100 dB, so that means exist."""
+    """PSNR in dB of mean squared errors on 0..255, any shape; an error of zero counts as 100 dB, so that means are finite."""
     return np.minimum(metrics.psnr_from_mse(torch.from_numpy(np.asarray(mse)), data_range=255.0).numpy(), 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all rows share: the images, how they are cut and batched, the metrics, and where parts are kept."""
+    """The common part of all rows: the images, tiles, batches, metrics, and the folder of the parts."""
 
     images: BenchmarkImages
     folder: Path
     batch_size: int
     tile: int | None
-    """Side of the tiles in pixels; 0 for each denoiser's own; None for whole images."""
+    """Side of the tiles in pixels; 0 for each denoiser's default; None for whole images."""
     lpips: metrics.PerceptualDistance | None
     meter: CostMeter
     overlap: int | None = None
-    """Pixels that tiles have in common; None for each denoiser's own."""
+    """Overlap of tiles in pixels; None for each denoiser's default."""
 
     def batches(self, indices: Sequence[int]) -> list[list[int]]:
-        """The indices in batches."""
+        """Return the indices in batches."""
         starts = range(0, len(indices), self.batch_size)
         return [list(indices[start : start + self.batch_size]) for start in starts]
 
     def parts(self, subject: Subject, row: Row, condition: Condition, indices: Sequence[int]) -> Parts:
-        """Where the parts of a row under a condition are; ValueError if the folder there is of another run."""
+        """Return the store of the parts of a row under a condition. Raises ValueError if the folder belongs to another run."""
         key = {
             "row": asdict(row),
             "condition": asdict(condition),
@@ -121,7 +121,7 @@ class Bench:
     def measure(
         self, subject: Subject, row: Row, condition: Condition, batches: Iterable[list[int]], parts: Parts
     ) -> tuple[list[int], Part]:
-        """The images of `batches` and their figures, from `parts` where they are there."""
+        """Return the images of `batches` and their figures, from `parts` if they exist."""
         indices: list[int] = []
         made = []
         for batch in batches:
@@ -132,7 +132,7 @@ class Bench:
     def denoise(
         self, denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor, indices: Sequence[int]
     ) -> tuple[DenoiseResult, int]:
-        """The result of a row for noisy images (B, 3, H, W) of one shape, and the number of tiles of each."""
+        """Return the result of a row for noisy images (B, 3, H, W) of one shape, and the number of tiles of each image."""
         denoiser, noisy, options = prepare(denoiser, row, condition, noisy)
         height, width = noisy.shape[-2:]
         tile = denoiser.tile_size if self.tile == 0 else self.tile
@@ -177,10 +177,10 @@ class Bench:
         return part
 
     def _spent(self, denoiser: Denoiser, row: Row, result: DenoiseResult, size: Sequence[int], tiles: int) -> Part:
-        """Passes for each pixel of the image (a tile's, where it is tiled), FLOPs of the whole image, and steps used."""
+        """Return passes per pixel (of a tile, if tiled), FLOPs of the whole image, and used steps."""
         num_forward = result.num_forward.cpu().double().numpy() / tiles
         if row.kind == "ebt" and not row.needs_final_energy:
-            num_forward = num_forward - 1  # the last image's energy is for the table alone
+            num_forward = num_forward - 1  # the energy of the last image is only for the table
         side = [min(length, (self.tile or denoiser.tile_size) if tiles > 1 else length) for length in size]
         cost: Cost | None = self.meter.cost(denoiser, *side)
         shares = [step / row.num_steps for step in row.reported]
@@ -195,7 +195,7 @@ class Bench:
 
 
 def observed(images: BenchmarkImages, condition: Condition, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(clean uint8, noisy float) batches (B, 3, H, W) of the images `indices`, which have one shape."""
+    """Return (clean uint8, noisy float) batches (B, 3, H, W) of the images `indices`, which have one shape."""
     clean = torch.stack(images.images(indices))
     if condition.protocol == "real":
         assert isinstance(images, BenchmarkPairs)

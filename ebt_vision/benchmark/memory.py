@@ -1,4 +1,4 @@
-"""Peak memory of one piece of work. Meant for a process that does nothing else: what was freed before may be used again."""
+"""Peak memory of one task. Use it in a process that does nothing else, because freed memory may be used again."""
 
 import resource
 import sys
@@ -9,9 +9,9 @@ import torch
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """What two calls of `call` need at most beyond what is held before the first: activations, gradients, optimiser state.
+    """Return the peak memory of two calls of `call` beyond the memory before: activations, gradients, optimiser state.
 
-    On CUDA what PyTorch has allocated; elsewhere the process's resident memory, everything that libraries keep included.
+    On CUDA this is memory allocated by PyTorch; elsewhere it is the resident memory of the process, including libraries.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -25,7 +25,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 def _resident() -> int:
-    """Resident memory now, its highest mark set back to it, on Linux; the highest so far elsewhere."""
+    """Return the current resident memory and reset its peak (Linux); on other systems return the peak so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         pages = int(Path("/proc/self/statm").read_text().split()[1])

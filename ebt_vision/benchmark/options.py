@@ -15,20 +15,20 @@ from ebt_vision.core.yaml_files import load_yaml
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit status 2, and which takes --config FILE.yaml for any of its options."""
+    """An argparse parser with one-line errors and exit status 2. It accepts --config FILE.yaml for all its options."""
 
     def __init__(self, **keywords: Any):
         super().__init__(allow_abbrev=False, **keywords)
         self.add_argument(
-            "--config", type=named_path, metavar="FILE.yaml", help="options from a file; those given here go before it"
+            "--config", type=named_path, metavar="FILE.yaml", help="options from a file; the command line takes precedence"
         )
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, and leave."""
+        """Print the error in one line and exit."""
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """The settings from the config file, if one is named, and the command line, which goes before it."""
+        """Parse the config file, if given, and the command line, which takes precedence."""
         escape_unprintable()
         given = list(sys.argv[1:] if arguments is None else arguments)
         early = OneLineParser(prog=self.prog, add_help=False)
@@ -41,10 +41,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def config_to_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """The words of a command line that say what the YAML file says; ValueError, in one line, for a file that cannot be used.
+    """Convert a YAML file to the words of a command line. Raises ValueError, in one line, for an invalid file.
 
-    Lists are an option's several values, null leaves it at its default, true and false set a switch, and a mapping becomes
-    NAME=a,b. Unknown keys are refused with the nearest known one.
+    Lists are several values of an option, null keeps the default, true and false set a switch, and a mapping becomes NAME=a,b.
+    Unknown keys are refused with the nearest known key.
     """
     try:
         raw = load_yaml(path.read_text())

@@ -1,4 +1,4 @@
-"""Real noise: pairs of a noisy and a clean photograph of the same scene, found by the patterns of their names."""
+"""Real noise: pairs of a noisy and a clean photograph of the same scene, found by patterns of file names."""
 
 import fnmatch
 import re
@@ -15,7 +15,7 @@ from ebt_vision.data.sources import DataError
 
 
 class BenchmarkPairs(BenchmarkImages):
-    """Clean photographs, each with the noisy one of the same scene; both are 8-bit RGB of one size."""
+    """Clean photographs, each with the noisy photograph of the same scene; both are 8-bit RGB of one size."""
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], skipped: Sequence[tuple[str, str]], what: str):
         self._pairs = list(pairs)
@@ -23,7 +23,7 @@ class BenchmarkPairs(BenchmarkImages):
         super().__init__(lambda index: read_rgb(self._pairs[index][1]), names, skipped, what)
 
     def noisy(self, indices: Sequence[int]) -> list[Tensor]:
-        """The noisy photographs, uint8 (3, H, W) each."""
+        """Return the noisy photographs, uint8 (3, H, W) each."""
         return [read_rgb(self._pairs[index][0]) for index in indices]
 
     def _pixels(self, index: int) -> list[Tensor]:
@@ -31,22 +31,21 @@ class BenchmarkPairs(BenchmarkImages):
 
 
 def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> BenchmarkPairs:
-    """The pairs in `folder` and the folders inside it, by "NOISY:CLEAN", two patterns such as "*_noisy*:*_clean*".
+    """Find the pairs in `folder` and its sub-folders by "NOISY:CLEAN", two patterns such as "*_noisy*:*_clean*".
 
-    Two files belong together when the stars of their patterns stand for the same text; patterns are of paths relative to
-    `folder`. `limit` takes so many pairs, spread evenly. Raises ValueError for a pattern that cannot be used, DataError where
-    there is no pair.
+    Two files are a pair if the stars of their patterns match the same text. Patterns are for paths relative to `folder`.
+    `limit` takes this number of pairs, evenly spread. Raises ValueError for an invalid pattern, DataError if there is no pair.
     """
     noisy_pattern, clean_pattern = parse_patterns(patterns)
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"{folder} is not a folder; --pairs takes a folder of noisy and clean images")
+        raise DataError(f"{folder} is not a folder; --pairs needs a folder of noisy and clean images")
     files = sorted(path for path in root.rglob("*") if path.is_file())
     clean = {key: path for path in files if (key := _stars(clean_pattern, path.relative_to(root).as_posix())) is not None}
     noisy = {key: path for path in files if (key := _stars(noisy_pattern, path.relative_to(root).as_posix())) is not None}
     if not noisy.keys() & clean.keys():
         raise DataError(
-            f"{folder} has no pair of {patterns}: {len(noisy)} files are like the first pattern, {len(clean)} like the second"
+            f"{folder} has no pair of {patterns}: {len(noisy)} files match the first pattern, {len(clean)} the second"
         )
     pairs: list[tuple[Path, Path]] = []
     skipped = [(path.name, "has no clean image") for key, path in noisy.items() if key not in clean]
@@ -57,7 +56,7 @@ def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> Bench
             skipped.append((noisy[key].name, str(error)))
             continue
         if sizes[0] != sizes[1]:
-            skipped.append((noisy[key].name, "is not of the size of its clean image"))
+            skipped.append((noisy[key].name, "differs in size from its clean image"))
             continue
         pairs.append((noisy[key], clean[key]))
     if not pairs:
@@ -68,21 +67,21 @@ def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> Bench
 
 
 def parse_patterns(text: str) -> tuple[str, str]:
-    """The patterns of "NOISY:CLEAN"; ValueError unless there are two with equally many stars, one or more, and they differ."""
+    """Split "NOISY:CLEAN". Raises ValueError unless both patterns have the same number of stars (at least one) and differ."""
     noisy, colon, clean = text.partition(":")
     if not colon or ":" in clean or noisy == clean or not noisy.count("*") == clean.count("*") > 0:
-        raise ValueError(f'--pairs {text!r} must be two patterns with as many stars each, such as "*_noisy*:*_clean*"')
+        raise ValueError(f'--pairs {text!r} must be two patterns with equally many stars, such as "*_noisy*:*_clean*"')
     return noisy, clean
 
 
 def read_rgb(path: Path) -> Tensor:
-    """uint8 (3, H, W); DecodeError for a file that is no image, OSError for one that cannot be read."""
+    """Read uint8 (3, H, W). Raises DecodeError for a file that is not an image, OSError for an unreadable file."""
     pixels = to_rgb8(decode_image(path.read_bytes()))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # HWC -> CHW
 
 
 def _stars(pattern: str, name: str) -> tuple[str, ...] | None:
-    """What the stars of `pattern` stand for in `name`; None where the name is not like the pattern."""
+    """Return the texts that the stars of `pattern` match in `name`; None without a match."""
     parts = [fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z") for part in pattern.split("*")]
     found = re.fullmatch("(.*)".join(parts), name, flags=re.DOTALL)
     return found and found.groups()

@@ -1,4 +1,4 @@
-"""What is measured, on disk batch by batch: the same command goes on where it was interrupted."""
+"""Figures on disk, batch by batch; the same command resumes after an interruption."""
 
 import json
 import zipfile
@@ -10,13 +10,13 @@ import numpy as np
 from ebt_vision.core.atomic_files import write_atomically, write_text
 
 Part = dict[str, np.ndarray]
-"""Arrays with one row for each image of a batch."""
+"""Arrays with one row per image of a batch."""
 
 
 class Parts:
-    """The batches of one run in a folder of its own; `key` holds all that they depend on.
+    """The batches of one run in their own folder; `key` has everything that they depend on.
 
-    Raises ValueError where the folder holds parts that were made with another key.
+    Raises ValueError if the folder has parts that were made with another key.
     """
 
     def __init__(self, folder: Path, key: dict):
@@ -30,7 +30,7 @@ class Parts:
             write_text(path, json.dumps(key, sort_keys=True, indent=1))
 
     def get(self, indices: Sequence[int], make: Callable[[Sequence[int]], Part]) -> Part:
-        """The part of these images, made and written if it is not there; one that cannot be read is made again."""
+        """Return the part of these images; make and write it if it is missing or unreadable."""
         path = self.folder / f"{indices[0]:08d}.npz"
         part = read_part(path)
         if part is None:
@@ -40,12 +40,12 @@ class Parts:
 
 
 def join(parts: Sequence[Part]) -> Part:
-    """The parts as one, (num_images, ...)."""
+    """Join the parts, (num_images, ...)."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def read_part(path: Path) -> Part | None:
-    """A part from its file; None if it is not there or damaged."""
+    """Read a part from its file; None if it is missing or damaged."""
     try:
         with np.load(path) as part:
             return {name: part[name] for name in part.files}
@@ -54,7 +54,7 @@ def read_part(path: Path) -> Part | None:
 
 
 def write_part(path: Path, part: Part) -> None:
-    """Write a part in one go: it is there whole or not at all."""
+    """Write a part atomically."""
     write_atomically(path, lambda file: np.savez(file, **part))  # type: ignore[arg-type]
 
 
@@ -68,4 +68,4 @@ def _read_key(path: Path) -> dict:
 def _check_key(folder: Path, old: dict, new: dict) -> None:
     different = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if different:
-        raise ValueError(f"{folder} holds parts made with other {', '.join(different)}; choose another --output")
+        raise ValueError(f"{folder} has parts made with other {', '.join(different)}; choose another --output")

@@ -1,4 +1,4 @@
-"""The benchmark's plots, drawn without a display. Each function writes one PNG."""
+"""Plots of the benchmark, drawn without a display. Each function writes one PNG."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ MAX_POINTS = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strip:
-    """What a model makes of one image: the noisy one, some steps and the clean one, each with its title."""
+    """Images of a model for one input: the noisy image, some steps and the clean image, each with its title."""
 
     condition: str
     pictures: list[tuple[str, Tensor]]
@@ -29,9 +29,9 @@ class Strip:
 
 
 def plot_cost(records: Sequence[Mapping], path: Path) -> None:
-    """PSNR against forward passes and against FLOPs, all models on one sheet, a line of two plots for each condition.
+    """Plot PSNR against forward passes and against FLOPs for all models, one row of two plots per condition.
 
-    Methods without a network are dashed lines across. Of several seeds the mean is drawn.
+    Methods without a network are dashed lines. For several seeds the mean is drawn.
     """
     conditions = list(dict.fromkeys(record["condition"] for record in records))
     figure, axes = _sheet(len(conditions), 2, width=5.6, height=3.9)
@@ -58,7 +58,7 @@ def plot_cost(records: Sequence[Mapping], path: Path) -> None:
 
 
 def plot_sweep(records: Sequence[Mapping], path: Path) -> None:
-    """PSNR against noise level: a plot for each model with a line for each number of steps, over the noisy input."""
+    """Plot PSNR against noise level: one plot per model, one line per number of steps, with the noisy input."""
     models = list(dict.fromkeys(record["model"] for record in records if record["method"] != "noisy input"))
     figure, axes = _sheet(1, max(len(models), 1), width=4.6, height=3.9)
     noisy = [record for record in records if record["method"] == "noisy input"]
@@ -79,7 +79,7 @@ def plot_sweep(records: Sequence[Mapping], path: Path) -> None:
 
 
 def plot_energy(measured: Sequence[Measured], path: Path) -> None:
-    """Energy against true error, a point for each image (at most MAX_POINTS), for the first and the last step of each run."""
+    """Plot energy against true error, one point per image (at most MAX_POINTS), for the first and last step of each run."""
     runs = [run for run in measured if run.row.method == "thinking"]
     figure, axes = _sheet(max((len(runs) + 2) // 3, 1), min(max(len(runs), 1), 3), width=4.2, height=3.6)
     for axis in axes.flat[len(runs) :]:
@@ -100,7 +100,7 @@ def plot_energy(measured: Sequence[Measured], path: Path) -> None:
 
 
 def plot_strips(strips: Sequence[Strip], path: Path) -> None:
-    """One line for each strip: pictures with their titles."""
+    """Draw one row per strip: images with their titles."""
     columns = max(len(strip.pictures) for strip in strips)
     figure, axes = _sheet(len(strips), columns, width=1.7, height=1.95)
     for axis in axes.flat:
@@ -114,7 +114,7 @@ def plot_strips(strips: Sequence[Strip], path: Path) -> None:
 
 
 def _mean_points(records: Sequence[Mapping]) -> list[dict]:
-    """One point for each number of steps: the mean over seeds, in order of cost."""
+    """Return one point per number of steps: the mean over seeds, in order of cost."""
     points = []
     for step in sorted({record["steps"] for record in records}):
         chosen = [record for record in records if record["steps"] == step]
@@ -158,14 +158,14 @@ def _dashes(number: int) -> tuple[int, tuple[int, int]]:
 
 
 def _label_in_plain_numbers(axis: Axis) -> None:
-    """1, 2, 5, 10, ... on a logarithmic axis."""
+    """Place ticks at 1, 2, 5, 10, ... on a logarithmic axis."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_formatter(NullFormatter())
 
 
 def _shade(share: float) -> tuple[float, float, float]:
-    """From light blue to dark red, so that more steps are warmer."""
+    """Colours from light blue to dark red, so that more steps are warmer."""
     return (0.25 + 0.6 * share, 0.55 - 0.4 * share, 0.9 - 0.75 * share)
 
 

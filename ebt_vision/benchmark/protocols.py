@@ -1,12 +1,12 @@
-"""The benchmark's protocols: which noise an image gets, what a method is told of it, and how its output is measured.
+"""Protocols of the benchmark: the noise of an image, what a method knows about it, and how its output is measured.
 
 paper   the VP process on [-1, 1] at a noise level; outputs clamped, not rounded (Gladstone et al. 2025, code).
-awgn    y = x + N(0, sigma / 255), drawn as the restoration papers do; outputs clamped and rounded to 8 bits.
-real    pairs of a noisy and a clean photograph (see pairs.py); nothing is added, outputs are clamped and rounded to 8 bits.
-ood     corruptions that no model was trained on, of one fixed strength each; outputs clamped and rounded to 8 bits.
+awgn    y = x + N(0, sigma / 255), drawn as in the restoration papers; outputs clamped and rounded to 8 bits.
+real    pairs of a noisy and a clean photograph (see pairs.py); no noise is added, outputs are clamped and rounded to 8 bits.
+ood     corruptions on which no model was trained, with one fixed strength each; outputs clamped and rounded to 8 bits.
 
-`clipped` is a track of its own for awgn and ood: the noisy image is clipped and rounded to 8 bits, as a camera or a file would
-have it. Its rows never share a table with those of the float input that the papers use.
+`clipped` is a separate track of awgn and ood: the noisy image is clipped and rounded to 8 bits, as in a camera or a file. Its
+rows never share a table with rows on the float input of the papers.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ _OOD_STREAM = 22
 
 PROTOCOLS = ("paper", "awgn", "ood", "real")
 OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "speckle": 0.2, "jpeg": 10.0, "motion-blur": 9.0}
-"""Share of pixels, photons at white, standard deviation, JPEG quality, pixels of path (at 45 degrees)."""
+"""Fraction of pixels, photons at white, standard deviation, JPEG quality, pixels of the path (at 45 degrees)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """One noise that all models meet: a table of its own."""
+    """One kind of noise for all models, with its own table."""
 
     protocol: Literal["paper", "awgn", "ood", "real"]
     kind: str
@@ -53,33 +53,34 @@ class Condition:
 
     @property
     def title(self) -> str:
-        """What its table is called, without the seed."""
+        """Title of its table, without the seed."""
         if self.protocol == "real":
             return "real noise"
         return f"{self.kind} {self.strength:g}" + (", 8-bit input" if self.clipped else "")
 
     @property
     def noise_hash(self) -> str:
-        """12 hex digits of everything that the noise depends on beside the images."""
+        """12 hex digits over everything that the noise depends on, except the images."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def timestep(self) -> int | None:
-        """The timestep of the VP process with this noise-to-signal ratio; None where that means nothing."""
+        """The timestep of the VP process with this noise-to-signal ratio; None if there is no such timestep."""
         if self.protocol == "paper":
             return processes.level_to_timestep(self.strength)
         return processes.sigma_to_timestep(self.strength) if self.protocol == "awgn" else None
 
     @property
     def sigma(self) -> float | None:
-        """AWGN standard deviation, 0..255 units, that a method at the image's own scale is told; None: it must estimate it."""
+        """The AWGN standard deviation, 0..255 units, given to a method at the image's own scale; None: it must estimate
+        sigma."""
         if self.protocol == "paper":
             signal, noise = processes.signal_and_noise_scale(self.strength)
             return 255.0 * noise / signal / 2.0
         return self.strength if self.protocol == "awgn" else None
 
     def observe(self, clean: Tensor, indices: Sequence[int]) -> Tensor:
-        """The noisy images (B, 3, H, W), about [0, 1], of clean uint8 ones; the noise depends on the seed and the index."""
+        """Add noise to clean uint8 images: (B, 3, H, W), about [0, 1]; the noise depends on the seed and the index."""
         images = clean.float() / 255.0
         assert self.protocol != "real", "the noisy images of pairs are files"
         if self.protocol == "paper":
@@ -94,15 +95,15 @@ class Condition:
         return processes.to_8_bit(noisy) / 255.0 if self.clipped else noisy
 
     def measured(self, image: Tensor) -> Tensor:
-        """An output (B, 3, H, W) in [0, 1], clamped, as it is compared with the clean pixels.
+        """Prepare an output (B, 3, H, W) in [0, 1] for comparison with the clean pixels: clamped.
 
-        It is on 0..255, rounded but for the paper's protocol.
+        It is on 0..255, and rounded except for the paper's protocol.
         """
         return 255.0 * image if self.protocol == "paper" else processes.to_8_bit(image)
 
     @property
     def key(self) -> str:
-        """A name for files."""
+        """Name for files."""
         text = f"{self.protocol}-{self.kind}-{self.strength:g}-seed{self.seed}"
         return text + ("-8bit" if self.clipped else "")
 
@@ -123,7 +124,7 @@ def _corrupted(images: Tensor, kind: str, strength: float, generators: Generator
 
 
 def same_shapes(images: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of `images` (3, H, W) in groups of neighbours of one shape, so that each group can be a batch."""
+    """Group neighbouring positions of `images` (3, H, W) with the same shape, so that each group can be a batch."""
     groups: list[list[int]] = []
     for position, image in enumerate(images):
         if groups and images[groups[-1][-1]].shape == image.shape:

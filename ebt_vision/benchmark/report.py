@@ -1,4 +1,4 @@
-"""report.md: everything that results.json says, for reading."""
+"""report.md: all contents of results.json as tables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,11 +6,11 @@ from ebt_vision.benchmark.tables import Column, markdown, row_columns, spread_co
 
 MEASURES = {
     "paper": "VP noise on [-1, 1], linear betas 1e-4..0.02; outputs clamped to 0..255, not rounded.",
-    "awgn": "y = x + N(0, sigma/255), numpy's RandomState(seed) anew for every image; outputs clamped, rounded to 8 bit.",
-    "real": "Photographs with a camera's own noise, and clean ones of the same scenes; outputs clamped, rounded to 8 bit.",
-    "ood": "One fixed strength a corruption, drawn from (seed, image); outputs clamped, rounded to 8 bit.",
+    "awgn": "y = x + N(0, sigma/255), numpy's RandomState(seed) again for every image; outputs clamped, rounded to 8 bit.",
+    "real": "Photographs with real camera noise, and clean photographs of the same scenes; outputs clamped, rounded to 8 bit.",
+    "ood": "One fixed strength per corruption, drawn from (seed, image); outputs clamped, rounded to 8 bit.",
 }
-CLIPPED = "The noisy input is clipped and rounded to 8 bits before anything sees it; not comparable with rows on float input."
+CLIPPED = "The noisy input is clipped and rounded to 8 bits; not comparable with rows on float input."
 FLOAT = "The noisy input is float and not clipped."
 NOTES = """\
 PSNR per image is the mean of the images' PSNRs, PSNR of mean MSE that of the mean error over all images (as in the paper);
@@ -24,7 +24,7 @@ Energies are means over patches.
 
 
 def report(results: Mapping, plots: Sequence[str] = ()) -> str:
-    """The results as Markdown; `plots` are file names beside the report."""
+    """Write the results as Markdown; `plots` are file names next to the report."""
     about, protocol = results["about"], results["protocol"]
     kinds = [MEASURES[protocol["name"]]]
     if protocol["name"] in ("awgn", "ood"):
@@ -43,7 +43,7 @@ def report(results: Mapping, plots: Sequence[str] = ()) -> str:
         NOTES,
         f"LPIPS: {protocol['lpips']}.",
     ]
-    lines += [f"Left out of every row: {name}." for name in protocol["left_out"]]
+    lines += [f"Excluded from every row: {name}." for name in protocol["left_out"]]
     lines += _rows(results) + _combined(results) + _verification(results)
     lines += [text for name in plots for text in ("", f"![{name}]({name})")]
     return "\n".join(lines).rstrip() + "\n"
@@ -79,9 +79,14 @@ def _verification(results: Mapping) -> list[str]:
     ]
     if candidates:
         lines += ["", "## Does the energy rank candidates?", ""]
-        lines += ["Gains are in dB of per-image PSNR, over the mean candidate where nothing else is said; the oracle keeps the"]
-        lines += ["candidate of least error. The first of N candidates starts without added noise: it is plain thinking. Under"]
-        lines += ['"steps", the candidates are what plain thinking had after each step: can the energy say when to stop?', ""]
+        lines += ["Gains are in dB of per-image PSNR, over the mean candidate unless stated otherwise; the oracle keeps the"]
+        lines += [
+            "candidate of lowest error. The first of N candidates starts without added noise: it is plain thinking. Under"
+        ]
+        lines += [
+            '"steps", the candidates are the results after each thinking step: can the energy tell when to stop?',
+            "",
+        ]
         columns: list[Column] = [
             *where,
             ("method", lambda r: r["method"]),
@@ -97,7 +102,7 @@ def _verification(results: Mapping) -> list[str]:
         ]
         lines.append(markdown(columns, candidates))
     if thinking:
-        lines += ["", "## Does thinking on pay? Energy and PSNR from each step to the next", ""]
+        lines += ["", "## Do further steps help? Energy and PSNR from each step to the next", ""]
         columns = [
             *where,
             ("from step", lambda r: str(r["step"])),
@@ -113,7 +118,7 @@ def _verification(results: Mapping) -> list[str]:
 
 
 def by_condition(records: Sequence[Mapping]) -> list[tuple[str, int, list[Mapping]]]:
-    """(condition, seed, its records), in order of appearance."""
+    """Return (condition, seed, its records), in order of appearance."""
     keys = dict.fromkeys((record["condition"], record["seed"]) for record in records)
     return [(*key, [r for r in records if (r["condition"], r["seed"]) == key]) for key in keys]
 

@@ -1,4 +1,4 @@
-"""results.json on disk: written whole, read back checked, and merged only where that is fair."""
+"""results.json on disk: atomic writing, checked reading, and merging only of comparable rows."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,35 +10,35 @@ FIELDS = ("about", "protocol", "rows", "combined", "verification")
 
 
 class MergeError(ValueError):
-    """Rows that were not measured on the same images with the same noise; the message says which and what to do."""
+    """Rows were not measured on the same images with the same noise; the message names them and the remedy."""
 
 
 def write_results(path: Path, results: Mapping) -> None:
-    """Write results.json in one go."""
+    """Write results.json atomically."""
     write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def read_results(path: Path) -> dict:
-    """A results.json, or that of a folder. ValueError, in one line, for anything else."""
+    """Read a results.json, or the one in a folder. Raises ValueError, in one line, for anything else."""
     path = path / "results.json" if path.is_dir() else path
     try:
         results = json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give a results.json of eval/denoising.py") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}); use a results.json of eval/denoising.py") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON; give a results.json of eval/denoising.py") from error
+        raise ValueError(f"{path} is not JSON; use a results.json of eval/denoising.py") from error
     missing = [name for name in FIELDS if not isinstance(results, dict) or name not in results]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: it is of another program or an older one; make it again")
+        raise ValueError(f"{path} has no {', '.join(missing)}: it is from another program or an older version; make it again")
     return results
 
 
 def merge_rows(files: Mapping[str, Mapping]) -> list[dict]:
-    """The rows of several results (NAME -> results), each with its `source`, grouped by condition and seed.
+    """Merge the rows of several results (NAME -> results), each with its `source`, grouped by condition and seed.
 
-    A row that several files have with the same figures (such as the noisy input) is kept once. Raises MergeError where rows of
-    one condition and seed were measured on different images or noise, where two files have other conditions or seeds, and
-    where the same checkpoint has different figures.
+    A row that several files have with the same figures (such as the noisy input) is kept once. Raises MergeError if rows of one
+    condition and seed were measured on different images or noise, if two files have different conditions or seeds, and if the
+    same checkpoint has different figures.
     """
     merged: dict[tuple, dict] = {}
     _check_same_conditions(files)
@@ -59,7 +59,7 @@ def merge_rows(files: Mapping[str, Mapping]) -> list[dict]:
                 there = merged[key]
                 raise MergeError(
                     f"{name} has a mean error of {row['mse']:.4g} in {source} and {there['mse']:.4g} in {there['source']}; "
-                    "leave one of the files out"
+                    "remove one of the files"
                 )
             merged.setdefault(key, {"source": source, **row})
     order = list(first)
@@ -67,7 +67,8 @@ def merge_rows(files: Mapping[str, Mapping]) -> list[dict]:
 
 
 def _check_same_conditions(files: Mapping[str, Mapping]) -> None:
-    """A table is fair only if every model of it met the same conditions; sweeps, which make plots, are left alone."""
+    """Check that every model met the same conditions, so that the table is fair; sweeps, which are only plotted, are
+    ignored."""
     met = {
         source: {(row["protocol"], row["condition"], row["seed"]) for row in results["rows"] if not row["sweep"]}
         for source, results in files.items()
@@ -78,12 +79,12 @@ def _check_same_conditions(files: Mapping[str, Mapping]) -> None:
             protocol, condition, seed = lacking[0]
             raise MergeError(
                 f"{source} has no rows for {protocol} {condition}, seed {seed}, which another file has; "
-                "run it there too, or leave that out with --conditions and --seeds"
+                "run it there too, or exclude it with --conditions and --seeds"
             )
 
 
 def select(results: Mapping, *, conditions: Sequence[str] | None, seeds: Sequence[int] | None) -> dict:
-    """The results with the rows of some conditions and seeds alone; None keeps all."""
+    """Return the results with only the rows of some conditions and seeds; None keeps all."""
     rows = [
         row
         for row in results["rows"]

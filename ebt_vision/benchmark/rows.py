@@ -1,4 +1,4 @@
-"""Which rows of the table a model gets, and how each one uses the model."""
+"""The rows of a model in the table, and how each row uses the model."""
 
 import math
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ Kind = Literal["ebt", "dit", "regressor", "eqm", "identity", "classical"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowSettings:
-    """How much of each model is tried; the names are those of the program's options."""
+    """How many variants of each model are measured; the names are those of the program's options."""
 
     steps: int = 10
     tolerances: tuple[float, ...] = ()
     tolerance_of: ToleranceOf = "first"
     step_sizes: tuple[float, ...] = ()
-    """Rows of thinking with so many times the learned step size."""
+    """Factors on the learned step size, with thinking rows for each."""
     candidates: int = 8
     candidate_steps: tuple[int, ...] = ()
     """Steps of the best-of-N rows; empty for 1 and `steps`."""
@@ -49,7 +49,7 @@ class RowSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One run of a model. A run of T steps gives a row of the table for each of `reported`."""
+    """One run of a model. A run of T steps gives a table row for each of `reported`."""
 
     model: str
     kind: Kind
@@ -58,9 +58,9 @@ class Row:
     reported: tuple[int, ...]
     """The steps whose images are measured."""
     mode: Literal["x0", "ddim", "recursion"] | None = None
-    """DiT: how it samples."""
+    """DiT: the sampling mode."""
     start_level: float | None = None
-    """DiT: the VP level that it is told, where that is not the noise's own."""
+    """DiT: the VP level given to the model, if it is not the level of the noise."""
     tolerance: float | None = None
     tolerance_of: ToleranceOf = "first"
     step_size_scale: float = 1.0
@@ -70,12 +70,12 @@ class Row:
 
     @property
     def needs_final_energy(self) -> bool:
-        """Whether the result depends on the energy of the last image too, which costs a pass of its own."""
+        """Whether the result also depends on the energy of the last image, which costs another pass."""
         return self.tolerance is not None or self.num_candidates > 1
 
 
 def kind_of(denoiser: Denoiser) -> Kind:
-    """What a denoiser is, for its rows; anything in one step without a network counts as classical."""
+    """Return the kind of a denoiser for its rows; any one-step method without a network counts as classical."""
     kinds: list[tuple[type[Denoiser], Kind]] = [
         (EBTDenoiser, "ebt"),
         (DiTDenoiser, "dit"),
@@ -87,7 +87,7 @@ def kind_of(denoiser: Denoiser) -> Kind:
 
 
 def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
-    """The rows of a model called `name` under a condition."""
+    """Return the rows of a model called `name` under a condition."""
     if kind == "ebt":
         yield from _ebt_rows(name, settings)
     elif kind == "dit":
@@ -117,7 +117,7 @@ _TOLERANCE_OF: dict[ToleranceOf, str] = {
     "training": " of the training's",
     "observation": " of the observation's",
 }
-"""What a tolerance is a share of, in the name of its row."""
+"""Reference of the tolerance, in the name of its row."""
 
 
 def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
@@ -147,7 +147,7 @@ def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterato
     timestep = condition.timestep
     yield Row(model=name, kind="dit", method="x0", mode="x0", num_steps=1, reported=(1,))
     for passes in settings.passes:
-        if timestep is None or passes <= timestep + 1:  # there are no more timesteps than that
+        if timestep is None or passes <= timestep + 1:  # the number of timesteps is the limit
             yield Row(model=name, kind="dit", method="ddim", mode="ddim", num_steps=passes, reported=(passes,))
     if not settings.loops:
         return
@@ -159,19 +159,19 @@ def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterato
         num_steps=settings.loops,
         reported=tuple(range(1, settings.loops + 1)),
     )
-    # The published code lets a loop start at the noise's own timestep, or at one that it is told: the last one it was trained
-    # on makes the paper's 100, 200 and 300 passes.
+    # In the published code a loop may start at the timestep of the noise or at a given timestep. The last timestep of training
+    # gives the paper's 100, 200 and 300 passes.
     yield loops
     if timestep != processes.level_to_timestep(TRAINING_LEVEL):
         yield replace(loops, method=f"recursion from level {TRAINING_LEVEL:g}", start_level=TRAINING_LEVEL)
 
 
 def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -> tuple[Denoiser, Tensor, DenoiseOptions]:
-    """The denoiser as the row uses it, the images (B, 3, H, W) at the scale that it expects, and what it is told.
+    """Return the denoiser of the row, the images (B, 3, H, W) at the scale that it expects, and its options.
 
-    Input of the paper's protocol goes to networks trained on the VP process as it is; classical methods get it divided by its
-    signal scale, with the sigma that it then has. Under the other protocols such a network gets the image times its training's
-    signal scale, and a DiT what its timestep asks for. Networks trained on plain Gaussian noise: the other way round.
+    In the paper's protocol, networks of the VP process get the input unscaled; classical methods get it divided by its signal
+    scale, with the resulting sigma. In the other protocols, a network of the VP process gets the image times its signal scale,
+    and a DiT gets the scale of its timestep. Networks trained on plain Gaussian noise are treated the other way round.
     """
     options = DenoiseOptions(
         num_steps=row.num_steps,

@@ -1,4 +1,4 @@
-"""From every image's figures to the rows of results.json: means with intervals, differences to a reference, spreads."""
+"""From the figures of every image to the rows of results.json: means with intervals, differences to a reference, spreads."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ SPREAD_METRICS = ("psnr_image", "psnr_batch", "mse", "ssim", "lpips", "energy", 
 def summarise(
     measured: Sequence[Measured], *, image_hash: str, reference: str | None, num_resamples: int, seed: int
 ) -> list[dict]:
-    """A record for every reported step of every run; those under one condition are compared with its reference.
+    """Return a record for every reported step of every run; records of a condition are compared with its reference.
 
-    `reference` is MODEL:METHOD:STEPS; None takes the DiT's best ddim row of the condition, or no reference where there is none.
-    Raises ValueError for a reference that no condition has.
+    `reference` is MODEL:METHOD:STEPS. None uses the best ddim row of the DiT, or no reference if there is none. Raises
+    ValueError for a reference that no condition has.
     """
     groups: dict[tuple, list[Measured]] = defaultdict(list)
     for run in measured:
@@ -28,7 +28,7 @@ def summarise(
         records += _condition_records(runs, image_hash, reference, num_resamples, seed)
     if reference and records and not any(record["reference"] for record in records):
         known = ", ".join(sorted({name_of(record) for record in records}))
-        raise ValueError(f"--reference {reference} is no row of this run; the rows are: {known}")
+        raise ValueError(f"--reference {reference} is not a row of this run; the rows are: {known}")
     return records
 
 
@@ -101,10 +101,10 @@ def _reference_place(records: list[dict], runs: list[Measured], reference: str |
 
 
 def combine(records: Sequence[Mapping], groups: Mapping[str, Sequence[str]] | None = None) -> list[dict]:
-    """Means and spreads over the seeds of the noise and over the checkpoints of a group (NAME -> models).
+    """Return means and spreads over the seeds of the noise and over the checkpoints of a group (NAME -> models).
 
-    A model of a group counts under the group's name, and alone no more. Only rows of which there are several are returned, in
-    order of appearance; a spread is the standard deviation over runs, n - 1 in the divisor.
+    A model of a group counts only under the name of the group. Only rows with several runs are returned, in order of
+    appearance. A spread is the standard deviation over runs (divisor n - 1).
     """
     group_of = {model: name for name, models in (groups or {}).items() for model in models}
     runs: dict[tuple, list[Mapping]] = defaultdict(list)
@@ -134,7 +134,7 @@ def combine(records: Sequence[Mapping], groups: Mapping[str, Sequence[str]] | No
 
 
 def per_image_columns(measured: Sequence[Measured], names: Sequence[str]) -> dict[str, list | np.ndarray]:
-    """Columns of one table with a line for every image of every row; `names` are the images' names."""
+    """Return the columns of a table with one line per image and row; `names` are the names of the images."""
     columns: dict[str, list] = defaultdict(list)
     for run in measured:
         count = len(run.indices)
@@ -157,7 +157,7 @@ def per_image_columns(measured: Sequence[Measured], names: Sequence[str]) -> dic
 
 
 def candidate_columns(measured: Sequence[Measured]) -> dict[str, list | np.ndarray]:
-    """Columns of one table with a line for every candidate of every image of the best-of-N rows; empty without such rows."""
+    """Return the columns of a table with one line per candidate, image and best-of-N row; empty without such rows."""
     columns: dict[str, list] = defaultdict(list)
     for run in measured:
         if "candidate_mse" not in run.arrays:

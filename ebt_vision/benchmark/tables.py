@@ -18,7 +18,7 @@ def markdown(columns: Sequence[Column], records: Sequence[Mapping]) -> str:
 
 
 def latex(columns: Sequence[Column], records: Sequence[Mapping], *, caption: str = "") -> str:
-    """A LaTeX table with booktabs' rules."""
+    """Format a LaTeX table with booktabs rules."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escaped(caption)}}}"] if caption else []
     lines += [rf"\begin{{tabular}}{{{'l' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join(_escaped(title) for title, _ in columns) + r" \\", r"\midrule"]
@@ -28,7 +28,7 @@ def latex(columns: Sequence[Column], records: Sequence[Mapping], *, caption: str
 
 
 def comma_separated(records: Sequence[Mapping]) -> str:
-    """CSV of every field in full precision; a pair of numbers becomes NAME_low and NAME_high."""
+    """Format CSV of every field in full precision; a pair of numbers becomes NAME_low and NAME_high."""
     flat = [_flat(record) for record in records]
     names = list(dict.fromkeys(name for record in flat for name in record))
     text = io.StringIO()
@@ -39,7 +39,7 @@ def comma_separated(records: Sequence[Mapping]) -> str:
 
 
 def row_columns(records: Sequence[Mapping]) -> list[Column]:
-    """The columns of the main table; those that no record has anything for are left out."""
+    """Return the columns of the main table; columns without any value are omitted."""
     columns: list[tuple[str, str, Callable[[Mapping], str]]] = [
         ("model", "model", lambda r: str(r["model"])),
         ("parameters", "parameters", lambda r: f"{r['parameters']:,}" if r["parameters"] else ""),
@@ -60,7 +60,7 @@ def row_columns(records: Sequence[Mapping]) -> list[Column]:
 
 
 def spread_columns(records: Sequence[Mapping]) -> list[Column]:
-    """The columns of the table over seeds and checkpoints: mean and spread."""
+    """Return the columns of the table over seeds and checkpoints: mean and spread."""
     columns: list[tuple[str, str, Callable[[Mapping], str]]] = [
         ("model", "model", lambda r: str(r["model"])),
         ("method", "method", lambda r: str(r["method"])),
@@ -77,7 +77,7 @@ def spread_columns(records: Sequence[Mapping]) -> list[Column]:
 
 
 def with_interval(record: Mapping, name: str, digits: int, sign: str = "") -> str:
-    """value [low, high]; empty where there is no value."""
+    """Format value [low, high]; empty without a value."""
     value, pair = record.get(name), record.get(f"{name}_ci95")
     if value is None:
         return ""

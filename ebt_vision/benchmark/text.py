@@ -1,7 +1,7 @@
-"""Perplexity of text models against thinking steps and candidates, and what shifted text is.
+"""Perplexity of text models over thinking steps and candidates, and kinds of shifted text.
 
-Everything is counted over tokens: perplexity is the exponential of the mean loss over all tokens, never a mean of batches'
-exponentials. A model without steps has one column, the same at every number of them.
+All means are over tokens: perplexity is the exponential of the mean loss over all tokens, never a mean over batches. A model
+without steps has the same value for any number of steps.
 """
 
 import math
@@ -29,12 +29,13 @@ def as_is(text: str, seed: int = 0) -> str:
 
 
 def swap_case(text: str, seed: int = 0) -> str:
-    """Capitals for small letters and the other way round."""
+    """Swap capital and small letters."""
     return text.swapcase()
 
 
 def add_typos(text: str, seed: int = 0, share: float = 0.1) -> str:
-    """In `share` of the characters a typo: a random letter in its place, the character twice, or none. From the seed alone."""
+    """Put a typo into a fraction `share` of the characters: a random letter, a doubled character, or none. Uses only the
+    seed."""
     g = make_generator(seed, _SHIFT)
     hit = (torch.rand(len(text), generator=g) < share).tolist()
     kinds = torch.randint(3, (len(text),), generator=g).tolist()
@@ -60,17 +61,17 @@ class TextScores:
     energies: np.ndarray | None
     """float32 (N, T, K), after each step; None for a model without energies."""
     bytes_per_token: float
-    """Of these K tokens."""
+    """Mean number of text bytes of these K tokens."""
 
     def best_of(self, num_candidates: int) -> np.ndarray:
-        """Losses (T, K) of the start, of the first num_candidates, whose energy is lowest at each step and token."""
+        """Return losses (T, K) of the start with the lowest energy at each step and token, among the first num_candidates."""
         if self.energies is None:
             return self.losses[0]
         chosen = self.energies[:num_candidates].argmin(0)
         return np.take_along_axis(self.losses, chosen[None], 0)[0]
 
     def summary(self, num_candidates: int) -> list[dict[str, Any]]:
-        """A row for each number of steps: perplexity and bits per byte, and the gain over the first with its error."""
+        """Return a row for each number of steps: perplexity, bits per byte, and the gain over the first step with its error."""
         losses = self.best_of(num_candidates).astype(np.float64)
         first = self.losses[0, 0].astype(np.float64)
         rows = []
@@ -90,7 +91,8 @@ class TextScores:
         return rows
 
     def gain_by_difficulty(self, difficulty: np.ndarray) -> list[dict[str, float]]:
-        """Mean gain in nats of the last step over the first, in tenths of the tokens from the easiest to the hardest.
+        """Return the mean gain in nats of the last step over the first, in tenths of the tokens from the easiest to the
+        hardest.
 
         `difficulty` (K,) must not come from the first candidate, or the hardest tenth gains by chance alone.
         """
@@ -111,9 +113,9 @@ def score_text(
     batch_size: int = 8,
     seed: int = 0,
 ) -> TextScores:
-    """Losses of the first `max_tokens` tokens of a text at every number of steps and from every start.
+    """Return the losses of the first `max_tokens` tokens of a text at every number of steps and from every start.
 
-    Starts come from (seed, candidate, sequence), so they do not depend on the batch.
+    Starts depend on (seed, candidate, sequence), not on the batch.
     """
     length = samples.config.context_length
     num_sequences = samples.num_windows if max_tokens is None else min(samples.num_windows, -(-max_tokens // length))
@@ -148,7 +150,7 @@ def _think(
     seed: int,
     first: int,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and energies (N, T, B, S) of one batch; the context is read once for all candidates."""
+    """Return losses and energies (N, T, B, S) of one batch; the context is read once for all candidates."""
     weight = model.head.weight
     targets = batch.targets.to(weight.device)
     context = model.context_of(batch.tokens.to(weight.device), batch.starts.to(weight.device))

@@ -1,6 +1,6 @@
-"""Versions of one piece of work timed side by side: rounds alternate, so that what else the machine does touches all of them.
+"""Time versions of one task side by side, in alternating rounds, so that other load affects all versions equally.
 
-Figures are medians over the rounds. Rates of one run compare; seconds of two runs do not.
+Figures are medians over the rounds. Compare only rates of the same run, not seconds of different runs.
 """
 
 import statistics
@@ -15,43 +15,43 @@ from ebt_vision.benchmark.flops import count_flops
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Version:
-    """One way to do the work."""
+    """One version of the work."""
 
     name: str
     call: Callable[[], object]
     """Does it once."""
     units: int
-    """Images or tokens that a call deals with."""
+    """Number of images or tokens per call."""
     counted: Callable[[], object] | None = None
-    """The same products without torch.compile, whose kernels the counter cannot see; `call` itself where it is None."""
+    """The same products without torch.compile, whose kernels the counter cannot see; None uses `call` itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """How fast a version is."""
+    """The speed of a version."""
 
     name: str
     first_seconds: float
-    """The first call, compiling included."""
+    """Seconds of the first call, including compiling."""
     seconds: float
-    """Median of the rounds."""
+    """Median seconds of the rounds."""
     spread: float
-    """Half of the distance between the quartiles, in seconds."""
+    """Half the distance between the quartiles, in seconds."""
     rate: float
     """Units a second."""
     ratio: float
-    """Its rate divided by that of the first version."""
+    """The rate divided by the rate of the first version."""
     flops_per_unit: int
-    """Of the matrix products that were counted."""
+    """FLOPs of the counted matrix products."""
     share_of_matrix_rate: float
-    """FLOPs a second as a share of those of plain matrix products, timed in the same rounds."""
+    """FLOPs per second as a fraction of the rate of plain matrix products in the same rounds."""
     peak_bytes: int | None
-    """Most memory allocated on the accelerator; None on a CPU."""
+    """Peak memory allocated on the accelerator; None on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatrixProduct:
-    """What the machine's matrix rate is taken from: (rows, inner) times (inner, columns), as the network has them."""
+    """Sizes of the matrix products that define the machine's matrix rate: (rows, inner) times (inner, columns)."""
 
     rows: int
     inner: int
@@ -62,7 +62,7 @@ class MatrixProduct:
 def time_side_by_side(
     versions: Sequence[Version], matrix: MatrixProduct, *, rounds: int, device: torch.device | str = "cpu"
 ) -> tuple[list[Timing], float]:
-    """The timing of every version, and the matrix rate in FLOPs a second, of `rounds` (1 or more) after two calls of each."""
+    """Time every version, and the matrix rate in FLOPs per second, over `rounds` (at least 1) after two calls of each."""
     device = torch.device(device)
     product, product_flops = _product(matrix, device)
     calls = [version.call for version in versions] + [product]
@@ -99,7 +99,7 @@ def time_side_by_side(
 
 
 def _product(matrix: MatrixProduct, device: torch.device) -> tuple[Callable[[], object], int]:
-    """Several products at a time, so that a round of them takes long enough to be timed, and their FLOPs."""
+    """Return a call of several products, long enough to be timed, and its FLOPs."""
     left = torch.randn(matrix.rows, matrix.inner, device=device, dtype=matrix.dtype)
     right = torch.randn(matrix.inner, matrix.columns, device=device, dtype=matrix.dtype)
     flops = 2 * matrix.rows * matrix.inner * matrix.columns

@@ -1,6 +1,6 @@
-"""What a training step costs, counted without running the whole network: products and kept activations of one image.
+"""Cost of a training step, counted without running the whole network: products and kept activations of one image.
 
-Blocks are alike, so networks of one and of two blocks give one of any depth; both run on the CPU in float32.
+All blocks are equal, so networks with one and two blocks give the cost of any depth. Both run on the CPU in float32.
 """
 
 import weakref
@@ -21,17 +21,17 @@ from ebt_vision.training.config import ConfigError, ExperimentConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingCost:
-    """Of one image in one training step, and of the network."""
+    """The cost of one image in one training step, and the size of the network."""
 
     num_parameters: int
     flops: int
-    """Of the matrix products: forward, thinking's gradient, second order."""
+    """FLOPs of the matrix products: forward, gradient of thinking, second order."""
     kept_bytes: int
-    """What autograd holds between loss and backward pass in float32, weights aside; under bfloat16 autocast it is less."""
+    """Bytes that autograd keeps between loss and backward pass in float32, without weights; less under bfloat16 autocast."""
 
 
 def training_cost(config: ExperimentConfig) -> TrainingCost:
-    """The cost of a config's own step; ConfigError for models other than patch models."""
+    """Return the cost of a config's step. Raises ConfigError for models other than patch models."""
     if not isinstance(config.model, TrunkConfig) or not isinstance(config.data, DataConfig):
         raise ConfigError(f"costs are counted for patch_ebt and patch_regressor, not for model_type={config.model_type}")
     depth = config.model.depth
@@ -44,7 +44,7 @@ def training_cost(config: ExperimentConfig) -> TrainingCost:
 
 
 def held_bytes(call: Callable[[], Tensor], weights: Iterable[nn.Parameter]) -> int:
-    """Bytes that autograd holds once `call` has made its loss, those of the weights aside."""
+    """Return the bytes that autograd keeps after `call` has computed its loss, without the weights."""
     own = {weight.untyped_storage().data_ptr() for weight in weights}
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
@@ -56,12 +56,12 @@ def held_bytes(call: Callable[[], Tensor], weights: Iterable[nn.Parameter]) -> i
         loss = call()
     storages = [holder.tensor.untyped_storage() for holder in held]
     total = sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
-    del loss  # it held the graph
+    del loss  # releases the graph
     return total
 
 
 class _Held:
-    """A tensor that autograd holds on to; as long as it does, this lives."""
+    """A tensor that autograd keeps; this object lives as long."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor

@@ -1,4 +1,4 @@
-"""Does the energy know which prediction is good? Energies against true errors, among candidates and along thinking."""
+"""Whether the energy tells which prediction is good: energies against true errors, among candidates and along thinking."""
 
 import numpy as np
 
@@ -8,14 +8,13 @@ from ebt_vision.benchmark.statistics import auroc, bootstrap_means, intervals, s
 
 
 def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> dict:
-    """How well the energy ranks the candidates of an image, within the image and across images.
+    """Measure how well the energy ranks the candidates of an image, within the image and across images.
 
-    The candidates are those of a best-of-N row, or what thinking from the observation had after each of its steps. Gains
-    are in dB of per-image PSNR over the mean candidate: of the one of lowest energy, and of the oracle that would keep
-    the best. `gain_over_first` is over the first: with best of N the one whose start had no noise added, which is plain
-    thinking where there is no Langevin noise: worse starts alone raise the gain over the mean, never this one. Each
-    mean over images comes as {mean, low, high} with its 95 % interval; `images_ranked` is how many images have a rank
-    correlation at all (candidates that are all alike have none).
+    The candidates are those of a best-of-N row, or the results after each step of thinking. Gains are in dB of per-image PSNR
+    over the mean candidate: for the candidate of lowest energy, and for an oracle that keeps the best. `gain_over_first` is
+    over the first candidate. With best of N its start has no added noise, so it is plain thinking (without Langevin noise).
+    Worse starts raise the gain over the mean, but never this gain. Each mean over images is {mean, low, high} with a 95 %
+    interval. `images_ranked` is the number of images with a rank correlation (equal candidates have none).
     """
     best_of = measured.row.num_candidates > 1
     names = ("candidate_energy", "candidate_mse") if best_of else ("energy", "mse")
@@ -23,7 +22,7 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
     psnr = psnr_of(error)
     within = spearman(energy, error)
     average, oracle = psnr.mean(1), psnr.max(1)
-    # Tiles choose each for themselves, so a best-of-N image need not be one of its candidates.
+    # Each tile chooses its own winner, so a best-of-N image need not equal one candidate.
     chosen = measured.psnr[:, 0] if best_of else psnr[np.arange(len(psnr)), energy.argmin(1)]
     means = {
         "spearman_within": within,
@@ -46,16 +45,17 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
 
 
 def has_candidates(measured: Measured) -> bool:
-    """Whether verify_candidates has something to rank: best of N, or thinking measured after several steps."""
+    """Whether verify_candidates has something to rank: best of N, or thinking with several measured steps."""
     row = measured.row
     return row.num_candidates > 1 or (row.kind == "ebt" and len(row.reported) > 1)
 
 
 def verify_thinking(measured: Measured) -> list[dict]:
-    """For every step of plain thinking: does the energy rank images, and do energy and PSNR move together to the next step?
+    """For every step of plain thinking: whether the energy ranks images, and whether energy and PSNR change together.
 
-    `energy_falls` is the share of images whose energy is lower after the next step; `psnr_falls` the share whose PSNR is;
-    `over_thinking` the share where both happen; `over_thinking_given_fall` that share among the images whose energy falls.
+    `energy_falls` is the fraction of images whose energy is lower after the next step; `psnr_falls` is the fraction whose PSNR
+    is lower; `over_thinking` is the fraction with both; `over_thinking_given_fall` is this fraction among images whose energy
+    falls.
     """
     energy, error, psnr = measured.arrays["energy"], measured.arrays["mse"], measured.psnr  # (n, S)
     rows = []
@@ -78,7 +78,7 @@ def verify_thinking(measured: Measured) -> list[dict]:
 
 
 def _steps(row: Row) -> str:
-    """steps 1..10, and what the method says more than "thinking"."""
+    """Return "steps 1..10", and the part of the method's name after "thinking"."""
     return f"steps {row.reported[0]}..{row.num_steps}{row.method.removeprefix('thinking')}"
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, duration, is_users, one_line, say, tell
 from ebt_vision.core.arguments import count, name, named_path, not_negative, positive, whole_number
-from ebt_vision.denoising.base import adapt_to_noise
 
 if TYPE_CHECKING:
     from ebt_vision.commands.pipeline import Job
@@ -244,6 +243,7 @@ def _make_folder(folder: Path) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     from ebt_vision.commands.pipeline import Share
+    from ebt_vision.denoising.base import adapt_to_noise
     from ebt_vision.denoising.load import load_denoiser
     from ebt_vision.denoising.options import DenoiseOptions
     from ebt_vision.models.checkpoint import default_pretrained, program_device

@@ -1,1 +1,1 @@
-"""Features of frozen networks, and classifiers on them."""
+"""Features of frozen networks, and classifiers on these features."""

@@ -1,4 +1,4 @@
-"""From images to cached features of one network: what is missing is made, shard by shard, all layers in one pass."""
+"""From images to cached features of one network: missing features are made shard by shard, all layers in one pass."""
 
 import math
 import os
@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class FeatureMaker:
-    """Makes and opens the features of one network; keeps count of what it cost."""
+    """Make and open the features of one network, and record the cost."""
 
     def __init__(
         self, extractor: FeatureExtractor, root: Path, *, dtype: str, batch_size: int, seed: int, say: Callable[[str], None]
@@ -26,16 +26,16 @@ class FeatureMaker:
         self.extractor, self.seed, self._say = extractor, seed, say
         self._root, self._dtype, self._batch_size = root, dtype, batch_size
         self.identity = [extractor.identity, seed, dtype]
-        """All that features depend on beside the images and what is asked for."""
+        """Everything that features depend on, except the images and the requested features."""
         self._told: set[Path] = set()
         self._shapes: dict[Feature, tuple[int, ...]] = {}
         self.num_made, self.seconds = 0, 0.0
-        """Images that were read and fed to the network by this process, and how long that took."""
+        """Number of images that this process has read and passed through the network, and the seconds."""
         self.bytes_used = 0
-        """On disk, of all features that were asked for."""
+        """Bytes on disk of all requested features."""
 
     def shapes(self, features: Sequence[Feature]) -> dict[Feature, tuple[int, ...]]:
-        """The shape of each feature of one image, found on a black one. ValueErrors as of `extract`."""
+        """Return the shape of each feature of one image, found with a black image. Raises ValueErrors like `extract`."""
         left = [feature for feature in features if feature not in self._shapes]
         if left:
             blank = torch.zeros(1, 3, self.extractor.img_size, self.extractor.img_size, dtype=torch.uint8)
@@ -44,12 +44,13 @@ class FeatureMaker:
         return {feature: self._shapes[feature] for feature in features}
 
     def make(self, images: LazyImages, split: str, features: Sequence[Feature], view: int = 0) -> FeatureCache:
-        """The cache with all of `features`; `split` is "train" or "val" and keeps their noise apart. ValueErrors as theirs."""
+        """Return the cache with all `features`; `split` ("train" or "val") separates their noise. Raises ValueErrors like
+        extract."""
         by_name = {feature.name: feature for feature in features}
         cache = self._cache(images, split, view)
         for folder in set(cache.stale()) - self._told:
             self._told.add(folder)
-            self._say(f"stale cache: {folder} was made of other weights or files and is not used; delete it to free its space")
+            self._say(f"stale cache: {folder} was made from other weights or files and is not used; delete it to free space")
         shapes = self.shapes(features)
         row_bytes = {feature.name: math.prod(shape) * cache.dtype.itemsize for feature, shape in shapes.items()}
         cache.check_space(row_bytes)
@@ -84,7 +85,7 @@ class FeatureMaker:
     def _compute(
         self, images: LazyImages, split: str, view: int, indices: range, features: list[Feature]
     ) -> dict[str, np.ndarray]:
-        # Training and validation noise come from different seeds, and each view has its own.
+        # Training and validation noise use different seeds, and each view has its own seed.
         seed = 2 * (self.seed * 1000 + view) + (split == "val")
         parts: dict[str, list[np.ndarray]] = {name: [] for name in [READABLE, *(feature.name for feature in features)]}
         for start in range(indices.start, indices.stop, self._batch_size):
@@ -98,12 +99,12 @@ class FeatureMaker:
 
 
 def open_features(cache: FeatureCache, features: Sequence[Feature]) -> FeatureRows:
-    """The features side by side, from the disk."""
+    """Return the features concatenated, read from the disk."""
     return cache.open([feature.name for feature in features])
 
 
 class _Progress:
-    """A line with the time left, now and then."""
+    """Report progress with the remaining time at intervals."""
 
     def __init__(self, title: str, total: int, say: Callable[[str], None]) -> None:
         self._title, self._total, self._say = title, total, say
@@ -115,7 +116,7 @@ class _Progress:
         if self._first is None:
             self._first, self._begin, self._told = done, now, now
             if done < self._total:
-                self._say(f"{self._title}: {done} of {self._total} shards are there")
+                self._say(f"{self._title}: {done} of {self._total} shards exist")
         elif done < self._total and now - self._told > _SECONDS_BETWEEN_LINES:
             left = (now - self._begin) / (done - self._first) * (self._total - done)
             self._say(f"{self._title}: {done} of {self._total} shards, about {left / 60:.1f} min left")

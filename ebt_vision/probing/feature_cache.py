@@ -1,4 +1,4 @@
-"""Features on disk: .npy shards that are memory-mapped, each with its SHA-256, made once and shared by several processes.
+"""Features on disk: memory-mapped .npy shards, each with its SHA-256, made once and shared by several processes.
 
     CACHE/tiny_imagenet_ebt-train-3f2a...-90cd.../
         key.json                        what the features were made of
@@ -6,14 +6,14 @@
         noise0.block2.mean/00007.json   its checksum and shape: the shard is done
         claims/00007.lock               held by the process that makes shard 7
 
-The folder's name ends in hashes of the settings (data, transform, seed, dtype) and of what it was made of (weights, files):
-other weights or changed files get a folder of their own, and what was made of the former ones is never read. A shard is written
-beside its place and renamed, its checksum after it: what a killed process leaves half done is made again. Claims are file
-locks, which end with their process.
+The folder's name ends in hashes of the settings (data, transform, seed, dtype) and of the inputs (weights, files). Other
+weights or changed files get another folder, and features of the old ones are never read. A shard is written under a temporary
+name and renamed, and its checksum is written last. Unfinished shards of a killed process are made again. Claims are file locks,
+which end with their process.
 
-Disk: 2 bytes a number in float16. ImageNet-1k at width 1536 is 1.28 M x 1536 x 2 = 3.9 GB a pooled feature (train) and
-0.15 GB (validation); the 64 tokens that attention pooling wants are 252 GB a layer. Memory: one shard, in float32, of all
-features that are made at once (1/200 of the set: 40 MB for such a feature), then the rows that are read.
+Disk: 2 bytes per number in float16. ImageNet-1k at width 1536 needs 1.28 M x 1536 x 2 = 3.9 GB per pooled feature (train) and
+0.15 GB (validation). Attention pooling needs 64 tokens, 252 GB per layer. Memory: one shard, in float32, of all features that
+are made at once (1/200 of the set: 40 MB for such a feature), plus the rows that are read.
 """
 
 import errno
@@ -33,29 +33,29 @@ from ebt_vision.core.atomic_files import write_atomically
 from ebt_vision.core.names import file_name
 
 FORMAT = 1
-"""Raised when features of the same key would come out otherwise, or lie otherwise on disk."""
+"""Increased when features of the same key would change, or when their format on disk changes."""
 READABLE = "readable"
-"""The name under which each shard keeps which of its images could be decoded: bool (rows,)."""
+"""The name under which each shard stores which of its images are readable: bool (rows,)."""
 WAIT_SECONDS = 1.0
 
 Compute = Callable[[range, list[str]], dict[str, np.ndarray]]
-"""(indices of a shard, names that it lacks) -> an array (rows, ...) for each name."""
+"""(indices of a shard, its missing names) -> an array (rows, ...) for each name."""
 
 
 class CacheError(ValueError):
-    """The cache cannot be used or written; the message is one line that says what to do."""
+    """The cache cannot be used or written; the one-line message has the remedy."""
 
 
 def default_shard_size(num_images: int) -> int:
-    """At most 200 shards, so that several features can be open at once, and no fewer than 1,000 images in one."""
+    """At most 200 shards, so that several features can be open at once, but at least 1,000 images per shard."""
     return max(1000, -(-num_images // 200))
 
 
 class FeatureRows:
-    """Features of all images, read from the mapped files as rows are asked for."""
+    """Features of all images, read from the mapped files on request."""
 
     def __init__(self, shards: Sequence[Sequence[np.ndarray]], shard_size: int) -> None:
-        """`shards[part][shard]` is (rows, ..., D_part); the parts lie side by side on the last axis."""
+        """`shards[part][shard]` is (rows, ..., D_part); the parts are concatenated on the last axis."""
         self._shards, self._shard_size = shards, shard_size
         first = [part[0] for part in shards]
         width = sum(shard.shape[-1] for shard in first)
@@ -65,7 +65,7 @@ class FeatureRows:
         return self.shape[0]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 (len(indices), ...), in the order of `indices`, which may come in any."""
+        """Return float32 (len(indices), ...), in the order of `indices`, which need not be sorted."""
         wanted = np.asarray(indices, dtype=np.int64)
         result = np.empty((len(wanted), *self.shape[1:]), np.float32)
         shard_of = wanted // self._shard_size
@@ -81,7 +81,7 @@ class FeatureRows:
 
 
 class FeatureCache:
-    """The features of one list of images under one key; see the head of this file."""
+    """The features of one list of images under one key; see the module docstring."""
 
     def __init__(
         self,
@@ -93,13 +93,13 @@ class FeatureCache:
         *,
         shard_size: int | None = None,
     ) -> None:
-        """`title` is for people. `settings` (with "dtype") and `made_of`, the hashes of weights and files, must name
-        everything that the features depend on. Raises CacheError where the folder cannot be made or does not fit its name.
+        """`title` is for users. `settings` (with "dtype") and `made_of`, the hashes of weights and files, must contain
+        everything that the features depend on. Raises CacheError if the folder cannot be created or does not fit its name.
         """
         if settings["dtype"] not in ("float16", "float32"):
             raise CacheError(f"dtype={settings['dtype']!r} is unknown; use float16 or float32")
         if num_images < 1:
-            raise CacheError("no images to make features of; check the data")
+            raise CacheError("there are no images to extract features from; check the data")
         self.num_images, self.dtype = num_images, np.dtype(settings["dtype"])
         self.shard_size = shard_size or default_shard_size(num_images)
         settings = {"format": FORMAT, "num_images": num_images, "shard_size": self.shard_size, **settings}
@@ -119,29 +119,30 @@ class FeatureCache:
 
     @property
     def num_shards(self) -> int:
-        """How many shards each feature has."""
+        """Number of shards of each feature."""
         return -(-self.num_images // self.shard_size)
 
     def indices(self, shard: int) -> range:
-        """The images of a shard."""
+        """Return the images of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
     def stale(self) -> list[Path]:
-        """Folders of the same title and settings that were made of other weights or files; they are never read."""
+        """Return folders with the same title and settings, but made from other weights or files; they are never read."""
         found = self.folder.parent.glob(glob.escape(self._prefix) + "*")
         return sorted(path for path in found if path != self.folder and path.is_dir())
 
     def missing(self, names: Iterable[str]) -> dict[int, list[str]]:
-        """The names that each incomplete shard lacks. A damaged shard counts as missing."""
+        """Return the missing names of each incomplete shard. A damaged shard counts as missing."""
         wanted = [*names, READABLE]
         lacks = {shard: [name for name in wanted if not self._done(name, shard)] for shard in range(self.num_shards)}
         return {shard: left for shard, left in lacks.items() if left}
 
     def fill(self, names: Sequence[str], compute: Compute, say: Callable[[str], None], progress: Callable[[int], None]) -> None:
-        """Make what is missing of `names`; shards that another process is making are waited for.
+        """Make the missing shards of `names`; wait for shards that another process is making.
 
-        `compute` is asked for READABLE too. `say` hears of damage and of waiting, `progress` of how many shards are done
-        (of num_shards). Raises CacheError for a full disk and for values that the dtype cannot hold; what is done is kept.
+        `compute` must also return READABLE. `say` gets messages about damage and waiting, `progress` the number of finished
+        shards (of num_shards). Raises CacheError for a full disk and for values that the dtype cannot hold; finished shards are
+        kept.
         """
         self._report_damage(names, say)
         left = self.missing(names)
@@ -160,12 +161,12 @@ class FeatureCache:
                 progress(self.num_shards - len(left))
             if left and len(left) == before:
                 if not waiting:
-                    say(f"waiting for another process that makes {len(left)} shards of {self.folder.name}")
+                    say(f"waiting for another process that is making {len(left)} shards of {self.folder.name}")
                 waiting = True
                 time.sleep(WAIT_SECONDS)
 
     def open(self, names: Sequence[str]) -> FeatureRows:
-        """The features `names` side by side; CacheError where a shard is missing."""
+        """Return the features `names` concatenated. Raises CacheError if a shard is missing."""
         left = self.missing(names)
         if left:
             raise CacheError(f"{self.folder} lacks {len(left)} of {self.num_shards} shards; run the extraction again")
@@ -173,17 +174,17 @@ class FeatureCache:
         return FeatureRows(parts, self.shard_size)
 
     def readable(self) -> np.ndarray:
-        """bool (num_images,): which images could be decoded; for the others the features mean nothing."""
+        """bool (num_images,): which images are readable; features of the others are meaningless."""
         return np.concatenate([np.load(self._path(READABLE, shard)) for shard in range(self.num_shards)])
 
     def check_space(self, row_bytes: dict[str, int]) -> None:
-        """CacheError unless the disk has room for what is missing of these features, whose rows take so many bytes each."""
+        """Raise CacheError unless the disk has room for the missing features, whose rows have this number of bytes."""
         left = (name for shard in range(self.num_shards) for name in row_bytes if not self._sidecar(name, shard).exists())
         need = sum(row_bytes[name] * self.shard_size for name in left)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise CacheError(
-                f"the features need about {need / 1e9:.2f} GB, the disk of {self.folder.parent} has {free / 1e9:.2f} GB left; "
+                f"the features need about {need / 1e9:.2f} GB, but {self.folder.parent} has only {free / 1e9:.2f} GB left; "
                 "ask for fewer layers or conditions, or choose another --cache"
             )
 
@@ -205,7 +206,7 @@ class FeatureCache:
     def _store(self, name: str, shard: int, array: np.ndarray) -> None:
         path = self._path(name, shard)
         path.parent.mkdir(exist_ok=True)
-        for leftover in path.parent.glob(f"{path.stem}.*.writing"):  # of a process that was killed: the claim is ours
+        for leftover in path.parent.glob(f"{path.stem}.*.writing"):  # left by a killed process: this process now has the claim
             leftover.unlink()
         _write(path, array)
         record = {"sha256": _sha256(path), "shape": list(array.shape)}
@@ -214,7 +215,7 @@ class FeatureCache:
 
     def _cast(self, array: np.ndarray, name: str) -> np.ndarray:
         if not np.isfinite(array).all():
-            raise CacheError(f"{name} has values that are not finite; leave this layer or condition out, or check the weights")
+            raise CacheError(f"{name} has values that are not finite; exclude this layer or condition, or check the weights")
         with np.errstate(over="ignore"):
             cast = array.astype(self.dtype)
         if not np.isfinite(cast).all():
@@ -222,7 +223,7 @@ class FeatureCache:
         return cast
 
     def _done(self, name: str, shard: int) -> bool:
-        """Whether a shard is whole: its checksum is computed once a process."""
+        """Whether a shard is intact; its checksum is computed once per process."""
         if (name, shard) in self._checked:
             return True
         try:
@@ -238,7 +239,7 @@ class FeatureCache:
         for name in [*names, READABLE]:
             for shard in range(self.num_shards):
                 if self._sidecar(name, shard).exists() and not self._done(name, shard):
-                    say(f"{self._path(name, shard)} is damaged (its checksum is another); it is made again")
+                    say(f"{self._path(name, shard)} is damaged (wrong checksum); it is made again")
 
     def _path(self, name: str, shard: int) -> Path:
         return self.folder / name / f"{shard:05d}.npy"
@@ -248,7 +249,7 @@ class FeatureCache:
 
     def _explained(self, error: OSError, where: Path) -> CacheError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return CacheError(f"the disk of {where} is full; make room or choose another --cache: finished shards are kept")
+            return CacheError(f"the disk of {where} is full; free space or choose another --cache; finished shards are kept")
         return CacheError(f"the cache {where} cannot be used ({error.strerror or error}); choose another --cache")
 
 

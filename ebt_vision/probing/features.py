@@ -1,12 +1,12 @@
-"""Token features of every network for probes: which layer, fed how, pooled how.
+"""Token features of every network for probes: layers, inputs and pooling.
 
-An extractor gives the tokens of any of its layers for images (B, 3, H, W) in [-1, 1]; `extract` feeds it under every condition
-that is asked for (noise level, timestep, thinking steps) and pools, all layers in one pass. The layers:
+An extractor returns the tokens of any of its layers for images (B, 3, H, W) in [-1, 1]. `extract` feeds it under every
+requested condition (noise level, timestep, thinking steps) and pools, all layers in one pass. The layers:
 
-    block0 .. blockN    the tokens after a block, before any norm (the last one is the final tokens before the norm)
-    final               the final tokens after the norm
-    gradient            EBT: the energy's gradient with respect to the candidate, one token a patch
-    sideS               pixels: the image averaged down to S x S, one token
+   block0 .. blockN    the tokens after a block, before any norm (the last one: the final tokens before the norm)
+   final               the final tokens after the norm
+   gradient            EBT: the gradient of the energy with respect to the candidate, one token per patch
+   sideS               pixels: the image averaged to S x S, one token
 """
 
 import contextlib
@@ -38,26 +38,26 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from ebt_vision.models.dit import DiT
 
 POOLS = ("mean", "max", "tokens")
-"""tokens keeps them all, for a head that pools by itself."""
+"""tokens keeps all tokens, for a head with its own pooling."""
 PIXEL_SIDES = (4, 8, 16, 32)
 TIMM_PREFIX, RANDOM_PREFIX, PIXELS = "timm:", "random:", "pixels"
 
 _NOISE_STREAM = 0x70726F62
 _ROUNDING = 1e-3
-"""How far floats may lie outside [0, 1]: the rounding of half precision."""
+"""Tolerance for floats outside [0, 1]: rounding of half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureCondition:
-    """How a network is fed."""
+    """The input of a network."""
 
     noise_level: float = 0.0
-    """VP noise level of the input in [0, 1]: it is scaled by the signal scale, and noise is added; 0 is the clean image. A
-    model of noise_process "awgn" gets the same divided by the signal scale, as it was trained."""
+    """VP noise level of the input in [0, 1]: the image is scaled by the signal scale, and noise is added; 0 is the clean image.
+    A model of noise_process "awgn" gets the same divided by the signal scale, as in its training."""
     timestep: int | None = None
-    """DiT: the timestep in 0..999 that it is told."""
+    """DiT: the timestep in 0..999."""
     thinking_steps: int = 0
-    """EBT: the tokens are those of the candidate after so many steps from the input."""
+    """EBT: number of thinking steps from the input before the tokens are taken."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.noise_level <= 1.0:
@@ -69,14 +69,14 @@ class FeatureCondition:
 
     @property
     def name(self) -> str:
-        """For files and tables: noise0.1, noise0-t50, noise0-think2."""
+        """Name for files and tables: noise0.1, noise0-t50, noise0-think2."""
         timestep = "" if self.timestep is None else f"-t{self.timestep}"
         return f"noise{self.noise_level:g}{timestep}" + (f"-think{self.thinking_steps}" if self.thinking_steps else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feature:
-    """One array of features: (D,) an image, or (N, D) with the pool "tokens"."""
+    """One array of features: (D,) per image, or (N, D) with the pool "tokens"."""
 
     condition: FeatureCondition
     layer: str
@@ -88,12 +88,12 @@ class Feature:
 
     @property
     def name(self) -> str:
-        """For files: unique among the features of a model."""
+        """Name for files, unique among the features of a model."""
         return f"{self.condition.name}.{self.layer}.{self.pool}"
 
 
 class FeatureExtractor(ABC):
-    """Tokens of the layers of one frozen network. An image's tokens do not depend on what else is in its batch."""
+    """Tokens of the layers of a frozen network. The tokens of an image do not depend on the other images in its batch."""
 
     takes_timestep = False
     takes_thinking = False
@@ -102,7 +102,7 @@ class FeatureExtractor(ABC):
 
     def __init__(self, name: str, img_size: int, num_blocks: int, extra_layers: tuple[str, ...], identity: str) -> None:
         self.name, self.img_size, self.identity = name, img_size, identity
-        """identity: a hash of architecture and weights, whatever the name."""
+        """identity: a hash of architecture and weights, independent of the name."""
         self.blocks = tuple(f"block{i}" for i in range(num_blocks))
         self.extra_layers = extra_layers
         self.device = torch.device("cpu")
@@ -110,25 +110,25 @@ class FeatureExtractor(ABC):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Every layer there is."""
+        """All layers."""
         return self.blocks + self.extra_layers
 
     @property
     def usual_layers(self) -> tuple[str, ...]:
-        """What "all" stands for: those of one forward pass."""
+        """The layers of "all": those of one forward pass."""
         return (*self.blocks, "final")
 
     def candidates(self, observation: Tensor, num_steps: Iterable[int]) -> dict[int, Tensor]:
-        """The candidate (B, 3, H, W) after each of `num_steps` thinking steps; only an EBT thinks."""
+        """Return the candidate (B, 3, H, W) after each of `num_steps` thinking steps; only for an EBT."""
         return dict.fromkeys(num_steps, observation)
 
     @abstractmethod
     def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Tokens (B, N, D) of each of `layers`; `observation` is the input that thinking began with."""
+        """Return tokens (B, N, D) of each of `layers`; `observation` is the input where thinking started."""
 
 
 class TrunkExtractor(FeatureExtractor):
-    """PatchEBT and the regressor: the blocks of their trunk; the EBT's thinking and gradient."""
+    """PatchEBT and regressor: blocks of the trunk; also thinking and gradient of the EBT."""
 
     def __init__(self, model: PatchEBT | PatchRegressor | PatchEqM, name: str, identity: str) -> None:
         self.takes_thinking = isinstance(model, PatchEBT)
@@ -172,7 +172,7 @@ class TrunkExtractor(FeatureExtractor):
 
 
 class DiTExtractor(FeatureExtractor):
-    """DiT: its blocks at a timestep; `final` is layer-normed without modulation."""
+    """DiT: blocks at a timestep; `final` is layer-normed without modulation."""
 
     takes_timestep = True
 
@@ -183,7 +183,7 @@ class DiTExtractor(FeatureExtractor):
         self.device = next(model.parameters()).device
 
     def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
-        assert timestep is not None, "a DiT is always told a timestep"
+        assert timestep is not None, "a DiT always needs a timestep"
         t = torch.full((len(candidate),), timestep, dtype=torch.int64, device=candidate.device)
         found = _by_layer(
             layers, lambda wanted: self.model.forward_intermediates(candidate, t, indices=wanted), len(self.blocks)
@@ -194,7 +194,7 @@ class DiTExtractor(FeatureExtractor):
 
 
 class TimmExtractor(FeatureExtractor):
-    """Any timm model that has forward_features; its blocks, where it has forward_intermediates. Prefix tokens are left out."""
+    """Any timm model with forward_features; with forward_intermediates also its blocks. Prefix tokens are removed."""
 
     def __init__(self, model: Any, name: str, img_size: int, identity: str) -> None:
         from timm.data import resolve_data_config
@@ -233,7 +233,7 @@ class TimmExtractor(FeatureExtractor):
 
 
 class PixelExtractor(FeatureExtractor):
-    """No network: the image itself, averaged down; the floor under every other row."""
+    """No network: the averaged image itself, as a lower bound for all rows."""
 
     def __init__(self, img_size: int) -> None:
         sides = sorted({side for side in PIXEL_SIDES if side < img_size} | {img_size})
@@ -249,7 +249,7 @@ class PixelExtractor(FeatureExtractor):
 
 
 def _by_layer(layers: Sequence[str], run: Callable[[list[int]], list[Tensor]], num_blocks: int) -> dict[str, Tensor]:
-    """The tokens of "blockI" and of "final", which is the last block's here, from one run over the blocks."""
+    """Return the tokens of "blockI" and of "final" (here the last block's) from one pass over the blocks."""
     index = {layer: num_blocks - 1 if layer == "final" else int(layer.removeprefix("block")) for layer in layers}
     wanted = sorted(set(index.values()))
     tokens = dict(zip(wanted, run(wanted), strict=True)) if wanted else {}
@@ -257,10 +257,10 @@ def _by_layer(layers: Sequence[str], run: Callable[[list[int]], list[Tensor]], n
 
 
 def choose_layers(extractor: FeatureExtractor, words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """From the words of a command line to layers, several to lie side by side: {"last2": ("block2", "block3")}.
+    """Convert words of a command line to layers, possibly concatenated: {"last2": ("block2", "block3")}.
 
-    A word is "all" (the blocks and the final tokens), a layer's name, a block's number (negative from the end), or lastK: the
-    last K blocks. ValueError for another one.
+    A word is "all" (the blocks and the final tokens), the name of a layer, the number of a block (negative from the end), or
+    lastK: the last K blocks. Raises ValueError for other words.
     """
     chosen: dict[str, tuple[str, ...]] = {}
     blocks = extractor.blocks
@@ -282,11 +282,11 @@ def choose_layers(extractor: FeatureExtractor, words: Sequence[str]) -> dict[str
 def extract(
     extractor: FeatureExtractor, images: Tensor, indices: Sequence[int], features: Sequence[Feature], *, seed: int = 0
 ) -> dict[Feature, Tensor]:
-    """Every one of `features`, float32 (B, D) or (B, N, D) on the CPU, of images (B, 3, H, W), in one pass.
+    """Return all `features`, float32 (B, D) or (B, N, D) on the CPU, of images (B, 3, H, W), in one pass.
 
-    Images are uint8, or floats in [0, 1] of any width, which become float32. The noise of an image comes from (seed, timestep
-    of the level, its index), so that all models see the same. Raises ValueError for images of another kind or range and for a
-    layer or a condition that the network does not have, ThinkingError where thinking diverges.
+    Images are uint8, or floats in [0, 1] of any precision. The noise of an image depends on (seed, timestep of the level, its
+    index), so that all models see the same noise. Raises ValueError for invalid images and for a layer or condition that the
+    network does not have, ThinkingError if thinking diverges.
     """
     for feature in features:
         check_feature(extractor, feature)
@@ -307,40 +307,40 @@ def extract(
 
 
 def _unit_range(images: Tensor) -> Tensor:
-    """Images as float32 in [0, 1]; ValueError, in one line, for what extract does not take."""
+    """Convert images to float32 in [0, 1]. Raises a one-line ValueError for invalid images."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         kind = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        raise ValueError(f"images is {kind}; give a tensor (B, 3, H, W), uint8 or float in [0, 1]")
+        raise ValueError(f"images is {kind}; use a tensor (B, 3, H, W), uint8 or float in [0, 1]")
     if images.dtype == torch.uint8:
         return images.float() / 255.0
     if not images.is_floating_point():
-        raise ValueError(f"images has dtype {images.dtype}; give uint8, or floats in [0, 1]")
+        raise ValueError(f"images has dtype {images.dtype}; use uint8, or floats in [0, 1]")
     unit = images.float()
     if not bool(torch.isfinite(unit).all()):
-        raise ValueError("images holds NaN or infinite values; replace them first, say with torch.nan_to_num")
+        raise ValueError("images has NaN or infinite values; replace them first, for example with torch.nan_to_num")
     low, high = (float(value) for value in unit.aminmax()) if unit.numel() else (0.0, 0.0)
     if low < -_ROUNDING or high > 1.0 + _ROUNDING:
         remedy = "for 0..255 use images / 255, for -1..1 (images + 1) / 2, for noise images.clamp(0, 1)"
-        raise ValueError(f"images has values in [{low:.4g}, {high:.4g}]; give floats in [0, 1]: {remedy}")
+        raise ValueError(f"images has values in [{low:.4g}, {high:.4g}]; use floats in [0, 1]: {remedy}")
     return unit
 
 
 def check_feature(extractor: FeatureExtractor, feature: Feature) -> None:
-    """ValueError where the network has no such layer or cannot be fed so."""
+    """Raise ValueError if the network does not have this layer or does not support this input."""
     condition = feature.condition
     if feature.layer not in extractor.layers:
         raise ValueError(f"{extractor.name} has no layer {feature.layer!r}; it has {', '.join(extractor.layers)}")
     if condition.thinking_steps and not extractor.takes_thinking:
-        raise ValueError(f"{extractor.name} does not think: thinking steps are for a PatchEBT; leave them out")
+        raise ValueError(f"{extractor.name} does not think: thinking steps are only for a PatchEBT; remove them")
     if (condition.timestep is None) == extractor.takes_timestep:
         needs = (
-            "needs a timestep; give one, 0 as in the paper" if extractor.takes_timestep else "takes no timestep; leave it out"
+            "needs a timestep; set one, 0 as in the paper" if extractor.takes_timestep else "takes no timestep; leave it out"
         )
         raise ValueError(f"{extractor.name} {needs}")
 
 
 def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
-    """(B, N, D) -> (B, D) by mean or max over the tokens; "tokens" leaves them."""
+    """(B, N, D) -> (B, D) by mean or max over the tokens; "tokens" keeps all."""
     if pool == "tokens":
         return tokens
     return tokens.mean(1) if pool == "mean" else tokens.amax(1)
@@ -357,14 +357,14 @@ def _at_level(clean: Tensor, level: float, indices: Sequence[int], seed: int, no
 def load_extractor(
     name: str, *, img_size: int | None = None, device: str = "cpu", seed: int = 0, timm_weights: str | None = None
 ) -> FeatureExtractor:
-    """The extractor of a shipped name, a folder, "hub:OWNER/NAME", "timm:NAME", "random:NAME" or "pixels".
+    """Load the extractor of a shipped name, a folder, "hub:OWNER/NAME", "timm:NAME", "random:NAME" or "pixels".
 
-    `random:NAME` has the architecture of NAME and fresh weights of `seed`. A timm model has such weights too, unless
-    `timm_weights` is a file (safetensors, or a state dict of torch.save) or "pretrained", which downloads. `img_size` is for
-    timm and pixels, 64 if None; a checkpoint has its own. Raises ValueError where a name, a file or a size does not fit.
+    `random:NAME` has the architecture of NAME and random weights from `seed`. A timm model also has random weights, unless
+    `timm_weights` is a file (safetensors, or a state dict of torch.save) or "pretrained", which downloads. `img_size` is only
+    for timm and pixels, 64 if None; a checkpoint has its own. Raises ValueError if a name, a file or a size does not fit.
     """
     if timm_weights is not None and not name.startswith(TIMM_PREFIX):
-        raise ValueError(f"timm weights go with a timm:NAME model, not with {name}; leave them out")
+        raise ValueError(f"timm weights are only for a timm:NAME model, not for {name}; remove them")
     if name == PIXELS:
         return PixelExtractor(img_size or 64)
     if name.startswith(TIMM_PREFIX):
@@ -378,9 +378,7 @@ def load_extractor(
         model = load_pretrained(name, device=device)
     own = model.config.img_size
     if img_size not in (None, own):
-        raise ValueError(
-            f"{name} was trained at {own} px, img_size={img_size} is another size; leave img_size out to use {own}"
-        )
+        raise ValueError(f"{name} was trained at {own} px, not at img_size={img_size}; remove img_size to use {own}")
     identity = weights_hash(model, json.dumps(model.network_config, sort_keys=True))
     if isinstance(model, PatchEBT | PatchRegressor | PatchEqM):
         return TrunkExtractor(model, name, identity)
@@ -401,12 +399,12 @@ def _load_timm(name: str, img_size: int, device: str, seed: int, weights: str | 
         with _seeded(seed):
             try:
                 model = timm.create_model(bare, img_size=img_size, **options)
-            except TypeError:  # a convolutional network, which takes any size
+            except TypeError:  # a convolutional network, which accepts any size
                 model = timm.create_model(bare, **options)
         return TimmExtractor(model.to(device), name, img_size, weights_hash(model, bare))
-    except Exception as error:  # timm's own errors are of every kind, from KeyError to those of the hub
+    except Exception as error:  # timm raises many kinds of errors, from KeyError to those of the hub
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} cannot be made at {img_size} px ({reason}); check its name, weights and size") from error
+        raise ValueError(f"{name} cannot be created at {img_size} px ({reason}); check its name, weights and size") from error
 
 
 def weights_hash(model: nn.Module, architecture: str) -> str:
@@ -420,7 +418,7 @@ def weights_hash(model: nn.Module, architecture: str) -> str:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Within, the global stream that initialisers draw from is that of `seed`; afterwards it is as it was."""
+    """Context in which initialisers draw from the global stream with `seed`; afterwards the stream is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

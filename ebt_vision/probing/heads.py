@@ -1,7 +1,7 @@
-"""Heads on frozen features: what every head can do, logistic regression and weighted k-NN (the torch ones: torch_head.py).
+"""Heads on frozen features: the interface of all heads, logistic regression and weighted k-NN (torch heads: torch_head.py).
 
-A head tries its hyper-parameters on held-out images (`sweep`), then is fitted anew with the chosen ones (`predict`). It never
-sees the validation set but as features to score.
+A head tries its hyper-parameters on held-out images (`sweep`), then is fitted again with the chosen ones (`predict`). It sees
+the validation set only as features to score.
 """
 
 import time
@@ -20,7 +20,7 @@ from ebt_vision.probing.feature_cache import FeatureRows
 from ebt_vision.probing.scores import top_k_accuracy
 
 MAX_LOGISTIC_BYTES = 4 * 10**9
-"""Float32 features that logistic regression may hold in memory; it needs about twice that."""
+"""Maximum bytes of float32 features that logistic regression holds in memory; it needs about twice as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,14 +28,14 @@ class ProbeSet:
     """Training images as features."""
 
     views: tuple[FeatureRows, ...]
-    """Of the centred squares first, then of random crops, if any."""
+    """Features of the centred squares, then of random crops, if any."""
     labels: np.ndarray  # int64 (n,)
     num_classes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One setting of a head's hyper-parameters, measured on held-out images."""
+    """One setting of the hyper-parameters of a head, measured on held-out images."""
 
     hyper: dict[str, Any]
     top1: float
@@ -45,27 +45,27 @@ class Trial:
 
 
 class Head(ABC):
-    """One kind of classifier."""
+    """A kind of classifier."""
 
     name: str
     settings: dict[str, Any]
-    """Everything, beside the hyper-parameters of a trial, that its result depends on."""
+    """Everything that a trial depends on, in addition to its hyper-parameters."""
 
     @abstractmethod
     def accepts(self, pool: str) -> bool:
-        """Whether it works on features of this pool (see features.POOLS)."""
+        """Whether the head accepts features of this pool (see features.POOLS)."""
 
     @abstractmethod
     def check_size(self, num_images: int, num_values: int) -> None:
-        """ValueError where it cannot be fitted on so many images of so many values each."""
+        """Raise ValueError if the head cannot be fitted on this number of images and values."""
 
     @abstractmethod
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
-        """A trial for each setting, fitted on the images `fit` (n,) and measured on `held_out` (m,): indices."""
+        """Return a trial for each setting, fitted on the images `fit` (n,) and measured on `held_out` (m,): indices."""
 
     @abstractmethod
     def predict(self, data: ProbeSet, fit: np.ndarray, hyper: dict, queries: FeatureRows, indices: np.ndarray) -> np.ndarray:
-        """Class scores float32 (len(indices), num_classes) of other features, by a head fitted on the images `fit`."""
+        """Return class scores float32 (len(indices), num_classes) of other features, by a head fitted on the images `fit`."""
 
 
 class LogisticHead(Head):
@@ -96,7 +96,7 @@ class LogisticHead(Head):
         x, x_held = scale.rows(features, fit), scale.rows(features, held_out)
         model = LogisticRegression(max_iter=self._max_iter, warm_start=True)
         trials = []
-        for c in self._cs:  # rising, each from where the former ended
+        for c in self._cs:  # increasing; each fit starts from the previous result
             begin = time.perf_counter()
             converged = _fit(model.set_params(C=c), x, labels[fit])
             scores = _class_scores(model, x_held)
@@ -111,7 +111,7 @@ class LogisticHead(Head):
 
 
 class _Scale:
-    """Standardising: mean and deviation of the images that a head is fitted on."""
+    """Standardisation by mean and deviation of the images that a head is fitted on."""
 
     def __init__(self, features: FeatureRows, fit: np.ndarray) -> None:
         self.mean, self.std = mean_and_std(features, fit)
@@ -124,7 +124,7 @@ class _Scale:
 
 
 def mean_and_std(features: FeatureRows, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (D,) each, in two passes over chunks of rows; the deviation of a constant feature is given as 1."""
+    """Return float32 (D,) each, in two passes over chunks of rows; the deviation of a constant feature is 1."""
     total = sum(features.rows(part).sum(0, dtype=np.float64) for part in _chunks(indices, 10_000))
     mean = total / len(indices)
     squares = sum(((features.rows(part) - mean) ** 2).sum(0) for part in _chunks(indices, 10_000))
@@ -133,7 +133,7 @@ def mean_and_std(features: FeatureRows, indices: np.ndarray) -> tuple[np.ndarray
 
 
 def _fit(model: LogisticRegression, x: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether it converged; False goes into the report and stops nothing."""
+    """Whether the fit converged; False is reported but is not an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x, labels)
@@ -146,8 +146,8 @@ def _class_scores(model: LogisticRegression, x: np.ndarray) -> np.ndarray:
 
 
 class KnnHead(Head):
-    """Weighted k-NN on the cosine, the vote of a neighbour exp(cosine / temperature) (Wu et al. 2018, sec. 3.4; k = 20 and
-    T = 0.07 as in DINO). The hyper-parameter is whether features are standardised before; DINO's are not.
+    """Weighted k-NN on the cosine; a neighbour votes with exp(cosine / temperature) (Wu et al. 2018, sec. 3.4; k = 20 and
+    T = 0.07 as in DINO). The hyper-parameter is whether features are standardised first; DINO does not standardise.
     """
 
     name = "knn"
@@ -160,7 +160,7 @@ class KnnHead(Head):
         return pool != "tokens"
 
     def check_size(self, num_images: int, num_values: int) -> None:
-        pass  # it reads chunk by chunk
+        pass  # reads chunk by chunk
 
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
         trials = []

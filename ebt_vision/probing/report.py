@@ -1,4 +1,4 @@
-"""What a linear probe writes for people: the report, per-class accuracy, the confusion matrix, plots of the sweep."""
+"""Reports of a linear probe: the report, per-class accuracy, the confusion matrix, plots of the sweep."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -25,18 +25,18 @@ class Swept:
 
     @property
     def best(self) -> Trial:
-        """The trial of highest held-out top-1, then top-5, then the first."""
+        """The trial with the highest held-out top-1, then top-5, then the first."""
         return max(self.trials, key=lambda trial: (trial.top1, trial.top5))
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best value of an ordered hyper-parameter is the lowest or highest one tried."""
+        """Whether the best value of an ordered hyper-parameter is the lowest or highest tried value."""
         values = [next(iter(trial.hyper.values())) for trial in self.trials]
         return len(values) > 2 and next(iter(self.best.hyper.values())) in (min(values), max(values))
 
 
 def report(about: dict, swept: Sequence[Swept], rows: Sequence[dict]) -> str:
-    """The results as Markdown. `rows` are the records of results.json."""
+    """Write the results as Markdown. `rows` are the records of results.json."""
     lines = [
         f"# Linear probe of {about['model']}",
         "",
@@ -48,7 +48,7 @@ def report(about: dict, swept: Sequence[Swept], rows: Sequence[dict]) -> str:
         "",
         f"Feature and hyper-parameters were chosen on {about['num_held_out']} held-out images of {about['num_sweep']} training "
         f"images; the head was then fitted on all {about['num_train']}. Intervals are 95 % (Wilson), over images. "
-        f"From this folder the validation set has been measured with {about['num_validation_choices']} different choices.",
+        f"In this folder the validation set has been measured with {about['num_validation_choices']} different choices.",
         *about["notes"],
         "",
         "| head | chosen feature | hyper-parameter | held-out top-1 | validation top-1 | validation top-5 |",
@@ -77,9 +77,9 @@ def report(about: dict, swept: Sequence[Swept], rows: Sequence[dict]) -> str:
 
 
 def write_classes(folder: Path, head: str, measured: ClassifierScores, labels: np.ndarray, class_names: Sequence[str]) -> None:
-    """per_class-HEAD.csv, confusion-HEAD.npz and confusion-HEAD.png for the true `labels` (N,).
+    """Write per_class-HEAD.csv, confusion-HEAD.npz and confusion-HEAD.png for the true `labels` (N,).
 
-    The .npz has the predictions too, for other statistics.
+    The .npz also has the predictions, for other statistics.
     """
     with (folder / f"per_class-{head}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -98,7 +98,7 @@ def write_classes(folder: Path, head: str, measured: ClassifierScores, labels: n
 
 
 def draw_sweep(folder: Path, swept: Sequence[Swept]) -> list[str]:
-    """layers.png, and conditions.png where noise level, timestep or thinking steps were swept; returns their names."""
+    """Draw layers.png, and conditions.png if noise level, timestep or thinking steps were swept; return their names."""
     layers = list(dict.fromkeys(entry.layer for entry in swept))
     _draw_lines(
         folder / "layers.png",

@@ -9,21 +9,21 @@ Z95 = 1.959963984540054
 
 
 def top_k_classes(scores: np.ndarray, k: int) -> np.ndarray:
-    """The k highest classes of each row, best first, int64 (n, min(k, num_classes)); ties go to the lower class."""
+    """Return the k highest classes of each row, best first, int64 (n, min(k, num_classes)); ties go to the lower class."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share in [0, 1] of the rows of `scores` (N, num_classes) whose label (N,) is among the k highest.
+    """Return the fraction in [0, 1] of the rows of `scores` (N, num_classes) whose label (N,) is among the k highest.
 
-    Rows of nan count as wrong.
+    Rows with nan count as wrong.
     """
     hits = (top_k_classes(scores, k) == labels[:, None]).any(1) & np.isfinite(scores).all(1)
     return float(hits.mean())
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share in [0, 1] (Wilson 1927); good at 0 and 1 and for few images."""
+    """Return the 95 % interval of a fraction in [0, 1] (Wilson 1927); valid at 0 and 1 and for few images."""
     if total < 1:
         return 0.0, 1.0
     share, z2 = hits / total, Z95**2
@@ -39,7 +39,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifierScores:
-    """What the validation set says of one classifier."""
+    """Figures of one classifier on the validation set."""
 
     num_images: int
     top1: float

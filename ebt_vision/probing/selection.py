@@ -1,7 +1,7 @@
-"""The protocol of a probe: choose feature and hyper-parameters on held-out training images, measure on the validation set once.
+"""The protocol of a probe: choose feature and hyper-parameters on held-out training images, measure once on the validation set.
 
-`sweep` and `choose` are given no validation set. `validate` takes choices that are made, and is the only place that reads
-validation images.
+`sweep` and `choose` do not get a validation set. `validate` gets final choices and is the only function that reads validation
+images.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from ebt_vision.probing.scores import ClassifierScores, measure
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A feature that heads may choose: layers side by side, under one condition."""
+    """A feature that heads may choose: layers, possibly concatenated, under one condition."""
 
     condition: FeatureCondition
     layer: str
@@ -39,12 +39,12 @@ class Candidate:
 
     @property
     def stored_pool(self) -> str:
-        """How the cache holds it: attention pooling is trained, so it wants all tokens."""
+        """The pool in the cache: attention pooling is trained, so it needs all tokens."""
         return "tokens" if self.pool == "attention" else self.pool
 
     @property
     def stored(self) -> list[Feature]:
-        """What the cache holds of it."""
+        """The features in the cache."""
         return [Feature(condition=self.condition, layer=layer, pool=self.stored_pool) for layer in self.layers]
 
 
@@ -59,22 +59,22 @@ class LabelledImages:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How choices are made."""
+    """Settings of the choice."""
 
     maker: FeatureMaker
     trials_folder: Path
-    """Trials are kept here, named by all that they depend on: an interrupted sweep goes on."""
+    """Folder of trials, named by everything that they depend on, so that an interrupted sweep resumes."""
     held_out: float = 0.1
-    """Share of each class of the training images that choices are made on."""
+    """Fraction of each class of the training images that is held out for choices."""
     num_views: int = 0
-    """Random crops of each training image, for heads that train on them."""
+    """Number of random crops of each training image, for heads that train on them."""
     seed: int = 0
     say: Callable[[str], None] = print
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepResult:
-    """Every head on every candidate."""
+    """The results of every head on every candidate."""
 
     entries: tuple[Swept, ...]
     num_images: int
@@ -84,7 +84,7 @@ class SweepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """What one head chose, before the validation set is looked at."""
+    """The choice of one head, before the validation set is used."""
 
     head: Head
     candidate: Candidate
@@ -93,7 +93,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validated:
-    """What the validation set says of a choice."""
+    """The figures of a choice on the validation set."""
 
     choice: Choice
     measured: ClassifierScores
@@ -104,17 +104,17 @@ class Validated:
 
 
 def all_features(candidates: Sequence[Candidate]) -> list[Feature]:
-    """What the cache holds of all candidates, each once."""
+    """Return the cached features of all candidates, each once."""
     return list(dict.fromkeys(feature for candidate in candidates for feature in candidate.stored))
 
 
 def make_training_features(protocol: Protocol, train: LabelledImages, features: Sequence[Feature]) -> list[FeatureCache]:
-    """The caches of the centred squares and of each random view, complete."""
+    """Return the complete caches of the centred squares and of each random view."""
     return [protocol.maker.make(train.images, "train", features, view) for view in range(protocol.num_views + 1)]
 
 
 def check_sizes(protocol: Protocol, candidates: Sequence[Candidate], heads: Sequence[Head], num_images: int) -> None:
-    """ValueError, before anything is made, where a head could not be fitted on all training images with some candidate."""
+    """Raise ValueError, before any extraction, if a head could not be fitted on all training images with some candidate."""
     shapes = protocol.maker.shapes(all_features(candidates))
     for head, candidate in product(heads, candidates):
         if head.accepts(candidate.stored_pool):
@@ -122,7 +122,7 @@ def check_sizes(protocol: Protocol, candidates: Sequence[Candidate], heads: Sequ
 
 
 def sweep(protocol: Protocol, train: LabelledImages, candidates: Sequence[Candidate], heads: Sequence[Head]) -> SweepResult:
-    """Every head on every candidate that it accepts, measured on held-out training images."""
+    """Measure every head on every candidate that it accepts, on held-out training images."""
     caches = make_training_features(protocol, train, all_features(candidates))
     readable = caches[0].readable()
     fit, held_out = stratified_split(train.labels, readable, protocol.held_out, protocol.seed, train.class_names)
@@ -155,7 +155,8 @@ def choose(
     head: Head,
     whole: LabelledImages | None = None,
 ) -> Choice:
-    """The best feature of a head and its best setting; that one is chosen anew on `whole`, where the sweep had only a part."""
+    """Return the best feature of a head with its best setting; if the sweep used a part, the setting is chosen again on
+    `whole`."""
     of_head = [entry for entry in swept.entries if entry.head == head.name]
     best = max(of_head, key=lambda entry: (entry.best.top1, entry.best.top5))
     (found,) = (c for c in candidates if (c.condition, c.layer, c.pool) == (best.condition, best.layer, best.pool))
@@ -165,7 +166,7 @@ def choose(
 
 
 def validate(protocol: Protocol, train: LabelledImages, choice: Choice, val: LabelledImages) -> Validated:
-    """Fit a choice on all training images, those held out included, and measure it on the validation images."""
+    """Fit a choice on all training images, including held-out ones, and measure it on the validation images."""
     begin = time.perf_counter()
     caches = make_training_features(protocol, train, choice.candidate.stored)
     data = _probe_set(caches, choice.candidate, train)

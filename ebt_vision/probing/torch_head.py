@@ -1,8 +1,8 @@
 """The probe for large sets: batch norm without affine and a linear layer, SGD 0.9 or LARS, cosine, many learning rates at once.
 
-The recipe of MAE (He et al. 2022, app. A.1) with a grid as DINOv2's (Oquab et al. 2024): every learning rate trains a
-classifier of its own on the same batches, so that a sweep reads the features once. Features of tokens are pooled by a trained
-head: each of a few learned queries attends over the tokens and gathers its share of the channels (Psomas et al. 2025).
+The recipe follows MAE (He et al. 2022, app. A.1) with a grid as in DINOv2 (Oquab et al. 2024): every learning rate trains its
+own classifier on the same batches, so that a sweep reads the features once. For features of tokens the pooling is trained: each
+of a few learned queries attends over the tokens and pools its part of the channels (Psomas et al. 2025).
 """
 
 import math
@@ -33,7 +33,7 @@ _WEIGHT_STREAM, _ORDER_STREAM = 0x70776774, 0x706F7264
 class TorchHead(Head):
     """Trained batch by batch from the mapped features; the learning rate is the hyper-parameter.
 
-    With several views, each epoch trains on the next of the random crops; it is measured on the centred squares.
+    With several views, each epoch trains on the next random crop; measuring uses the centred squares.
     """
 
     name = "torch"
@@ -64,7 +64,7 @@ class TorchHead(Head):
         return True
 
     def check_size(self, num_images: int, num_values: int) -> None:
-        pass  # it reads batch by batch
+        pass  # reads batch by batch
 
     def sweep(self, data: ProbeSet, fit: np.ndarray, held_out: np.ndarray) -> list[Trial]:
         begin = time.perf_counter()
@@ -87,10 +87,10 @@ class TorchHead(Head):
         groups = [{"params": [*head.parameters()], "lr": lr * scale} for head, lr in zip(probe.heads, rates, strict=True)]
         optimizer: torch.optim.Optimizer
         if self._optimizer == "lars":
-            # A bias of norm 0 has no step that is relative to it. Of centred features it tells the classes' shares alone.
+            # A bias of norm 0 has no relative step. On centred features it only represents the class frequencies.
             for head in probe.heads:
                 head.bias.requires_grad_(False)
-            # Without weight decay it would adapt nothing unless told to.
+            # Without weight decay, LARS adapts the learning rate only with always_adapt.
             optimizer = Lars(groups, momentum=0.9, always_adapt=True)
         else:
             optimizer = torch.optim.SGD(groups, momentum=0.9)
@@ -106,7 +106,8 @@ class TorchHead(Head):
                 target = labels[torch.from_numpy(batch)].to(self._device)
                 logits = probe(torch.from_numpy(view.rows(batch)).to(self._device))
                 optimizer.zero_grad()
-                # The heads share no weight, so the gradient of the sum is each head's own; one that diverges harms no other.
+                # The heads share no weights, so the gradient of the sum is each head's own; a diverging head does not affect
+                # others.
                 torch.stack([F.cross_entropy(of_head, target) for of_head in logits]).sum().backward()
                 optimizer.step()
                 schedule.step()
@@ -122,7 +123,7 @@ class TorchHead(Head):
 
 
 class _Probes(nn.Module):
-    """One shared batch norm, which has no weights, and a head for each learning rate; all heads start alike."""
+    """One shared batch norm without weights, and one head per learning rate; all heads start equal."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, count: int, seed: int) -> None:
         """`shape` is (n, D), or (n, N, D) for tokens."""
@@ -149,7 +150,7 @@ class _LinearHead(nn.Module):
 
 
 class _AttentiveHead(_LinearHead):
-    """(B, N, D) -> (B, num_classes): each query's attention pools its share of the channels."""
+    """(B, N, D) -> (B, num_classes): the attention of each query pools its part of the channels."""
 
     def __init__(self, dim: int, num_classes: int, generator: torch.Generator) -> None:
         super().__init__(dim, num_classes, generator)
@@ -165,6 +166,6 @@ class _AttentiveHead(_LinearHead):
 
 
 def _batch_starts(count: int, batch_size: int) -> list[int]:
-    """Where each batch begins; a last batch of one image, which batch norm cannot take, joins the one before."""
+    """Return the start of each batch; a last batch of one image, which batch norm does not accept, joins the previous one."""
     starts = list(range(0, count, batch_size))
     return starts[:-1] if len(starts) > 1 and count - starts[-1] == 1 else starts

@@ -85,14 +85,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Experim
 def build_config(raw: dict[str, Any]) -> ExperimentConfig:
     """Build an ExperimentConfig from plain data and check every key and type. Raises ConfigError like load_config."""
     raw = _with_preset(raw)
-    try:
-        model_type = find_model_type(str(raw.get("model_type")))
-    except UnknownModelTypeError as error:
-        raise ConfigError(str(error)) from None
-    sections = _TEXT_SECTIONS if model_type.modality == "text" else _IMAGE_SECTIONS
-    hints: dict[str, Any] = {"model": config_class(raw["model_type"])} | sections
+    known = MODEL_TYPES.get(str(raw.get("model_type")))
+    sections = _TEXT_SECTIONS if known is not None and known.modality == "text" else _IMAGE_SECTIONS
+    hints: dict[str, Any] = {"model": PatchEBTConfig if known is None else config_class(raw["model_type"])} | sections
     _check_keys(ExperimentConfig, raw, (), hints)
     _check_finite(raw, "")
+    try:
+        find_model_type(str(raw.get("model_type")))
+    except UnknownModelTypeError as error:
+        raise ConfigError(str(error)) from None
     raw = {"objective": {}, "validation": {}} | raw
     for field_ in dataclasses.fields(ExperimentConfig):
         if field_.name not in raw and field_.default is field_.default_factory is dataclasses.MISSING:
