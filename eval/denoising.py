@@ -290,6 +290,7 @@ def _row_settings(settings: argparse.Namespace) -> RowSettings:
         steps=settings.steps,
         tolerances=tuple(settings.tolerances),
         tolerance_of=settings.tolerance_of,
+        regressor_tolerances=tuple(settings.regressor_tolerances),
         step_sizes=tuple(settings.step_sizes),
         candidates=settings.candidates,
         candidate_steps=tuple(settings.candidate_steps),
@@ -399,9 +400,10 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
 def _add_rows(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rows").add_argument
     count, amount = number(int, 1), number(float, 0)
-    add("--steps", type=count, default=10, help="EBT: thinking steps")
+    add("--steps", type=count, default=10, help="EBT: thinking steps; regressor: how often it is applied")
     add("--tolerances", type=amount, nargs="*", default=[], help="EBT: rows of adaptive thinking")
     add("--tolerance-of", choices=get_args(ToleranceOf), default="first", help="what they are shares of")
+    add("--regressor-tolerances", type=amount, nargs="*", default=[], help="regressor: rows stopped by the size of its change")
     add("--step-sizes", type=amount, nargs="*", default=[], help="EBT: rows with so many times the learned step size")
     add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 leaves it out")
     add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")

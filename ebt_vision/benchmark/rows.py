@@ -24,6 +24,8 @@ class RowSettings:
     steps: int = 10
     tolerances: tuple[float, ...] = ()
     tolerance_of: ToleranceOf = "first"
+    regressor_tolerances: tuple[float, ...] = ()
+    """Rows of the regressor, stopped where an application changes an image by this share of the first change."""
     step_sizes: tuple[float, ...] = ()
     """Rows of thinking with so many times the learned step size."""
     candidates: int = 8
@@ -70,7 +72,7 @@ class Row:
     @property
     def needs_final_energy(self) -> bool:
         """Whether the result depends on the energy of the last image too, which costs a pass of its own."""
-        return self.tolerance is not None or self.num_candidates > 1
+        return self.kind == "ebt" and (self.tolerance is not None or self.num_candidates > 1)
 
 
 def kind_of(denoiser: Denoiser) -> Kind:
@@ -91,7 +93,7 @@ def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) 
     elif kind == "dit":
         yield from _dit_rows(name, condition, settings)
     elif kind == "regressor":
-        yield Row(model=name, kind=kind, method="applied", num_steps=3, reported=(1, 2, 3))
+        yield from _regressor_rows(name, settings)
     elif kind == "identity":
         yield Row(model=name, kind=kind, method="noisy input", num_steps=1, reported=(1,))
     else:
@@ -135,6 +137,15 @@ def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
                 candidate_noise=settings.candidate_noise,
                 langevin=settings.langevin,
             )
+
+
+def _regressor_rows(name: str, settings: RowSettings) -> Iterator[Row]:
+    """Applied as often as the EBT thinks, and stopped by the size of its change."""
+    steps = settings.steps
+    plain = Row(model=name, kind="regressor", method="applied", num_steps=steps, reported=tuple(range(1, steps + 1)))
+    yield plain
+    for tolerance in settings.regressor_tolerances:
+        yield replace(plain, method=f"applied, tolerance {tolerance:g}", reported=(steps,), tolerance=tolerance)
 
 
 def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterator[Row]:

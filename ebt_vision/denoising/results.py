@@ -40,6 +40,8 @@ class DenoiseResult:
     """Passes through the network spent on each image, over all candidates, int64 (B,); 0 for classical methods."""
     energies: Tensor | None = None
     """Energy before the first and after every step, mean over patches, (T + 1, B); an image that stopped repeats its last."""
+    model_energy: Tensor | None = None
+    """With a likelihood, which `energies` include: the model's own energy of the image, mean over patches, (B,)."""
     candidate_energies: Tensor | None = None
     """Final energy of every candidate, mean over patches, (N, B)."""
     chosen: Tensor | None = None
@@ -118,6 +120,7 @@ def join_results(results: Sequence[DenoiseResult]) -> DenoiseResult:
         num_steps=num_steps,
         num_forward=num_forward,
         energies=joined("energies", 1),
+        model_energy=joined("model_energy", 0),
         candidate_energies=joined("candidate_energies", 1),
         chosen=joined("chosen", 0),
         candidate_images=joined("candidate_images", 1),
