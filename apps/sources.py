@@ -41,7 +41,10 @@ class Request(ThinkingOptions):
         """Return the request with defaults for all options that are not in `options_used`."""
         plain = Request(path=self.path)
         thinking = ("num_candidates", "tolerance", "tolerance_of", "step_rule", "langevin_std", "step_size_scale")
-        return replace(self, **{field: getattr(plain, field) for field in thinking if field not in options_used})
+        unused = {field for field in thinking if field not in options_used}
+        if self.tolerance_of in ("training", "observation") and "step_size_scale" not in options_used:
+            unused |= {"tolerance", "tolerance_of"}  # shares of an energy, which this denoiser does not have
+        return replace(self, **{field: getattr(plain, field) for field in unused})
 
     def options(self) -> DenoiseOptions:
         """Return the options for a denoiser. Raises ValueError for a value out of range."""

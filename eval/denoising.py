@@ -292,6 +292,7 @@ def _row_settings(settings: argparse.Namespace) -> RowSettings:
         steps=settings.steps,
         tolerances=tuple(settings.tolerances),
         tolerance_of=settings.tolerance_of,
+        regressor_tolerances=tuple(settings.regressor_tolerances),
         step_sizes=tuple(settings.step_sizes),
         candidates=settings.candidates,
         candidate_steps=tuple(settings.candidate_steps),
@@ -401,7 +402,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
 def _add_rows(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rows").add_argument
     count, amount = number(int, 1), number(float, 0)
-    add("--steps", type=count, default=10, help="EBT: thinking steps")
+    add("--steps", type=count, default=10, help="EBT: thinking steps; regressor: how often it is applied")
     add("--tolerances", type=amount, nargs="*", default=[], help="EBT: tolerances, with a row of adaptive thinking for each")
     add(
         "--tolerance-of",
@@ -409,6 +410,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         default="first",
         help="EBT: reference of --tolerances; see ebt-vision denoise",
     )
+    add("--regressor-tolerances", type=amount, nargs="*", default=[], help="regressor: rows stopped by the size of its change")
     add("--step-sizes", type=amount, nargs="*", default=[], help="EBT: factors on the learned step size, with rows for each")
     add("--candidates", type=number(int, 0), default=8, help="EBT: candidates of best-of-N; 0 disables it")
     add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")

@@ -200,7 +200,7 @@ LINES = (
     Line(title="DiT, DDIM, 100 passes", model=DIT, method=_sampled, steps=100, probed=DIT, rate="DiT, DDIM, 100 passes"),
     Line(title="DiT, best number of passes", model=DIT, method=_sampled),
     Line(title="regressor, once", model=REGRESSOR, method=_applied, steps=1, probed=REGRESSOR, rate="regressor, once"),
-    Line(title="regressor, best of 1 to 3 times", model=REGRESSOR, method=_applied),
+    Line(title="regressor, best number of times", model=REGRESSOR, method=_applied),
     Line(title="BM3D, true noise level", model=BM3D, method=_told, photographs=BM3D),
     Line(title="noisy input", model="identity", method=_noisy, photographs="identity"),
 )
@@ -263,7 +263,7 @@ def sentences(evidence: Evidence) -> list[str]:
     """Three findings: in distribution, out of distribution, and the comparison with the regressor."""
     known, unseen = ({line.title: row_for(evidence.paper, line, x, line.model) for line in LINES} for x in LEVELS)
     one, rule, most = "EBT, 1 step", "**EBT, stops by itself**", "EBT, best of 1 to 10 steps"
-    dit, regressor, bm3d = "DiT, best number of passes", "regressor, best of 1 to 3 times", "BM3D, true noise level"
+    dit, regressor, bm3d = "DiT, best number of passes", "regressor, best number of times", "BM3D, true noise level"
     needed = [known[one], unseen[one], *(rows[title] for rows in (known, unseen) for title in (rule, most, dit, regressor))]
     if None in needed:
         return ["**Not available**: paper.json is missing, or has no rows of the shipped weights for every model."]

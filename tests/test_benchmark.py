@@ -195,6 +195,18 @@ def test_a_tolerance_of_the_previous_step_is_a_row_of_its_own():
     assert (options.tolerance, options.tolerance_of) == (0.05, "previous")
 
 
+def test_the_regressor_is_applied_as_often_as_an_ebt_thinks_and_stopped_by_its_change():
+    settings = RowSettings(steps=4, regressor_tolerances=(0.05,))
+    condition = Condition(protocol="paper", kind="level", strength=0.1)
+    plain, stopping = rows_of("m", "regressor", condition, settings)
+    assert (plain.method, plain.num_steps, plain.reported) == ("applied", 4, (1, 2, 3, 4))
+    assert (stopping.method, stopping.reported, stopping.needs_final_energy) == ("applied, tolerance 0.05", (4,), False)
+    model = PatchRegressor(PatchRegressorConfig(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2))
+    _, _, options = prepare(RegressorDenoiser(model), stopping, condition, torch.rand(1, 3, 16, 16))
+    assert (options.tolerance, options.tolerance_of) == (0.05, "first")
+    assert Cost(step=10, final=0).of_run(stopping, 3, 4) == 30  # three applications of four
+
+
 def test_a_tolerance_of_the_trainings_gain_is_a_row_of_its_own():
     condition = Condition(protocol="paper", kind="level", strength=0.1)
     settings = RowSettings(steps=4, tolerances=(0.005,), tolerance_of="training", candidates=0)

@@ -492,6 +492,37 @@ def test_dit_takes_a_photograph_at_the_timestep_of_its_noise():
     assert dit().denoise(noisy, DenoiseOptions(num_steps=50, sigma=0.0)).num_steps.tolist() == [1]  # timestep 0 alone
 
 
+def test_regressor_stops_where_its_change_is_a_small_share_of_the_first():
+    """R(y) = c y on the sample's own c: changes (1 - c)^2 c^2k |x|^2, so their shares of the first are c^2k."""
+    factors = torch.tensor([0.5, 0.9, 0.1])
+
+    class Shrink(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            batches.append(len(images))
+            return images * factors[ids(images)][:, None, None, None]
+
+    def ids(images: torch.Tensor) -> list[int]:  # the sign pattern of the first pixels names the sample
+        return [int((image[0, 0, :3] > 0).int().argmax()) for image in images]
+
+    denoiser, batches = regressor(), []
+    noisy = torch.full((3, 3, 16, 16), 0.3)
+    for sample in range(3):
+        noisy[sample, 0, 0, sample] = 0.7
+    network, denoiser.model = denoiser.model, Shrink()
+    denoiser.to_network = lambda images: images
+    options = DenoiseOptions(num_steps=8, tolerance=0.05)
+    result = denoiser.denoise(noisy, options)
+    assert result.num_steps.tolist() == [4, 8, 2]  # 0.25, 0.063, 0.016; 0.81^7 = 0.23; 0.01
+    assert torch.equal(result.num_forward, result.num_steps) and batches == [3, 3, 2, 2, 1, 1, 1, 1]
+    expected = to_model_range(noisy) * (factors**result.num_steps)[:, None, None, None]
+    torch.testing.assert_close(result.image, to_image_range(expected))
+    previous = denoiser.denoise(noisy, replace(options, tolerance=0.3, tolerance_of="previous"))
+    assert previous.num_steps.tolist() == [2, 8, 2]  # shares of the one before: 0.25, 0.81, 0.01
+    with pytest.raises(ValueError, match="tolerance_of='training' needs an energy; use 'first' or 'previous' for regressor"):
+        denoiser.denoise(noisy, replace(options, tolerance_of="training"))
+    denoiser.model = network
+
+
 def test_regressor_is_applied_to_its_own_output():
     denoiser, noisy = regressor(), noisy_images()
     expected = denoiser.model(denoiser.model(to_model_range(noisy)))

@@ -25,6 +25,8 @@ class RowSettings:
     steps: int = 10
     tolerances: tuple[float, ...] = ()
     tolerance_of: ToleranceOf = "first"
+    regressor_tolerances: tuple[float, ...] = ()
+    """Rows of the regressor, stopped where an application changes an image by this share of the first change."""
     step_sizes: tuple[float, ...] = ()
     """Factors on the learned step size, with thinking rows for each."""
     candidates: int = 8
@@ -71,7 +73,7 @@ class Row:
     @property
     def needs_final_energy(self) -> bool:
         """Whether the result also depends on the energy of the last image, which costs another pass."""
-        return self.tolerance is not None or self.num_candidates > 1
+        return self.kind == "ebt" and (self.tolerance is not None or self.num_candidates > 1)
 
 
 def kind_of(denoiser: Denoiser) -> Kind:
@@ -93,7 +95,7 @@ def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) 
     elif kind == "dit":
         yield from _dit_rows(name, condition, settings)
     elif kind == "regressor":
-        yield Row(model=name, kind=kind, method="applied", num_steps=3, reported=(1, 2, 3))
+        yield from _regressor_rows(name, settings)
     elif kind == "eqm":
         yield Row(
             model=name, kind=kind, method="descent", num_steps=settings.steps, reported=tuple(range(1, settings.steps + 1))
@@ -141,6 +143,15 @@ def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
                 candidate_noise=settings.candidate_noise,
                 langevin=settings.langevin,
             )
+
+
+def _regressor_rows(name: str, settings: RowSettings) -> Iterator[Row]:
+    """Applied as often as the EBT thinks, and stopped by the size of its change."""
+    steps = settings.steps
+    plain = Row(model=name, kind="regressor", method="applied", num_steps=steps, reported=tuple(range(1, steps + 1)))
+    yield plain
+    for tolerance in settings.regressor_tolerances:
+        yield replace(plain, method=f"applied, tolerance {tolerance:g}", reported=(steps,), tolerance=tolerance)
 
 
 def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterator[Row]:

@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ebt_vision.commands.console import BAD_INPUT, INTERRUPTED, duration, is_users, one_line, say, tell
-from ebt_vision.core.arguments import count, name, named_path, not_negative, positive, whole_number
+from ebt_vision.core.arguments import count, name, named_path, not_negative, number, positive, whole_number
 
 if TYPE_CHECKING:
     from ebt_vision.commands.pipeline import Job
@@ -74,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start", choices=("observation", "proposal"), help="start thinking from the noisy image or the network's proposal"
     )
+    parser.add_argument(
+        "--likelihood-weight",
+        metavar="W",
+        type=_likelihood_weight,
+        default=0.0,
+        help="share of the way back to the noisy image that each step goes, against over-thinking: 0 (default) to 1, or auto",
+    )
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all noise (default 0)")
     parser.add_argument("--tile", metavar="SIZE", type=count, help="tile side in pixels for large images")
     parser.add_argument(
@@ -92,6 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (default): bfloat16 if the processor is fast at bfloat16 and the model loses no quality; otherwise float32",
     )
     parser.set_defaults(run=_run)
+
+
+def _likelihood_weight(text: str) -> float | Literal["auto"]:
+    return "auto" if text == "auto" else number(float, 0, 1)(text)
 
 
 def _noise(text: str) -> Noise:
@@ -264,6 +275,7 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         langevin_std=args.langevin,
         step_size_scale=args.step_size_scale,
         strength=args.strength,
+        likelihood_weight=args.likelihood_weight,
         start=args.start,
         seed=args.seed,
         sigma=noise and noise.sigma,
@@ -278,6 +290,7 @@ def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
     given |= {"--candidates": ("num_candidates", args.candidates - 1), "--langevin": ("langevin_std", args.langevin)}
     given |= {"--step-size-scale": ("step_size_scale", args.step_size_scale - 1)}
     given |= {"--step-rule": ("step_rule", args.step_rule != "fixed")}
+    given |= {"--likelihood-weight": ("likelihood_weight", args.likelihood_weight)}
     for option, (field, value) in given.items():
         if value and field not in denoiser.options_used:
             raise ValueError(f"{option} has no effect on {denoiser.name}; leave it out")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ebt_vision.core.energies import auto_likelihood_weight, gaussian_likelihood, likelihood_context, with_likelihood
 from ebt_vision.core.precision import Precision, autocast, check_precision, has_fast_bfloat16
 from ebt_vision.core.rng import randn_like, sample_generators
 from ebt_vision.core.thinking import ThinkingResult, ThinkingStep, best_of
@@ -117,6 +118,7 @@ class EBTDenoiser(ModelDenoiser):
             "step_rule",
             "langevin_std",
             "step_size_scale",
+            "likelihood_weight",
         )
     )
 
@@ -136,12 +138,12 @@ class EBTDenoiser(ModelDenoiser):
         if (options.start or self.model.config.suggested_start) == "proposal":
             proposed = self.model.propose(x, *context)
         watch = _Watch(options, x, self.patch_size, callback, proposed)
-        gain = self.model.config.training_gain
+        likelihood = self._likelihood(x, context, options, proposed)
         result = best_of(
-            self.model,
+            with_likelihood(self.model, len(context)) if likelihood else self.model,
             watch.starts(image_ids),
-            options.thinking(num_before=watch.num_before, training_gain=gain and gain * num_patches(x.shape, self.patch_size)),
-            context=context,
+            options.thinking(num_before=watch.num_before, training_gain=self._training_gain(x)),
+            context=(*context, *likelihood),
             step_size=self.model.step_size.detach() * options.step_size_scale,
             observation_energy=None if proposed is None else proposed[1],
             generator=sample_generators(options.seed, image_ids, LANGEVIN_STREAM, device=x.device),
@@ -151,16 +153,40 @@ class EBTDenoiser(ModelDenoiser):
         energies = _chosen_energies(result.results, result.chosen, options.num_steps - watch.num_before)
         if proposed is not None:
             energies = torch.cat([proposed[1][None].to(energies), energies])
+        model_energy = energies[-1] - gaussian_likelihood(result.final, *likelihood) if likelihood else None
+        read_weight = likelihood and options.likelihood_weight == "auto" and proposed is None
         return DenoiseResult(
             image=image,
             num_steps=_of_chosen([r.num_steps for r in result.results], result.chosen) + watch.num_before,
-            num_forward=result.num_forward + watch.num_before,
+            num_forward=result.num_forward + watch.num_before + (1 if read_weight else 0),
             energies=self._mean(energies, x),
+            model_energy=None if model_energy is None else self._mean(model_energy, x),
             candidate_energies=self._mean(result.energies, x),
             chosen=result.chosen,
             candidate_images=to_image_range(result.candidates) if options.keep_candidates else None,
             trajectory=watch.trajectory(result.chosen, image) if options.keep_trajectory else None,
         )
+
+    def _likelihood(
+        self, x: Tensor, context: tuple[Tensor, ...], options: DenoiseOptions, proposed: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, ...]:
+        """Context of the likelihood of the observation, or nothing where it has no weight."""
+        weight: Tensor | float
+        if options.likelihood_weight == "auto":
+            gain = self._training_gain(x)
+            if gain is None:
+                raise ValueError(f"likelihood_weight='auto': {self.name} has no training_gain to compare with; give a number")
+            weight = auto_likelihood_weight(self.model(x, *context) if proposed is None else proposed[1], gain).to(x)
+        elif options.likelihood_weight:
+            weight = options.likelihood_weight
+        else:
+            return ()
+        return likelihood_context(x, weight, self.model.step_size.detach())
+
+    def _training_gain(self, x: Tensor) -> float | None:
+        """What a first step gains at the training's noise on images of this size, summed over patches."""
+        gain = self.model.config.training_gain
+        return None if gain is None else gain * num_patches(x.shape, self.patch_size)
 
     def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor:
         x = to_model_range(self.to_network(noisy)) * self.scale_for(DenoiseOptions())
@@ -250,10 +276,14 @@ def _chosen_energies(results: tuple[ThinkingResult, ...], chosen: Tensor, num_st
 
 
 class RegressorDenoiser(ModelDenoiser):
-    """The feed-forward baseline, applied options.num_steps times to its own output."""
+    """The feed-forward baseline, applied options.num_steps times to its own output.
+
+    With a tolerance a sample stops once an application changes it by no more than this share of what the first one did, as
+    squared distances |y - R(y)|^2. The share is of the first change or, with tolerance_of="previous", of the one before.
+    """
 
     model: PatchRegressor
-    options_used = frozenset(("num_steps",))
+    options_used = frozenset(("num_steps", "tolerance", "tolerance_of"))
 
     def __init__(
         self,
@@ -266,14 +296,28 @@ class RegressorDenoiser(ModelDenoiser):
         super().__init__(model, name=name, input_scale=input_scale, precision=precision)
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
+        if options.tolerance is not None and options.tolerance_of not in ("first", "previous"):
+            raise ValueError(
+                f"tolerance_of={options.tolerance_of!r} needs an energy; use 'first' or 'previous' for {self.name}"
+            )
         watch = _Samples(options, callback)
         x = to_model_range(noisy) * self.scale_for(options)
+        steps = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        moving = torch.arange(len(x), device=x.device)  # the samples that are still changed
+        yardstick: Tensor | None = None  # what a change is compared with, of the moving samples
         passes, stopped = 0, watch(0, x)
-        while passes < options.num_steps and not stopped:
-            x = self.model(x)
+        while passes < options.num_steps and len(moving) and not stopped:
+            before = x[moving]
+            after = self.model(before)
+            x = x.index_copy(0, moving, after)
+            steps[moving] += 1
             passes += 1
             stopped = watch(passes, x)
-        steps = torch.full((len(noisy),), passes, dtype=torch.int64, device=noisy.device)
+            if options.tolerance is not None:
+                change = (after - before).square().flatten(1).sum(1)
+                goes_on = change > (0.0 if yardstick is None else options.tolerance * yardstick)
+                yardstick = change if yardstick is None or options.tolerance_of == "previous" else yardstick
+                moving, yardstick = moving[goes_on], yardstick[goes_on]
         return DenoiseResult(image=to_image_range(x), num_steps=steps, num_forward=steps, trajectory=watch.trajectory())
 
 

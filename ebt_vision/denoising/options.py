@@ -28,6 +28,10 @@ class DenoiseOptions(ThinkingOptions):
     """How much of the noise is removed, 0..1.5. Below 1 the result is x + strength * (denoised - x), which keeps grain; 0
     returns x. It minimises a quadratic energy around the denoised image plus (1 - strength) / (2 * strength) * |y - x|^2. Above
     1 the network denoises a second time; the input is the denoised image plus `strength` times the noise that it found."""
+    likelihood_weight: float | Literal["auto"] = 0.0
+    """EBT: share of the way back to the noisy image that each step goes, in [0, 1]: thinking descends the sum of the model's
+    energy and a likelihood of the observation (core/energies.py), and the energies of the result are those of the sum. "auto":
+    more for cleaner images, by what their energy says; it needs a model with a training_gain. 0: the model's energy alone."""
     candidate_noise_std: float = 0.1
     """EBT: standard deviation, on [-1, 1], of the noise added to every start except the first."""
     noise_level: float | None = None
@@ -50,6 +54,10 @@ class DenoiseOptions(ThinkingOptions):
                 check_number(name, getattr(self, name))
         check(self.start in (None, *STARTS), "start", self.start, f"use one of {STARTS}, or None")
         check(0 <= self.strength <= MAX_STRENGTH, "strength", self.strength, f"use 0 (off) to {MAX_STRENGTH:g}; 1 is normal")
+        if self.likelihood_weight != "auto":
+            check_number("likelihood_weight", self.likelihood_weight)
+            valid = 0 <= self.likelihood_weight <= 1
+            check(valid, "likelihood_weight", self.likelihood_weight, "use 0 (off) to 1, or 'auto'")
         check(self.candidate_noise_std >= 0, "candidate_noise_std", self.candidate_noise_std, "use 0 or more")
         level = self.noise_level
         check(level is None or 0 < level <= 1, "noise_level", level, "use a number in (0, 1], or None")

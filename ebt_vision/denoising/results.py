@@ -45,6 +45,8 @@ class DenoiseResult:
     """Passes through the network for each image, over all candidates, int64 (B,); 0 for classical methods."""
     energies: Tensor | None = None
     """Energy before the first and after every step, mean over patches, (T + 1, B); a stopped image repeats its last energy."""
+    model_energy: Tensor | None = None
+    """With a likelihood, which `energies` include: the model's own energy of the image, mean over patches, (B,)."""
     candidate_energies: Tensor | None = None
     """Final energy of every candidate, mean over patches, (N, B)."""
     chosen: Tensor | None = None
@@ -139,6 +141,7 @@ def join_results(results: Sequence[DenoiseResult]) -> DenoiseResult:
         num_steps=num_steps,
         num_forward=num_forward,
         energies=joined("energies", 1),
+        model_energy=joined("model_energy", 0),
         candidate_energies=joined("candidate_energies", 1),
         chosen=joined("chosen", 0),
         candidate_images=joined("candidate_images", 1),

@@ -266,6 +266,7 @@ def _run(
         combined,
         image=image.clamp_(0, 1),  # the weights sum to 1 up to rounding
         energies=_over(combined.energies, counted),
+        model_energy=_over(combined.model_energy, counted),
         candidate_energies=_over(combined.candidate_energies, counted),
         candidate_images=torch.stack(candidates).clamp(0, 1) if candidates else None,
         trajectory=tuple(step.clamp_(0, 1) for step in trajectory) or None,
@@ -331,6 +332,7 @@ def _combine(total: DenoiseResult | None, batch: DenoiseResult) -> DenoiseResult
         num_steps=steps if total is None else torch.maximum(total.num_steps, steps),
         num_forward=num_forward,
         energies=add("energies"),
+        model_energy=add("model_energy"),
         candidate_energies=add("candidate_energies"),
         candidate_wins=add("candidate_wins"),
     )

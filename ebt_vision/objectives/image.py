@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ebt_vision.core.energies import likelihood_context, with_likelihood
 from ebt_vision.core.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.regressor import PatchRegressor
@@ -66,6 +67,9 @@ class ObjectiveConfig:
     thinking_share: float = 1.0
     """Fraction of the samples of a batch, in (0, 1], on which thinking is trained: the last ones. The others train only the
     reconstruction, at a third of the cost. A value below 1 needs reconstruction_weight."""
+    likelihood_weight: float = 0.0
+    """Share of the way back to the observation that each thinking step goes, in [0, 1]: the energy that is descended is the sum
+    of the model's and a likelihood of the observation (core/energies.py); 0 is off."""
     energy_order_weight: float = 0.0
     """Weight of a loss on the order of energies along thinking and of the clean image (energy_order.py); 0 disables it. Only
     for image EBTs; it costs a forward and a backward pass of two more candidates."""
@@ -93,6 +97,8 @@ class ObjectiveConfig:
             raise ValueError(f"objective.thinking_share={self.thinking_share:g} is not in (0, 1]")
         if self.thinking_share < 1 and not self.reconstruction_weight:
             raise ValueError(f"objective.thinking_share={self.thinking_share:g} needs reconstruction_weight, for example 1")
+        if not 0 <= self.likelihood_weight <= 1:
+            raise ValueError(f"objective.likelihood_weight={self.likelihood_weight:g} is not in [0, 1]; 0 turns it off")
         if self.energy_order_weight < 0:
             raise ValueError(f"objective.energy_order_weight={self.energy_order_weight:g} is negative; use 0 to disable it")
         if self.energy_order_scale <= 0:
@@ -157,7 +163,10 @@ class EBTObjective(ImageObjective):
 
     def __init__(self, model: PatchEBT, config: ObjectiveConfig, *, compile_gradient: bool = False):
         super().__init__(model, config)
-        self.energy_fn: EnergyFunction = CompiledEnergy(model) if compile_gradient else model
+        energy_fn: EnergyFunction = model
+        if config.likelihood_weight:
+            energy_fn = with_likelihood(model, int(model.config.observation_context))
+        self.energy_fn = CompiledEnergy(energy_fn) if compile_gradient else energy_fn
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         model: PatchEBT = self.model  # type: ignore[assignment]
@@ -184,7 +193,7 @@ class EBTObjective(ImageObjective):
             self.energy_fn,
             start,
             self.config.thinking,
-            context=model.context_of(observation),
+            context=_context(model, observation, self.config.likelihood_weight),
             step_size=model.step_size,
             create_graph=True,
             generator=generators,
@@ -213,7 +222,8 @@ class EBTObjective(ImageObjective):
         model: PatchEBT = self.model  # type: ignore[assignment]
         candidates = [start, result.final.detach(), clean]
         # Thinking has taken the start's energy already, but with Langevin noise that of the start and the noise.
-        known = 0 if self.config.thinking.has_langevin_noise else 1
+        # With a likelihood it was the sum's.
+        known = 0 if self.config.thinking.has_langevin_noise or self.config.likelihood_weight else 1
         others = candidates[known:]
         context = (torch.cat([c] * len(others)) for c in model.context_of(observation))
         others_energies = model(torch.cat(others), *context).unflatten(0, (len(others), -1))
@@ -242,23 +252,35 @@ class EBTObjective(ImageObjective):
 
     @torch.no_grad()
     def energy_of(self, candidate: Tensor, observation: Tensor) -> Tensor:
-        """Return the energy (B,) of candidates, to log the energy after the last update."""
+        """Return the energy (B,) of candidates, to log the energy after the last update; with a likelihood, the sum."""
         model: PatchEBT = self.model  # type: ignore[assignment]
-        return model(candidate, *model.context_of(observation))
+        return self.energy_fn(candidate, *_context(model, observation, self.config.likelihood_weight))
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
+    def predict(
+        model: nn.Module, noisy: Tensor, level: float | None, num_steps: int, *, likelihood_weight: float = 0.0
+    ) -> Prediction:
         """Return num_steps images (B, 3, H, W). With suggested_start "proposal" the first is the proposal, where thinking
         starts."""
         assert isinstance(model, PatchEBT)
-        context, alpha = model.context_of(noisy), model.step_size.detach()
+        own, alpha = model.context_of(noisy), model.step_size.detach()
+        energy_fn = with_likelihood(model, len(own)) if likelihood_weight else model
+        context = _context(model, noisy, likelihood_weight)
         if model.config.suggested_start == "observation":
-            result = think(model, noisy, context=context, step_size=alpha, num_steps=num_steps)
+            result = think(energy_fn, noisy, context=context, step_size=alpha, num_steps=num_steps)
             return Prediction(images=list(result.predictions), energies=result.energies)
         with torch.no_grad():
-            proposal, energy = model.propose(noisy, *context)
-        result = think(model, proposal, context=context, step_size=alpha, num_steps=num_steps - 1)
+            proposal, energy = model.propose(noisy, *own)
+        result = think(energy_fn, proposal, context=context, step_size=alpha, num_steps=num_steps - 1)
         return Prediction(images=[proposal, *result.predictions], energies=torch.cat([energy[None], result.energies]))
+
+
+def _context(model: PatchEBT, observation: Tensor, likelihood_weight: float) -> tuple[Tensor, ...]:
+    """What think() is given as context: the model's own, and the likelihood's if it has a weight."""
+    own = model.context_of(observation)
+    if not likelihood_weight:
+        return own
+    return (*own, *likelihood_context(observation, likelihood_weight, model.step_size))
 
 
 class RegressorObjective(ImageObjective):

@@ -13,7 +13,7 @@ from ebt_vision.core.rng import sample_generators
 from ebt_vision.models.registry import objective_class
 from ebt_vision.models.trunk_config import noise_process_of
 from ebt_vision.noise import processes
-from ebt_vision.objectives.image import ImageObjective
+from ebt_vision.objectives.image import EBTObjective, ImageObjective, ObjectiveConfig
 from ebt_vision.training.config import ExperimentConfig
 from ebt_vision.training.settings import ValidationConfig
 from ebt_vision.training.task import VALIDATION_STREAM
@@ -62,6 +62,10 @@ def validate_images(model: nn.Module, clean: Tensor, config: ExperimentConfig, d
     settings = config.validation
     objective = objective_class(config.model_type)
     assert isinstance(settings, ValidationConfig) and issubclass(objective, ImageObjective)
+    thinking: dict[str, Any] = {}
+    if issubclass(objective, EBTObjective):  # think as in training
+        assert isinstance(config.objective, ObjectiveConfig)
+        thinking["likelihood_weight"] = config.objective.likelihood_weight
     vp = noise_process_of(model) == "vp"
     strengths = settings.levels if vp else settings.sigmas
     was_training = model.training
@@ -79,7 +83,8 @@ def validate_images(model: nn.Module, clean: Tensor, config: ExperimentConfig, d
                 noisy = processes.add_vp_noise(part, strength, generators)
             else:
                 noisy = processes.add_gaussian_noise(part, 2.0 * strength, generators)  # [-1, 1] is twice as wide as [0, 1]
-            prediction = objective.predict(model, noisy.to(device), strength if vp else None, settings.num_steps)
+            level = strength if vp else None
+            prediction = objective.predict(model, noisy.to(device), level, settings.num_steps, **thinking)
             images = [noisy, *(image.cpu().clamp(-1.0, 1.0) for image in prediction.images)]
             sums.append(torch.stack([metrics.psnr(image, part, data_range=2.0).sum() for image in images]))
             if prediction.energies is not None:

@@ -1,0 +1,97 @@
+"""Energies that are sums: what a model holds to be likely, and how well a candidate explains what was observed.
+
+By Bayes' rule -log p(y | x) = -log p(y) - log p(x | y) up to a constant, so a prior energy E(y) and a likelihood add up to the
+energy E(x, y) of a candidate y for an observation x. `think()` takes the sum as it takes any other energy.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ebt_vision.core.checks import check
+from ebt_vision.core.thinking import EnergyFunction, SteppedEnergy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One energy of a sum, with its share of the context."""
+
+    energy_fn: EnergyFunction
+    """Any energy, a model or a function."""
+    weight: float = 1.0
+    num_context: int = 0
+    """It takes so many of the context tensors, those after the terms before it."""
+
+
+class EnergySum:
+    """Candidate (B, ...) and the context of all terms, one after the other -> the weighted sum of their energies."""
+
+    def __init__(self, *terms: Term):
+        if not terms:
+            raise ValueError("EnergySum has no terms; give one Term or more")
+        self.terms = terms
+
+    def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        first, *others = self.parts(candidate, *context)
+        for energy in others:
+            first = first + energy
+        return first
+
+    def parts(self, candidate: Tensor, *context: Tensor) -> list[Tensor]:
+        """The weighted energy of each term, (B,) or (B, S); ValueError for another number of context tensors."""
+        wanted = sum(term.num_context for term in self.terms)
+        if len(context) != wanted:
+            raise ValueError(f"the terms of this sum take {wanted} context tensors, got {len(context)}")
+        energies, used = [], 0
+        for term in self.terms:
+            energy = term.energy_fn(candidate, *context[used : used + term.num_context])
+            energies.append(energy if term.weight == 1.0 else term.weight * energy)
+            used += term.num_context
+        return energies
+
+    def at_step(self, step: int) -> "EnergySum":
+        """The sum at a thinking step, for terms that change with it (see thinking.SteppedEnergy)."""
+        fns = [t.energy_fn.at_step(step) if isinstance(t.energy_fn, SteppedEnergy) else t.energy_fn for t in self.terms]
+        return EnergySum(*(replace(term, energy_fn=fn) for term, fn in zip(self.terms, fns, strict=True)))
+
+
+def gaussian_likelihood(candidate: Tensor, *context: Tensor) -> Tensor:
+    """precision / 2 * |y - x|^2 of each sample, (B,): -log p(x | y) for x = y + Gaussian noise of variance 1 / precision.
+
+    `context` is the observation (B, ...), as the candidate, and the precision (B,).
+    """
+    observation, precision = context
+    return 0.5 * precision * (candidate - observation).square().flatten(1).sum(1)
+
+
+def with_likelihood(prior: EnergyFunction, num_context: int = 0) -> EnergySum:
+    """The sum of a prior and a Gaussian likelihood; its context is the prior's `num_context` tensors and likelihood_context."""
+    return EnergySum(Term(energy_fn=prior, num_context=num_context), Term(energy_fn=gaussian_likelihood, num_context=2))
+
+
+def likelihood_context(observation: Tensor, weight: Tensor | float, step_size: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Context of the likelihood in with_likelihood: the observation (B, ...) and the precision weight / step_size, (B,).
+
+    `weight`, a number or (B,), is the share of the way back to the observation that one step of `step_size` goes: the gradient
+    of weight / (2 step_size) |y - x|^2, times the step size, is weight (y - x). A step size that is learned cancels there.
+    """
+    precision = torch.as_tensor(weight, dtype=observation.dtype, device=observation.device) / step_size
+    return observation, precision.expand(len(observation))
+
+
+AUTO_LIKELIHOOD_WEIGHT = 0.05
+"""likelihood_weight="auto" of an observation whose energy is what a first step gains at the training's noise."""
+MAX_LIKELIHOOD_WEIGHT = 0.5
+
+
+def auto_likelihood_weight(energy: Tensor, training_gain: float) -> Tensor:
+    """The likelihood's weight for observations of this energy, (B,): 0.05 * training_gain / energy, 0.5 at most.
+
+    The energy of an observation grows with the variance of its noise, so this is the precision of Gaussian noise but for one
+    constant. That one was chosen on training images: docs/results/step_rules.md. Both arguments are of the same unit, sums or
+    means over patches.
+    """
+    check(training_gain > 0, "training_gain", training_gain, "use the model's: see eval/training_gain.py")
+    weight = AUTO_LIKELIHOOD_WEIGHT * training_gain / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+    return weight.clamp(max=MAX_LIKELIHOOD_WEIGHT)
