@@ -41,11 +41,12 @@ from ebt_vision.core.names import file_name
 from ebt_vision.core.provenance import provenance
 from ebt_vision.core.thinking import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
-from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.load import is_of_library, load_denoiser
 from ebt_vision.models.checkpoint import checkpoint_hash, program_device
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 Protocol = Literal["paper", "awgn", "ood", "real"]
+MODELS = "shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity, spandrel:FILE, deepinv:NAME[:FILE]"
 
 
 @dataclass(kw_only=True)
@@ -115,8 +116,8 @@ def distinct_names(models: Sequence[str]) -> dict[str, str]:
     """What each model is called in tables: the last part of its path, or as many parts as tell it from the others."""
     names: dict[str, str] = {}
     for model in models:
-        parts = model.removeprefix("hub:").rstrip("/").split("/")
-        others = [other.removeprefix("hub:").rstrip("/").split("/") for other in models if other != model]
+        parts = _path_of(model)
+        others = [_path_of(other) for other in models if other != model]
         length = 1
         while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
             length += 1
@@ -126,10 +127,17 @@ def distinct_names(models: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def _path_of(model: str) -> list[str]:
+    return model.removeprefix("hub:").removeprefix("spandrel:").rstrip("/").split("/")
+
+
 def _subject(model: str, name: str, settings: argparse.Namespace) -> Subject:
     denoiser: Denoiser = load_denoiser(model, device=settings.device, precision=settings.precision)
     denoiser.name = name
-    return Subject(name=name, denoiser=denoiser, hash=checkpoint_hash(model) if denoiser.num_parameters else None)
+    weights = denoiser.weights_hash
+    if denoiser.num_parameters and not is_of_library(model):
+        weights = checkpoint_hash(model)
+    return Subject(name=name, denoiser=denoiser, hash=weights)
 
 
 def _bench(settings: argparse.Namespace, device: str) -> Bench:
@@ -201,7 +209,7 @@ def _measure_subject(
                 sweep=is_sweep,
             )
         )
-        drawn = row.method in ("thinking", "applied", "x0", "told sigma", "sigma estimated") and not is_sweep
+        drawn = row.method in ("thinking", "applied", "x0", "told sigma", "sigma estimated", "blind") and not is_sweep
         if drawn and settings.strip and condition.seed == conditions[0].seed:
             chosen = bench.images.spread(settings.strip)
             collected.strips.setdefault(name, []).extend(_strip(subject, row, condition, bench, index) for index in chosen)
@@ -354,7 +362,7 @@ def _whole_or_pixels(text: str) -> int | str:
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="denoising", description="The denoising benchmark.")
     add = parser.add_argument_group("what is measured").add_argument
-    add("--models", nargs="+", required=True, help="shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity")
+    add("--models", nargs="+", required=True, help=MODELS)
     add("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
     add("--protocol", choices=PROTOCOLS, default="paper")
     add("--pairs", metavar="NOISY:CLEAN", help='real: patterns of the file names, such as "*_noisy*:*_clean*"')

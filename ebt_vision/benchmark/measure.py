@@ -48,8 +48,8 @@ class Subject:
     @property
     def device(self) -> str:
         """The kind of device that the network runs on, which its rounding and its seconds depend on."""
-        model: PretrainedModel | None = getattr(self.denoiser, "model", None)
-        return "cpu" if model is None else next(model.parameters()).device.type
+        weight = next(self.denoiser.parameters(), None)
+        return "cpu" if weight is None else weight.device.type
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDen
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.noise import processes
 
-Kind = Literal["ebt", "dit", "regressor", "identity", "classical"]
+Kind = Literal["ebt", "dit", "regressor", "identity", "classical", "blind"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,14 +74,15 @@ class Row:
 
 
 def kind_of(denoiser: Denoiser) -> Kind:
-    """What a denoiser is, for its rows; anything in one step without a network counts as classical."""
+    """What a denoiser is, for its rows; anything else in one step is classical, or blind where it is not told the noise."""
     kinds: list[tuple[type[Denoiser], Kind]] = [
         (EBTDenoiser, "ebt"),
         (DiTDenoiser, "dit"),
         (RegressorDenoiser, "regressor"),
         (IdentityDenoiser, "identity"),
     ]
-    return next((kind for cls, kind in kinds if isinstance(denoiser, cls)), "classical")
+    other: Kind = "classical" if "sigma" in denoiser.options_used else "blind"
+    return next((kind for cls, kind in kinds if isinstance(denoiser, cls)), other)
 
 
 def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
@@ -94,6 +95,8 @@ def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) 
         yield Row(model=name, kind=kind, method="applied", num_steps=3, reported=(1, 2, 3))
     elif kind == "identity":
         yield Row(model=name, kind=kind, method="noisy input", num_steps=1, reported=(1,))
+    elif kind == "blind":
+        yield Row(model=name, kind=kind, method="blind", num_steps=1, reported=(1,))
     else:
         told = "told sigma" if condition.sigma is not None else "sigma estimated"
         yield Row(model=name, kind=kind, method=told, num_steps=1, reported=(1,))
@@ -163,7 +166,7 @@ def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterato
 def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -> tuple[Denoiser, Tensor, DenoiseOptions]:
     """The denoiser as the row uses it, the images (B, 3, H, W) at the scale that it expects, and what it is told.
 
-    Input of the paper's protocol goes to networks trained on the VP process as it is; classical methods get it divided by its
+    Input of the paper's protocol goes to networks trained on the VP process as it is; other methods get it divided by its
     signal scale, with the sigma that it then has. Under the other protocols such a network gets the image times its training's
     signal scale, and a DiT what its timestep asks for. Networks trained on plain Gaussian noise: the other way round.
     """
@@ -184,7 +187,7 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
     if condition.protocol != "paper":
         level, sigma = row.start_level, condition.sigma
         return for_photographs(denoiser), noisy, replace(options, noise_level=level, sigma=None if level else sigma)
-    if row.kind == "classical":
+    if row.kind in ("classical", "blind"):
         signal, _ = processes.signal_and_noise_scale(condition.strength)
         scaled = processes.to_image_range(processes.to_model_range(noisy) / signal)
         return denoiser, scaled, replace(options, sigma=min(condition.sigma or math.inf, 255.0))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ebt_vision.denoising.results import DenoiseResult
     from ebt_vision.noise.named import Noise
 
+MODEL = "a shipped name, a folder, hub:OWNER/NAME, spandrel:FILE, deepinv:NAME[:FILE], bm3d, nlm"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", type=named_path, required=True, help="folder for the results; made if missing"
     )
-    parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help=MODEL)
     parser.add_argument(
         "--steps", metavar="N", type=count, help="thinking steps (default: what the model suggests, with its tolerance)"
     )
