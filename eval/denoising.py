@@ -4,10 +4,12 @@
     python eval/denoising.py --protocol awgn --models tiny_imagenet_ebt bm3d --data data/cbsd68 --output results/
     python eval/denoising.py --protocol real --pairs "*_noisy*:*_clean*" --models photographs_ebt --data FOLDER
     python eval/denoising.py --config benchmark.yaml
+    accelerate launch --num_processes 8 eval/denoising.py --protocol awgn --models photographs_ebt --data data/cbsd68
 
 It writes results.json, per_image.parquet, candidates.parquet, report.md and plots into the output folder. What is measured is
 kept there batch by batch: the same command goes on where it was interrupted, and at most one batch is lost. Two runs of one
-command give the same results.json but for the date and the seconds. eval/compare.py merges several.
+command give the same results.json but for the date and the seconds. So do several processes, which accelerate launch or
+torchrun start and which share the batches; on GPUs each has its own. eval/compare.py merges several results.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from ebt_vision.benchmark.images import BenchmarkImages, load_images
 from ebt_vision.benchmark.measure import Bench, Measured, Subject, observed
 from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.pairs import load_pairs
+from ebt_vision.benchmark.parts import Part, join
+from ebt_vision.benchmark.processes import Processes
 from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition
 from ebt_vision.benchmark.report import report
 from ebt_vision.benchmark.results import write_results
@@ -39,6 +43,7 @@ from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.names import file_name
 from ebt_vision.core.provenance import provenance
+from ebt_vision.core.sharing import Share
 from ebt_vision.core.thinking import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import is_of_library, load_denoiser
@@ -62,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = _parser().parse(arguments)
     settings.command = _without_output(sys.argv[1:] if arguments is None else arguments)
     try:
-        run(settings)
+        with Processes(Share.of_environment()) as processes:
+            run(settings, processes)
     except (ValueError, OSError) as error:
         print(f"denoising: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -72,22 +78,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(settings: argparse.Namespace) -> None:
-    """Measure every row and write everything into settings.output."""
+def run(settings: argparse.Namespace, processes: Processes) -> None:
+    """Measure every row, this process its share of the batches; the first one writes everything into settings.output."""
     _check_together(settings)
     groups = _groups(settings.group)
     names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
     groups = {name: [names[model] for model in models] for name, models in groups.items()}
-    device = settings.device = program_device(settings.device)
+    device = settings.device = processes.share.device(program_device(settings.device))
     conditions, sweep = conditions_of(settings)
     row_settings = _row_settings(settings)
     subjects = {
         model: _subject(model, name, settings) for model, name in names.items()
     }  # a wrong name is found before the work
-    bench = _bench(settings, device)
+    bench = _bench(settings, device, processes)
     collected = _Collected()
     for subject in subjects.values():
-        _measure_subject(subject, conditions, sweep, row_settings, bench, settings, collected)
+        _measure_subject(subject, conditions, sweep, row_settings, bench, settings, collected, processes)
+    if not processes.is_main:
+        return
     results = _results(settings, bench, collected.measured, groups)
     _write(settings.output, results, bench, collected)
     print((settings.output / "report.md").read_text())
@@ -140,7 +148,7 @@ def _subject(model: str, name: str, settings: argparse.Namespace) -> Subject:
     return Subject(name=name, denoiser=denoiser, hash=weights)
 
 
-def _bench(settings: argparse.Namespace, device: str) -> Bench:
+def _bench(settings: argparse.Namespace, device: str, processes: Processes) -> Bench:
     real = settings.protocol == "real"
     if real != (settings.pairs is not None):
         raise ValueError('--protocol real and --pairs "*_noisy*:*_clean*" go together; give both or neither')
@@ -154,7 +162,7 @@ def _bench(settings: argparse.Namespace, device: str) -> Bench:
         if settings.lpips_backbone:
             raise
         lpips = None
-        _say(str(error))
+        _say(str(error), processes)
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,7 +171,9 @@ def _bench(settings: argparse.Namespace, device: str) -> Bench:
         images: BenchmarkImages = load_pairs(settings.data, settings.pairs, limit=settings.limit)
     else:
         images = load_images(settings.data, img_size=img_size, limit=settings.limit)
-    _say(images.report())
+    _say(images.report(), processes)
+    if len(set(processes.gather(images.hash))) > 1:
+        raise ValueError(f"--data {settings.data} holds other images for each process; give all machines the same files")
     own = "whole" if settings.protocol == "paper" else 0  # as `ebt-vision denoise` treats photographs
     tile = own if settings.tile is None else settings.tile
     return Bench(
@@ -185,6 +195,7 @@ def _measure_subject(
     bench: Bench,
     settings: argparse.Namespace,
     collected: _Collected,
+    processes: Processes,
 ) -> None:
     """All rows of one model, and its strip of pictures."""
     name, kind = subject.name, kind_of(subject.denoiser)
@@ -192,20 +203,25 @@ def _measure_subject(
     some = bench.images.spread(settings.sweep_limit)
     runs = [(c, row, everything, False) for c in conditions for row in rows_of(name, kind, c, row_settings)]
     runs += [(c, row, some, True) for c in sweep for row in sweep_rows_of(name, kind, c, row_settings)]
-    for place, (condition, row, indices, is_sweep) in enumerate(runs, start=1):
+    own: list[list[Part]] = []  # for each run, of this process's batches
+    for place, (condition, row, indices, _) in enumerate(runs, start=1):
         title = f"{name} {place}/{len(runs)}: {row.method} {row.num_steps}, {condition.title}, seed {condition.seed}"
         parts = bench.parts(subject, row, condition, indices)
-        batches = _with_progress(bench.batches(indices), title)
-        done, arrays = bench.measure(subject, row, condition, batches, parts)
-        _say(f"done: {title}")
+        batches = processes.share.of(bench.batches(indices))
+        own.append(bench.measure(subject, row, condition, _with_progress(batches, title), parts))
+        _say(f"done: {title}", processes)
+    for (condition, row, indices, is_sweep), mine in zip(runs, own, strict=True):
+        measured = processes.join(mine)
+        if not processes.is_main:
+            continue
         collected.measured.append(
             Measured(
                 row=row,
                 condition=condition,
                 model_hash=subject.hash,
                 parameters=subject.denoiser.num_parameters,
-                indices=done,
-                arrays=arrays,
+                indices=indices,
+                arrays=join(measured),
                 sweep=is_sweep,
             )
         )
@@ -289,8 +305,9 @@ def _with_progress(batches: list[list[int]], title: str):
     return track(batches, title, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _say(message: str, processes: Processes) -> None:
+    if processes.is_main:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _row_settings(settings: argparse.Namespace) -> RowSettings:

@@ -1,4 +1,4 @@
-"""Networks of spandrel and deepinv as denoisers, and denoisers as deepinv's: their own classes at tiny sizes, random weights."""
+"""Networks of spandrel and deepinv as denoisers, and denoisers as deepinv's: their own classes, tiny, random weights."""
 
 import json
 import pickle
@@ -243,7 +243,9 @@ def deepinv_denoiser(denoiser, options: DenoiseOptions | None = None):
     return DeepinvDenoiser(denoiser, options)
 
 
-@pytest.mark.parametrize("sigma", [0.1, torch.tensor(0.1), torch.tensor([0.1, 0.1]), torch.full((2, 1, 1, 1), 0.1), [0.1], None])
+@pytest.mark.parametrize(
+    "sigma", [0.1, torch.tensor(0.1), torch.tensor([0.1, 0.1]), torch.full((2, 1, 1, 1), 0.1), [0.1], None]
+)
 def test_an_adapter_takes_sigma_in_every_shape_that_deepinv_gives(sigma):
     import_deepinv = pytest.importorskip("deepinv")
     adapter = deepinv_denoiser(ebt(), DenoiseOptions(num_steps=2))

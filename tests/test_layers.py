@@ -20,8 +20,9 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-# What the core may use beside torch, numpy and the standard library: kept metric libraries, YAML, safetensors' files.
-CORE_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "torchvision", "safetensors", "yaml", "ebt_vision"}
+# What the core may use beside torch, numpy and the standard library: kept metric libraries, YAML, safetensors' files, locks.
+CORE_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "torchvision", "safetensors", "yaml"}
+CORE_PACKAGES |= {"filelock", "ebt_vision"}
 
 
 def library_files() -> list[Path]:

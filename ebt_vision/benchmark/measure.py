@@ -120,14 +120,11 @@ class Bench:
 
     def measure(
         self, subject: Subject, row: Row, condition: Condition, batches: Iterable[list[int]], parts: Parts
-    ) -> tuple[list[int], Part]:
-        """The images of `batches` and their figures, from `parts` where they are there."""
-        indices: list[int] = []
-        made = []
-        for batch in batches:
-            indices += batch
-            made.append(parts.get(batch, lambda chosen: self._measure_part(subject.denoiser, row, condition, chosen)))
-        return indices, join(made)
+    ) -> list[Part]:
+        """The figures of the images of each batch, from `parts` where they are there."""
+        return [
+            parts.get(batch, lambda chosen: self._measure_part(subject.denoiser, row, condition, chosen)) for batch in batches
+        ]
 
     def denoise(
         self, denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor, indices: Sequence[int]

@@ -101,7 +101,8 @@ def _noise(text: str) -> Noise:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.commands.pipeline import Pipeline, Share
+    from ebt_vision.commands.pipeline import Pipeline
+    from ebt_vision.core.sharing import Share
 
     if args.tolerance_of is not None and args.tolerance is None:
         raise ValueError(f"--tolerance-of {args.tolerance_of} has no effect without --tolerance; give one, or leave it out")
@@ -241,7 +242,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
-    from ebt_vision.commands.pipeline import Share
+    from ebt_vision.core.sharing import Share
     from ebt_vision.denoising.load import load_denoiser
     from ebt_vision.denoising.options import DenoiseOptions
     from ebt_vision.models.checkpoint import default_pretrained, program_device

@@ -9,7 +9,7 @@ from ebt_vision.denoising.networks import denoiser_for
 from ebt_vision.models.checkpoint import load_pretrained
 
 LIBRARIES = {"spandrel": "ebt_vision.interop.spandrel", "deepinv": "ebt_vision.interop.deepinv"}
-"""Prefixes of names and the module whose `load` takes the rest; it is imported when it is asked for, as it is above this one."""
+"""Prefixes of names, each with the module whose `load` takes the rest; imported when asked for: it is above this package."""
 
 
 def is_of_library(name_or_path: str) -> bool:

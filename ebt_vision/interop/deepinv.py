@@ -93,7 +93,9 @@ def _build(models: Any, name: str, options: dict[str, Any]) -> nn.Module:
     build: Callable[..., nn.Module] | None = getattr(models, name, None)
     usable = callable(build) and (not inspect.isclass(build) or issubclass(build, models.Denoiser))
     if build is None or not usable or name in ONLINE:
-        raise CheckpointError(f"deepinv has no denoiser {name!r} that works without the network; try DRUNet, DnCNN or TVDenoiser")
+        raise CheckpointError(
+            f"deepinv has no denoiser {name!r} that works without the network; try DRUNet, DnCNN or TVDenoiser"
+        )
     known = inspect.signature(build).parameters
     own: dict[str, Any] = {option: 3 for option in _CHANNELS if option in known and isinstance(known[option].default, int)}
     if "pretrained" in known:
