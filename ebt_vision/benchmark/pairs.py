@@ -34,8 +34,8 @@ def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> Bench
     """The pairs in `folder` and the folders inside it, by "NOISY:CLEAN", two patterns such as "*_noisy*:*_clean*".
 
     Two files belong together when the stars of their patterns stand for the same text; patterns are of paths relative to
-    `folder`. `limit` takes so many pairs, spread evenly, and those of them that can be used. Raises ValueError for a pattern that cannot be used, DataError where
-    there is no pair.
+    `folder`. `limit` takes so many pairs, spread evenly, and those of them that can be used. Raises ValueError for a pattern
+    that cannot be used, DataError where there is no pair.
     """
     noisy_pattern, clean_pattern = parse_patterns(patterns)
     root = Path(folder)
