@@ -323,3 +323,15 @@ def test_the_command_line_takes_a_peer(tmp_path: Path, photos: Path, capsys: pyt
     assert "1 step" in capsys.readouterr().out
     assert cli.main([*words, "--steps", "3", "--output", str(tmp_path / "out2")]) == 2
     assert "--steps has no effect on spandrel:DRUNet.safetensors" in capsys.readouterr().err
+
+
+def test_the_page_offers_peers_and_compares_them(tmp_path: Path, tiny_checkpoint: Path):
+    from apps.denoise import find_models
+    from apps.service import Service
+
+    path, _ = spandrel_file(tmp_path, "NAFNet")
+    models = find_models(str(tiny_checkpoint), [f"spandrel:{path}", "deepinv:DnCNN(depth=3, nf=4):random"])
+    assert list(models)[-2:] == ["spandrel:NAFNet.safetensors", "deepinv:DnCNN(depth=3, nf=4):random"]
+    methods = Service(models, load_denoiser, "cpu")._methods("tiny-ebt")
+    assert list(methods)[-3:-1] == list(models)[-2:] and list(methods)[-1] == "BM3D"
+    assert methods["spandrel:NAFNet.safetensors"]().num_parameters > 0
