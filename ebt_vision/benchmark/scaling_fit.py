@@ -1,7 +1,8 @@
 """Scaling laws of measured errors: error = a + b * C^-c and the pure power law b * C^-c, with bootstrap intervals.
 
 Residuals are of the logarithm of the error, as in Hoffmann et al. 2022 (sec. 3.3), here by least squares. Intervals are of a
-residual bootstrap (Efron & Tibshirani 1993, sec. 9.4): grids are small, and their points are no sample from a population.
+residual bootstrap (Efron & Tibshirani 1993, sec. 9.4), widened for few points: grids are small, and their points are no sample
+from a population.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.stats import norm, t
 
 from ebt_vision.benchmark.statistics import intervals
 
@@ -50,17 +52,23 @@ def fit_law(costs: Sequence[float], errors: Sequence[float], law: Law, *, num_re
         raise ValueError(f"{len(np.unique(cost))} different costs are too few for the {law} law; measure {needed} or more")
     if not (np.isfinite(cost).all() and np.isfinite(error).all() and (cost > 0).all() and (error > 0).all()):
         raise ValueError("costs and errors must be positive and finite; leave out runs that diverged")
-    a, b, c = _solve(cost, error, law)
+    x, middle = _centred(cost)
+    starts = [_start(x, error, floor) for floor in _FLOORS]
+    found = _solve(x, error, law, starts)
+    a, b, c = _uncentred(found, middle)
     predicted = np.log(a + b * cost**-c)
     residuals = np.log(error) - predicted
     spare = len(cost) - needed
     resampled = np.empty((0, 3))
     if spare > 0:
-        # Residuals of a fit are smaller than errors, by the share of the degrees of freedom that it took.
-        scaled = (residuals - residuals.mean()) * np.sqrt(len(cost) / spare)
+        # Residuals of a fit are smaller than errors, by the share of the degrees of freedom that it took; and of few points
+        # their size is not well known, which is what Student's t has over the normal distribution.
+        widened = np.sqrt(len(cost) / spare) * t.ppf(0.975, spare) / norm.ppf(0.975)
+        scaled = (residuals - residuals.mean()) * widened
         random = np.random.default_rng(seed)
         draws = random.choice(scaled, size=(num_resamples, len(cost)))
-        resampled = np.asarray([_solve(cost, np.exp(predicted + draw), law) for draw in draws])
+        several = (_solve(x, np.exp(predicted + draw), law, [found]) for draw in draws)
+        resampled = np.asarray([_uncentred(values, middle) for values in several])
     a_ci, c_ci = (_interval(resampled[:, column]) for column in (0, 2))
     return Fit(
         law=law,
@@ -98,30 +106,52 @@ def ratio_of_rates(numerator: Fit, denominator: Fit) -> Ratio | None:
     return Ratio(value=numerator.c / denominator.c, ci95=interval)
 
 
-def _solve(cost: np.ndarray, error: np.ndarray, law: Law) -> tuple[float, float, float]:
-    """(a, b, c) of least squared residuals of the logarithm."""
-    middle = np.exp(np.log(cost).mean())  # so that b and c are nearly independent
-    x = np.log(cost / middle)
+Values = tuple[float, float, float]
+"""(a, log b, c) of an error a + b * exp(-c * x), x being the logarithm of the cost over its geometric mean."""
+
+
+def _centred(cost: np.ndarray) -> tuple[np.ndarray, float]:
+    """(x, geometric mean): with x around 0, b and c are nearly independent."""
+    middle = float(np.exp(np.log(cost).mean()))
+    return np.log(cost / middle), middle
+
+
+def _uncentred(values: Values, middle: float) -> tuple[float, float, float]:
+    a, log_b, c = values
+    return a, float(np.exp(log_b) * middle**c), c
+
+
+def _start(x: np.ndarray, error: np.ndarray, floor: float) -> Values:
+    """The pure power law of the error over a floor, a share of the smallest error."""
+    a = floor * float(error.min())
+    values = np.log(error - a)
+    return a, float(values.mean()), float(-(x @ values) / (x @ x))  # x has the mean 0
+
+
+def _solve(x: np.ndarray, error: np.ndarray, law: Law, starts: Sequence[Values]) -> Values:
+    """The values of least squared residuals of the logarithm, the best of the searches from `starts`."""
     if law == "power":
-        slope, intercept = np.polyfit(x, np.log(error), 1)
-        return 0.0, float(np.exp(intercept) * middle**-slope), float(-slope)
-    smallest = error.min()
+        return _start(x, error, 0.0)
+    log_error, highest = np.log(error), float(error.min()) * (1.0 - 1e-9)
 
     def residuals(values: np.ndarray) -> np.ndarray:
-        share, log_b, c = values
-        return np.log(share * smallest + np.exp(log_b - c * x)) - np.log(error)
+        return np.log(values[0] + np.exp(values[1] - values[2] * x)) - log_error
 
+    def jacobian(values: np.ndarray) -> np.ndarray:
+        falling = np.exp(values[1] - values[2] * x)
+        return np.stack([np.ones_like(x), falling, -x * falling], axis=1) / (values[0] + falling)[:, None]
+
+    low, high = (0.0, -np.inf, -_MAX_EXPONENT), (highest, np.inf, _MAX_EXPONENT)
     best = None
-    for share in _FLOORS:
-        slope, intercept = np.polyfit(x, np.log(error - share * smallest), 1)
-        start = [share, intercept, np.clip(-slope, -_MAX_EXPONENT, _MAX_EXPONENT)]
-        limits = ([0.0, -np.inf, -_MAX_EXPONENT], [1.0 - 1e-9, np.inf, _MAX_EXPONENT + 1e-9])
-        found = least_squares(residuals, np.clip(start, *limits), bounds=limits, xtol=1e-12, ftol=1e-12, gtol=1e-12)
+    for start in starts:
+        inside = np.clip(start, low, high)
+        found = least_squares(
+            residuals, inside, jacobian, bounds=(low, high), x_scale="jac", xtol=1e-12, ftol=1e-12, gtol=1e-12
+        )
         if best is None or found.cost < best.cost * (1 - 1e-9):
             best = found
     assert best is not None
-    share, log_b, c = best.x
-    return float(share * smallest), float(np.exp(log_b) * middle**c), float(c)
+    return float(best.x[0]), float(best.x[1]), float(best.x[2])
 
 
 def _interval(values: np.ndarray) -> tuple[float, float] | None:

@@ -9,8 +9,8 @@ Importing this file needs deepinv: pip install "ebt_vision[deepinv]".
 """
 
 from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ebt_vision.denoising.base import Denoiser
@@ -18,10 +18,10 @@ from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import join_results
 from ebt_vision.interop.deepinv import import_deepinv
 
-_Base: type[torch.nn.Module] = import_deepinv().Denoiser
+_Base: Any = import_deepinv().Denoiser
 
 
-class DeepinvDenoiser(_Base):  # type: ignore[misc, valid-type]
+class DeepinvDenoiser(_Base):
     """deepinv.models.Denoiser around one of ours: `denoiser(x, sigma)`.
 
     `options` default to the denoiser's suggested ones. It keeps no graph: the output never gets a gradient, so deepinv can
