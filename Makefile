@@ -49,7 +49,7 @@ clean:
 
 .venv/ready-dev: pyproject.toml | .venv/bin/python
 	@echo "Setting up .venv for development: this downloads PyTorch and takes some minutes, once."
-	@$(PIP) --editable '.[classical,dev,onnx,text]' && touch $@ .venv/ready-demo
+	@$(PIP) --editable '.[classical,deepinv,dev,onnx,spandrel,text]' && touch $@ .venv/ready-demo
 
 .venv/bin/python:
 	@$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \

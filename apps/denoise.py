@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -294,12 +295,16 @@ def _endpoints(service: Service, models: dict[str, str]) -> None:
 # --- Start
 
 
-def find_models(checkpoint: str | None) -> dict[str, str]:
-    """Return label -> name or folder: the given checkpoint first, then the shipped EBTs, then the other shipped denoisers."""
+def find_models(checkpoint: str | None, peers: Sequence[str] = ()) -> dict[str, str]:
+    """Return label -> name or folder: the given checkpoint, the shipped EBTs, the other shipped denoisers, the peers.
+
+    The label of a peer keeps the library and the file's name, not its folder.
+    """
     models = {Path(checkpoint).name or checkpoint: checkpoint} if checkpoint else {}
     names = [name for name in list_pretrained() if model_type_of(name) in KIND_OF_MODEL]
     names.sort(key=lambda name: model_type_of(name) != "patch_ebt")
-    return models | {name: name for name in names}
+    labels = {re.sub(r"(?<=:)[^:()]*/", "", peer): peer for peer in peers}
+    return models | {name: name for name in names} | labels
 
 
 def launch_options() -> dict[str, Any]:
@@ -314,14 +319,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="create a public link through Gradio's relay; needs the network")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to offer in addition to the shipped ones")
+    parser.add_argument(
+        "--peers", metavar="NAME", nargs="+", default=[], help="others to compare: spandrel:FILE, deepinv:NAME:FILE"
+    )
     parser.add_argument("--device", help="cpu, cuda, mps (default: the fastest available)")
     args = parser.parse_args(argv)
     try:
         device = program_device(args.device)
         load = functools.lru_cache(maxsize=8)(functools.partial(load_denoiser, device=device))
-        models = find_models(args.checkpoint)
-        if models:
-            load(next(iter(models.values())))
+        models = find_models(args.checkpoint, args.peers)
+        for name in [*list(models.values())[:1], *args.peers]:
+            load(name)
         page = build_page(models, load, device)
         page.launch(server_port=args.port, share=args.share, inbrowser=sys.stdout.isatty(), **launch_options())
     except (CheckpointError, ValueError, OSError) as error:

@@ -23,6 +23,7 @@ from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision.core.thinking import ThinkingError, ToleranceOf
 from ebt_vision.data.image_files import without_suffix, write_image
 from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.load import is_of_library
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.checkpoint import list_pretrained, model_type_of
 from ebt_vision.noise.named import NOISE_KINDS, Noise
@@ -146,13 +147,15 @@ class Service:
         return self.load(self.models[label])
 
     def _methods(self, label: str) -> dict[str, Callable[[], Denoiser]]:
-        """Return the loaders of the chosen EBT (or the first EBT), DiT, regressor and BM3D."""
+        """Return the loaders of the chosen EBT (or the first EBT), DiT, regressor, networks of other libraries and BM3D."""
         found = {kind: name for name in reversed(self.models.values()) for kind in [model_type_of(name)]}
         if model_type_of(self.models.get(label, "")) == "patch_ebt":
             found["patch_ebt"] = self.models[label]
         methods: dict[str, Callable[[], Denoiser]] = {
             title: functools.partial(self.load, found[kind]) for kind, title in KIND_OF_MODEL.items() if kind in found
         }
+        peers = {label: name for label, name in self.models.items() if is_of_library(name)}
+        methods |= {label: functools.partial(self.load, name) for label, name in peers.items()}
         return methods | {"BM3D": functools.partial(self.load, "bm3d")}
 
     def _final(self, answer: Answer, request: Request, label: str, folder: Path) -> tuple:

@@ -4,10 +4,12 @@
     python eval/denoising.py --protocol awgn --models tiny_imagenet_ebt bm3d --data data/cbsd68 --output results/
     python eval/denoising.py --protocol real --pairs "*_noisy*:*_clean*" --models photographs_ebt --data FOLDER
     python eval/denoising.py --config benchmark.yaml
+    accelerate launch --num_processes 8 eval/denoising.py --protocol awgn --models photographs_ebt --data data/cbsd68
 
 The program writes results.json, per_image.parquet, candidates.parquet, report.md and plots into the output folder. Figures are
 saved batch by batch: after an interruption the same command resumes, and at most one batch is lost. Two runs of one command
-give the same results.json except for the date and the seconds. eval/compare.py merges several results.
+give the same results.json except for the date and the seconds. Several processes, started by accelerate launch or
+torchrun, share the batches and give the same results; each has its own GPU. eval/compare.py merges several results.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from ebt_vision.benchmark.images import BenchmarkImages, load_images
 from ebt_vision.benchmark.measure import Bench, Measured, Subject, observed
 from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.pairs import load_pairs
+from ebt_vision.benchmark.parts import Part, join
+from ebt_vision.benchmark.processes import Processes
 from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition
 from ebt_vision.benchmark.report import report
 from ebt_vision.benchmark.results import write_results
@@ -39,13 +43,15 @@ from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.names import file_name
 from ebt_vision.core.provenance import provenance
+from ebt_vision.core.sharing import Share
 from ebt_vision.core.thinking import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
-from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.load import is_of_library, load_denoiser
 from ebt_vision.models.checkpoint import checkpoint_hash, program_device
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 Protocol = Literal["paper", "awgn", "ood", "real"]
+MODELS = "shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity, spandrel:FILE, deepinv:NAME[:FILE]"
 
 
 @dataclass(kw_only=True)
@@ -61,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = _parser().parse(arguments)
     settings.command = _without_output(sys.argv[1:] if arguments is None else arguments)
     try:
-        run(settings)
+        with Processes(Share.of_environment()) as processes:
+            run(settings, processes)
     except (ValueError, OSError) as error:
         print(f"denoising: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -71,22 +78,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(settings: argparse.Namespace) -> None:
-    """Measure every row and write all results into settings.output."""
+def run(settings: argparse.Namespace, processes: Processes) -> None:
+    """Measure every row, this process its share of the batches; the first one writes everything into settings.output."""
     _check_together(settings)
     groups = _groups(settings.group)
     names = distinct_names(list(dict.fromkeys([*settings.models, *(model for group in groups.values() for model in group)])))
     groups = {name: [names[model] for model in models] for name, models in groups.items()}
-    device = settings.device = program_device(settings.device)
+    device = settings.device = processes.share.device(program_device(settings.device))
     conditions, sweep = conditions_of(settings)
     row_settings = _row_settings(settings)
     subjects = {
         model: _subject(model, name, settings) for model, name in names.items()
-    }  # find a wrong name before the work starts
-    bench = _bench(settings, device)
+    }  # a wrong name is found before the work
+    bench = _bench(settings, device, processes)
     collected = _Collected()
     for subject in subjects.values():
-        _measure_subject(subject, conditions, sweep, row_settings, bench, settings, collected)
+        _measure_subject(subject, conditions, sweep, row_settings, bench, settings, collected, processes)
+    if not processes.is_main:
+        return
     results = _results(settings, bench, collected.measured, groups)
     _write(settings.output, results, bench, collected)
     print((settings.output / "report.md").read_text())
@@ -115,8 +124,8 @@ def distinct_names(models: Sequence[str]) -> dict[str, str]:
     """Return the names of the models in tables: the last part of the path, or as many parts as make it unique."""
     names: dict[str, str] = {}
     for model in models:
-        parts = model.removeprefix("hub:").rstrip("/").split("/")
-        others = [other.removeprefix("hub:").rstrip("/").split("/") for other in models if other != model]
+        parts = _path_of(model)
+        others = [_path_of(other) for other in models if other != model]
         length = 1
         while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
             length += 1
@@ -126,13 +135,20 @@ def distinct_names(models: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def _path_of(model: str) -> list[str]:
+    return model.removeprefix("hub:").removeprefix("spandrel:").rstrip("/").split("/")
+
+
 def _subject(model: str, name: str, settings: argparse.Namespace) -> Subject:
     denoiser: Denoiser = load_denoiser(model, device=settings.device, precision=settings.precision)
     denoiser.name = name
-    return Subject(name=name, denoiser=denoiser, hash=checkpoint_hash(model) if denoiser.num_parameters else None)
+    weights = denoiser.weights_hash
+    if denoiser.num_parameters and not is_of_library(model):
+        weights = checkpoint_hash(model)
+    return Subject(name=name, denoiser=denoiser, hash=weights)
 
 
-def _bench(settings: argparse.Namespace, device: str) -> Bench:
+def _bench(settings: argparse.Namespace, device: str, processes: Processes) -> Bench:
     real = settings.protocol == "real"
     if real != (settings.pairs is not None):
         raise ValueError('--protocol real and --pairs "*_noisy*:*_clean*" must be used together')
@@ -148,7 +164,7 @@ def _bench(settings: argparse.Namespace, device: str) -> Bench:
         if settings.lpips_backbone:
             raise
         lpips = None
-        _say(str(error))
+        _say(str(error), processes)
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,7 +173,9 @@ def _bench(settings: argparse.Namespace, device: str) -> Bench:
         images: BenchmarkImages = load_pairs(settings.data, settings.pairs, limit=settings.limit)
     else:
         images = load_images(settings.data, img_size=img_size, limit=settings.limit)
-    _say(images.report())
+    _say(images.report(), processes)
+    if len(set(processes.gather(images.hash))) > 1:
+        raise ValueError(f"--data {settings.data} holds other images for each process; give all machines the same files")
     own = "whole" if settings.protocol == "paper" else 0  # as `ebt-vision denoise` treats photographs
     tile = own if settings.tile is None else settings.tile
     return Bench(
@@ -179,6 +197,7 @@ def _measure_subject(
     bench: Bench,
     settings: argparse.Namespace,
     collected: _Collected,
+    processes: Processes,
 ) -> None:
     """Measure all rows of one model, and return its strip of images."""
     name, kind = subject.name, kind_of(subject.denoiser)
@@ -186,24 +205,29 @@ def _measure_subject(
     some = bench.images.spread(settings.sweep_limit)
     runs = [(c, row, everything, False) for c in conditions for row in rows_of(name, kind, c, row_settings)]
     runs += [(c, row, some, True) for c in sweep for row in sweep_rows_of(name, kind, c, row_settings)]
-    for place, (condition, row, indices, is_sweep) in enumerate(runs, start=1):
+    own: list[list[Part]] = []  # for each run, of this process's batches
+    for place, (condition, row, indices, _) in enumerate(runs, start=1):
         title = f"{name} {place}/{len(runs)}: {row.method} {row.num_steps}, {condition.title}, seed {condition.seed}"
         parts = bench.parts(subject, row, condition, indices)
-        batches = _with_progress(bench.batches(indices), title)
-        done, arrays = bench.measure(subject, row, condition, batches, parts)
-        _say(f"done: {title}")
+        batches = processes.share.of(bench.batches(indices))
+        own.append(bench.measure(subject, row, condition, _with_progress(batches, title), parts))
+        _say(f"done: {title}", processes)
+    for (condition, row, indices, is_sweep), mine in zip(runs, own, strict=True):
+        measured = processes.join(mine)
+        if not processes.is_main:
+            continue
         collected.measured.append(
             Measured(
                 row=row,
                 condition=condition,
                 model_hash=subject.hash,
                 parameters=subject.denoiser.num_parameters,
-                indices=done,
-                arrays=arrays,
+                indices=indices,
+                arrays=join(measured),
                 sweep=is_sweep,
             )
         )
-        drawn = row.method in ("thinking", "applied", "x0", "told sigma", "sigma estimated") and not is_sweep
+        drawn = row.method in ("thinking", "applied", "x0", "told sigma", "sigma estimated", "blind") and not is_sweep
         if drawn and settings.strip and condition.seed == conditions[0].seed:
             chosen = bench.images.spread(settings.strip)
             collected.strips.setdefault(name, []).extend(_strip(subject, row, condition, bench, index) for index in chosen)
@@ -283,8 +307,9 @@ def _with_progress(batches: list[list[int]], title: str):
     return track(batches, title, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _say(message: str, processes: Processes) -> None:
+    if processes.is_main:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _row_settings(settings: argparse.Namespace) -> RowSettings:
@@ -357,7 +382,7 @@ def _whole_or_pixels(text: str) -> int | str:
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="denoising", description="The denoising benchmark.")
     add = parser.add_argument_group("what is measured").add_argument
-    add("--models", nargs="+", required=True, help="shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity")
+    add("--models", nargs="+", required=True, help=MODELS)
     add("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
     add("--protocol", choices=PROTOCOLS, default="paper")
     add("--pairs", metavar="NOISY:CLEAN", help='real: patterns of the file names, such as "*_noisy*:*_clean*"')

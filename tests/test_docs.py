@@ -36,7 +36,14 @@ NEEDS_DATA = (
     "python eval/training_gain.py",
     "python eval/results_page.py",
 )
-NEEDS_TIME = ("python eval/speed.py", "python eval/scale.py", "python -m pytest", "ebt-vision train", "make ")
+NEEDS_TIME = (
+    "python eval/speed.py",
+    "python eval/scale.py",
+    "python eval/scaling.py",
+    "python -m pytest",
+    "ebt-vision train",
+    "make ",
+)
 NEEDS_HARDWARE = ("accelerate launch",)
 PARSED = NEEDS_DATA + NEEDS_TIME + NEEDS_HARDWARE
 OF_A_RUN = "runs/"  # weights that an earlier command of the page would have made
@@ -47,7 +54,7 @@ PROGRAMS = ("ebt-vision ", "python ", "make ", "accelerate ", "source ")
 WITH_CODE = {
     "README.md": 1,
     "docs/scaling.md": 1,
-    "docs/how-to/benchmark.md": 1,
+    "docs/how-to/benchmark.md": 2,
     "docs/how-to/data.md": 2,
     "docs/how-to/export.md": 1,
 }
@@ -102,7 +109,7 @@ def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPat
     elif program == "make":
         understand_make(words, monkeypatch)
     elif program == "accelerate":
-        understand_launch(words)
+        understand_launch(words, monkeypatch)
     elif program == "ebt-vision":
         understand_cli(words)
     elif words[:2] == ["-m", "pytest"]:
@@ -119,11 +126,16 @@ def understand_cli(words: list[str]) -> None:
         load_config(args.config, args.overrides)
 
 
-def understand_launch(words: list[str]) -> None:
+def understand_launch(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.launch import launch_command_parser
 
     args = launch_command_parser().parse_args([word.replace("$RANK", "0") for word in words if word != "launch"])
-    assert args.module and args.training_script == "ebt_vision.cli"
+    if not args.module:
+        assert args.training_script.startswith("eval/")
+        options = [word for word in args.training_script_args if word not in ("--config", "grid.yaml")]
+        understand_program([args.training_script, *(options or ["--data", "FOLDER"])], monkeypatch)
+        return
+    assert args.training_script == "ebt_vision.cli"
     understand_cli(args.training_script_args)
 
 
@@ -219,8 +231,8 @@ def test_the_benchmark_s_config_is_understood(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_peer_of_one_s_own_is_a_denoiser(capsys: pytest.CaptureFixture[str]):
-    (program,) = code_blocks(DOCS / "how-to" / "benchmark.md", "python")
-    exec(compile(program, "benchmark.md", "exec"), {})
+    for program in code_blocks(DOCS / "how-to" / "benchmark.md", "python"):
+        exec(compile(program, "benchmark.md", "exec"), {})
     noisy, denoised = (float(value) for value in re.findall(r"([\d.]+) dB", capsys.readouterr().out))
     assert noisy == pytest.approx(20.17, abs=0.2) and denoised == pytest.approx(noisy + 9.5, abs=0.5)  # 10 log10(9) = 9.54
 

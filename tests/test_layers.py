@@ -13,14 +13,16 @@ LAYERS = [
     {"noise"},
     {"models", "data"},
     {"objectives", "denoising", "text", "probing"},
+    {"interop"},
     {"training"},
     {"benchmark"},
     {"commands"},
     {"cli"},
     {"__main__"},
 ]
-# What the core may use beside torch, numpy and the standard library: kept metric libraries, YAML, safetensors' files.
-CORE_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "torchvision", "safetensors", "yaml", "ebt_vision"}
+# What the core may use beside torch, numpy and the standard library: kept metric libraries, YAML, safetensors' files, locks.
+CORE_PACKAGES = {"torch", "numpy", "kornia", "lpips", "torchmetrics", "torchvision", "safetensors", "yaml"}
+CORE_PACKAGES |= {"filelock", "ebt_vision"}
 
 
 def library_files() -> list[Path]:

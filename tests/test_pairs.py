@@ -100,3 +100,26 @@ def test_pairs_in_two_folders(tmp_path: Path):
     write(tmp_path / "noisy" / "1.png", np.zeros((9, 9, 3), np.uint8))
     write(tmp_path / "clean" / "1.png", np.zeros((9, 9, 3), np.uint8))
     assert load_pairs(str(tmp_path), "noisy/*.png:clean/*.png").names == ["1.png"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "noisy", "clean"),
+    [  # SIDD-Medium, SIDD's validation crops as files, PolyU, RENOIR
+        ("*_NOISY_SRGB_*:*_GT_SRGB_*", "Data/0001_S6/0001_NOISY_SRGB_010.PNG", "Data/0001_S6/0001_GT_SRGB_010.PNG"),
+        ("*/input_crops/*:*/target_crops/*", "val/input_crops/0-1.png", "val/target_crops/0-1.png"),
+        ("*_[Rr]eal.JPG:*_[Mm]ean.JPG", "CroppedImages/Canon5D2_bag_Real.JPG", "CroppedImages/Canon5D2_bag_mean.JPG"),
+        ("*/*Noisy.bmp:*/*Reference.bmp", "Batch_001/IMG_1Noisy.bmp", "Batch_001/IMG_1Reference.bmp"),
+    ],
+)
+def test_names_of_public_sets(tmp_path: Path, patterns: str, noisy: str, clean: str):
+    write(tmp_path / noisy, np.full((16, 24, 3), 90, np.uint8))
+    write(tmp_path / clean, np.full((16, 24, 3), 60, np.uint8))
+    found = load_pairs(str(tmp_path), patterns)
+    assert found.names == [Path(noisy).name]
+    assert (found.noisy([0])[0].float().mean() - found.images([0])[0].float().mean()).item() == pytest.approx(30, abs=2)
+
+
+def test_a_limit_decodes_the_chosen_pairs_alone(pairs: Path):
+    (pairs / "b_noisy.png").write_text("no image")
+    found = load_pairs(str(pairs), PATTERNS, limit=1)
+    assert found.names == ["a_noisy.png"] and not any("b_noisy" in text for text in found.skipped)

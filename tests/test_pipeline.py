@@ -13,7 +13,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from ebt_vision.commands.pipeline import CLAIMS, Job, Pipeline, Share, shared_folder
+from ebt_vision.commands.pipeline import Job, Pipeline
+from ebt_vision.core.sharing import CLAIMS, Share, shared_folder
 
 
 def jobs_in(folder: Path, count: int) -> list[Job]:

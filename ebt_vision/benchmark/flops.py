@@ -54,9 +54,12 @@ def _measure(denoiser: Denoiser, height: int, width: int) -> Cost:
         denoiser = DiTDenoiser(denoiser.model, mode="ddim", name=denoiser.name)
     image = torch.full((1, 3, height, width), 0.5)
     counts = []
-    for num_steps in (1, 2):
-        options = DenoiseOptions(num_steps=num_steps, noise_level=0.1)
+    several = "num_steps" in denoiser.options_used
+    for num_steps in (1, 2) if several else (1,):
+        options = DenoiseOptions(num_steps=num_steps, noise_level=0.1, sigma=25.0)
         counts.append(count_flops(lambda options=options: denoiser.denoise_whole(image, options)))  # type: ignore[misc]
+    if not several:
+        return Cost(step=counts[0], final=0)
     step = counts[1] - counts[0]
     return Cost(step=step, final=counts[0] - step)
 

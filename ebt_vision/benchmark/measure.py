@@ -47,9 +47,9 @@ class Subject:
 
     @property
     def device(self) -> str:
-        """The kind of device of the network; rounding and seconds depend on it."""
-        model: PretrainedModel | None = getattr(self.denoiser, "model", None)
-        return "cpu" if model is None else next(model.parameters()).device.type
+        """The kind of device that the network runs on, which its rounding and its seconds depend on."""
+        weight = next(self.denoiser.parameters(), None)
+        return "cpu" if weight is None else weight.device.type
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,14 +120,11 @@ class Bench:
 
     def measure(
         self, subject: Subject, row: Row, condition: Condition, batches: Iterable[list[int]], parts: Parts
-    ) -> tuple[list[int], Part]:
-        """Return the images of `batches` and their figures, from `parts` if they exist."""
-        indices: list[int] = []
-        made = []
-        for batch in batches:
-            indices += batch
-            made.append(parts.get(batch, lambda chosen: self._measure_part(subject.denoiser, row, condition, chosen)))
-        return indices, join(made)
+    ) -> list[Part]:
+        """The figures of the images of each batch, from `parts` where they are there."""
+        return [
+            parts.get(batch, lambda chosen: self._measure_part(subject.denoiser, row, condition, chosen)) for batch in batches
+        ]
 
     def denoise(
         self, denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor, indices: Sequence[int]

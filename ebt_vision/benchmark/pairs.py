@@ -34,7 +34,8 @@ def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> Bench
     """Find the pairs in `folder` and its sub-folders by "NOISY:CLEAN", two patterns such as "*_noisy*:*_clean*".
 
     Two files are a pair if the stars of their patterns match the same text. Patterns are for paths relative to `folder`.
-    `limit` takes this number of pairs, evenly spread. Raises ValueError for an invalid pattern, DataError if there is no pair.
+    `limit` takes this number of pairs, evenly spread, and keeps those that can be used.
+    Raises ValueError for an invalid pattern, DataError if there is no pair.
     """
     noisy_pattern, clean_pattern = parse_patterns(patterns)
     root = Path(folder)
@@ -49,7 +50,9 @@ def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> Bench
         )
     pairs: list[tuple[Path, Path]] = []
     skipped = [(path.name, "has no clean image") for key, path in noisy.items() if key not in clean]
-    for key in (key for key in noisy if key in clean):
+    keys = [key for key in noisy if key in clean]
+    count = len(keys) if limit is None else min(limit, len(keys))
+    for key in (keys[place * len(keys) // count] for place in range(count)):  # chosen first: full frames take long to decode
         try:
             sizes = [tuple(read_rgb(path[key]).shape[-2:]) for path in (noisy, clean)]
         except DecodeError as error:
@@ -61,9 +64,7 @@ def load_pairs(folder: str, patterns: str, *, limit: int | None = None) -> Bench
         pairs.append((noisy[key], clean[key]))
     if not pairs:
         raise DataError(f"no pair of {folder} can be used ({skipped[0][0]} {skipped[0][1]}); check the files")
-    count = len(pairs) if limit is None else min(limit, len(pairs))
-    chosen = [pairs[place * len(pairs) // count] for place in range(count)]
-    return BenchmarkPairs(chosen, skipped, f"pairs {patterns} from {folder}")
+    return BenchmarkPairs(pairs, skipped, f"pairs {patterns} from {folder}")
 
 
 def parse_patterns(text: str) -> tuple[str, str]:
@@ -82,6 +83,7 @@ def read_rgb(path: Path) -> Tensor:
 
 def _stars(pattern: str, name: str) -> tuple[str, ...] | None:
     """Return the texts that the stars of `pattern` match in `name`; None without a match."""
-    parts = [fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z") for part in pattern.split("*")]
+    translated = (fnmatch.translate(part) for part in pattern.split("*"))  # "(?s:...)" and an end that Python 3.14 spells anew
+    parts = [text[len("(?s:") : text.rindex(")")] for text in translated]
     found = re.fullmatch("(.*)".join(parts), name, flags=re.DOTALL)
     return found and found.groups()

@@ -34,7 +34,7 @@ def plot_cost(records: Sequence[Mapping], path: Path) -> None:
     Methods without a network are dashed lines. For several seeds the mean is drawn.
     """
     conditions = list(dict.fromkeys(record["condition"] for record in records))
-    figure, axes = _sheet(len(conditions), 2, width=5.6, height=3.9)
+    figure, axes = new_sheet(len(conditions), 2, width=5.6, height=3.9)
     colours = _colours([record["model"] for record in records])
     series = list(dict.fromkeys((record["model"], record["method"]) for record in records))
     for condition, line in zip(conditions, axes, strict=True):
@@ -54,13 +54,13 @@ def plot_cost(records: Sequence[Mapping], path: Path) -> None:
             axis.grid(alpha=0.3)
         _label_in_plain_numbers(line[0].xaxis)
     _legend(figure, axes[0, 0])
-    _save(figure, path)
+    save_sheet(figure, path)
 
 
 def plot_sweep(records: Sequence[Mapping], path: Path) -> None:
     """Plot PSNR against noise level: one plot per model, one line per number of steps, with the noisy input."""
     models = list(dict.fromkeys(record["model"] for record in records if record["method"] != "noisy input"))
-    figure, axes = _sheet(1, max(len(models), 1), width=4.6, height=3.9)
+    figure, axes = new_sheet(1, max(len(models), 1), width=4.6, height=3.9)
     noisy = [record for record in records if record["method"] == "noisy input"]
     for axis, model in zip(axes[0], models, strict=False):
         mine = [record for record in records if record["model"] == model]
@@ -75,13 +75,13 @@ def plot_sweep(records: Sequence[Mapping], path: Path) -> None:
         axis.set_xticks(sorted({record["strength"] for record in records}))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
-    _save(figure, path)
+    save_sheet(figure, path)
 
 
 def plot_energy(measured: Sequence[Measured], path: Path) -> None:
     """Plot energy against true error, one point per image (at most MAX_POINTS), for the first and last step of each run."""
     runs = [run for run in measured if run.row.method == "thinking"]
-    figure, axes = _sheet(max((len(runs) + 2) // 3, 1), min(max(len(runs), 1), 3), width=4.2, height=3.6)
+    figure, axes = new_sheet(max((len(runs) + 2) // 3, 1), min(max(len(runs), 1), 3), width=4.2, height=3.6)
     for axis in axes.flat[len(runs) :]:
         axis.axis("off")
     for axis, run in zip(axes.flat, runs, strict=False):
@@ -96,13 +96,13 @@ def plot_energy(measured: Sequence[Measured], path: Path) -> None:
         axis.set(xlabel="energy, mean over patches", ylabel="mean squared error, 0..255")
         axis.set_title(f"{run.row.model}\n{run.condition.title}, seed {run.condition.seed}", fontsize=9)
         axis.legend(fontsize=7)
-    _save(figure, path)
+    save_sheet(figure, path)
 
 
 def plot_strips(strips: Sequence[Strip], path: Path) -> None:
     """Draw one row per strip: images with their titles."""
     columns = max(len(strip.pictures) for strip in strips)
-    figure, axes = _sheet(len(strips), columns, width=1.7, height=1.95)
+    figure, axes = new_sheet(len(strips), columns, width=1.7, height=1.95)
     for axis in axes.flat:
         axis.axis("off")
     for strip, line in zip(strips, axes, strict=True):
@@ -110,7 +110,7 @@ def plot_strips(strips: Sequence[Strip], path: Path) -> None:
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
             axis.set_title(title, fontsize=7)
         line[0].set_title(f"{strip.condition}\n{strip.pictures[0][0]}", fontsize=7)
-    _save(figure, path)
+    save_sheet(figure, path)
 
 
 def _mean_points(records: Sequence[Mapping]) -> list[dict]:
@@ -133,7 +133,8 @@ def _over_strength(records: Sequence[Mapping]) -> tuple[list[float], list[float]
     return strengths, [float(mean) for mean in means]
 
 
-def _sheet(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, np.ndarray]:
+def new_sheet(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure of plots in lines and columns, each of this size in inches, and its axes (rows, columns)."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -169,5 +170,6 @@ def _shade(share: float) -> tuple[float, float, float]:
     return (0.25 + 0.6 * share, 0.55 - 0.4 * share, 0.9 - 0.75 * share)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_sheet(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG."""
     figure.savefig(path, dpi=DPI)

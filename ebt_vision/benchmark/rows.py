@@ -15,7 +15,7 @@ from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDen
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.noise import processes
 
-Kind = Literal["ebt", "dit", "regressor", "eqm", "identity", "classical"]
+Kind = Literal["ebt", "dit", "regressor", "eqm", "identity", "classical", "blind"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class Row:
 
 
 def kind_of(denoiser: Denoiser) -> Kind:
-    """Return the kind of a denoiser for its rows; any one-step method without a network counts as classical."""
+    """Return the kind of a denoiser for its rows. Other one-step methods are classical, or blind if nobody tells them sigma."""
     kinds: list[tuple[type[Denoiser], Kind]] = [
         (EBTDenoiser, "ebt"),
         (DiTDenoiser, "dit"),
@@ -85,7 +85,8 @@ def kind_of(denoiser: Denoiser) -> Kind:
         (EqMDenoiser, "eqm"),
         (IdentityDenoiser, "identity"),
     ]
-    return next((kind for cls, kind in kinds if isinstance(denoiser, cls)), "classical")
+    other: Kind = "classical" if "sigma" in denoiser.options_used else "blind"
+    return next((kind for cls, kind in kinds if isinstance(denoiser, cls)), other)
 
 
 def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
@@ -102,6 +103,8 @@ def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) 
         )
     elif kind == "identity":
         yield Row(model=name, kind=kind, method="noisy input", num_steps=1, reported=(1,))
+    elif kind == "blind":
+        yield Row(model=name, kind=kind, method="blind", num_steps=1, reported=(1,))
     else:
         told = "told sigma" if condition.sigma is not None else "sigma estimated"
         yield Row(model=name, kind=kind, method=told, num_steps=1, reported=(1,))
@@ -180,7 +183,7 @@ def _dit_rows(name: str, condition: Condition, settings: RowSettings) -> Iterato
 def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -> tuple[Denoiser, Tensor, DenoiseOptions]:
     """Return the denoiser of the row, the images (B, 3, H, W) at the scale that it expects, and its options.
 
-    In the paper's protocol, networks of the VP process get the input unscaled; classical methods get it divided by its signal
+    In the paper's protocol, networks of the VP process get the input unscaled; other methods get it divided by its signal
     scale, with the resulting sigma. In the other protocols, a network of the VP process gets the image times its signal scale,
     and a DiT gets the scale of its timestep. Networks trained on plain Gaussian noise are treated the other way round.
     """
@@ -201,7 +204,7 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
     if condition.protocol != "paper":
         level, sigma = row.start_level, condition.sigma
         return for_photographs(denoiser), noisy, replace(options, noise_level=level, sigma=None if level else sigma)
-    if row.kind == "classical":
+    if row.kind in ("classical", "blind"):
         signal, _ = processes.signal_and_noise_scale(condition.strength)
         scaled = processes.to_image_range(processes.to_model_range(noisy) / signal)
         return denoiser, scaled, replace(options, sigma=min(condition.sigma or math.inf, 255.0))

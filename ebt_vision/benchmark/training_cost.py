@@ -1,4 +1,4 @@
-"""Cost of a training step, counted without running the whole network: products and kept activations of one image.
+"""Cost of a training step, counted without running the whole network: products and kept activations of one sample.
 
 All blocks are equal, so networks with one and two blocks give the cost of any depth. Both run on the CPU in float32.
 """
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from ebt_vision.benchmark.flops import count_flops
 from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.images import DataConfig
-from ebt_vision.models.trunk_config import TrunkConfig
 from ebt_vision.objectives.image import ImageBatch
+from ebt_vision.objectives.text import TextBatch
 from ebt_vision.training.build import build_model, build_objective
-from ebt_vision.training.config import ConfigError, ExperimentConfig
+from ebt_vision.training.config import ExperimentConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingCost:
-    """The cost of one image in one training step, and the size of the network."""
+    """The cost of one sample in one training step, and the size of the network."""
 
     num_parameters: int
     flops: int
@@ -31,9 +31,7 @@ class TrainingCost:
 
 
 def training_cost(config: ExperimentConfig) -> TrainingCost:
-    """Return the cost of a config's step. Raises ConfigError for models other than patch models."""
-    if not isinstance(config.model, TrunkConfig) or not isinstance(config.data, DataConfig):
-        raise ConfigError(f"costs are counted for patch_ebt and patch_regressor, not for model_type={config.model_type}")
+    """The cost of a config's own step on one image or one sequence."""
     depth = config.model.depth
     one, two = (_measure(_with_depth(config, blocks)) for blocks in (1, 2))
     return TrainingCost(
@@ -72,12 +70,19 @@ def _with_depth(config: ExperimentConfig, depth: int) -> ExperimentConfig:
     return replace(config, model=model, train=replace(config.train, compile=False))
 
 
+def _batch(config: ExperimentConfig) -> ImageBatch | TextBatch:
+    generators = sample_generators(0, [0])
+    if isinstance(config.data, DataConfig):
+        images = torch.zeros(1, 3, config.data.img_size, config.data.img_size)
+        return ImageBatch(clean=images, noise=images + 1.0, generators=generators)
+    tokens = torch.zeros(1, config.data.context_length, dtype=torch.int64)
+    return TextBatch(tokens=tokens, targets=tokens, starts=tokens, generators=generators)
+
+
 def _measure(config: ExperimentConfig) -> TrainingCost:
     model = build_model(config)
     objective = build_objective(model, config)
-    size = config.data.img_size  # type: ignore[union-attr]
-    images = torch.zeros(1, 3, size, size)
-    batch = ImageBatch(clean=images, noise=images + 1.0, generators=sample_generators(0, [0]))
+    batch = _batch(config)
     flops = count_flops(lambda: objective(batch)["loss"].backward())
     kept = held_bytes(lambda: objective(batch)["loss"], model.parameters())
     return TrainingCost(num_parameters=model.num_parameters, flops=flops, kept_bytes=kept)

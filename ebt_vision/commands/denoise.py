@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ebt_vision.denoising.results import DenoiseResult
     from ebt_vision.noise.named import Noise
 
+MODEL = "a shipped name, a folder, hub:OWNER/NAME, spandrel:FILE, deepinv:NAME[:FILE], bm3d, nlm"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of the command."""
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", type=named_path, required=True, help="folder for the results; created if missing"
     )
-    parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help=MODEL)
     parser.add_argument(
         "--steps", metavar="N", type=count, help="thinking steps (default: as suggested by the model, with its tolerance)"
     )
@@ -115,7 +117,8 @@ def _noise(text: str) -> Noise:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.commands.pipeline import Pipeline, Share
+    from ebt_vision.commands.pipeline import Pipeline
+    from ebt_vision.core.sharing import Share
 
     if args.tolerance_of is not None and args.tolerance is None:
         raise ValueError(f"--tolerance-of {args.tolerance_of} has no effect without --tolerance; add --tolerance or remove it")
@@ -253,7 +256,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
-    from ebt_vision.commands.pipeline import Share
+    from ebt_vision.core.sharing import Share
     from ebt_vision.denoising.base import adapt_to_noise
     from ebt_vision.denoising.load import load_denoiser
     from ebt_vision.denoising.options import DenoiseOptions

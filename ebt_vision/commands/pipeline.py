@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,15 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock
 
-if sys.platform != "win32":
-    import fcntl
+from ebt_vision.core.sharing import CLAIMS, claim_part, release, shared_folder
 
 Read = TypeVar("Read")
 Done = TypeVar("Done")
-CLAIMS = ".claims"
-"""The folder of lock files inside the output; the last process removes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,68 +39,6 @@ class Outcome(Generic[Done]):
     job: Job
     value: Done | None = None
     error: BaseException | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """The index of this process among all processes, and among those on this machine."""
-
-    index: int = 0
-    count: int = 1
-    local_index: int = 0
-
-    @classmethod
-    def of_environment(cls) -> Share:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, which accelerate launch and torchrun set; without them there is one process."""
-        names = {"index": "RANK", "count": "WORLD_SIZE", "local_index": "LOCAL_RANK"}
-        return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
-
-    def of(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs of this process: every count-th job."""
-        return list(jobs[self.index :: self.count])
-
-    def device(self, name: str) -> str:
-        """Return the device of this process. For "cuda", each of several processes gets its own GPU."""
-        return f"cuda:{self.local_index}" if name == "cuda" and self.count > 1 else name
-
-
-@contextlib.contextmanager
-def shared_folder(folder: Path) -> Iterator[None]:
-    """Create the folder and keep it while any process is in this context. The last process to leave removes an empty folder.
-
-    Each process holds a shared lock on the folder itself. If the system cannot lock folders, the folder stays.
-    """
-    entered = _enter(folder)
-    try:
-        yield
-    finally:
-        if entered is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(entered, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                folder.rmdir()
-            os.close(entered)
-
-
-def _enter(folder: Path) -> int | None:
-    """Return a descriptor with a shared lock on the folder; None if the folder cannot be created or locked."""
-    if sys.platform == "win32":
-        return None
-    while True:
-        descriptor = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if os.path.samestat(os.fstat(descriptor), folder.stat()):
-                return descriptor
-        except FileNotFoundError:  # another process was the last to leave and has just removed the folder
-            pass
-        except OSError:
-            if descriptor is not None:
-                os.close(descriptor)
-            return None
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 class Pipeline(Generic[Read, Done]):
@@ -173,7 +107,7 @@ class Pipeline(Generic[Read, Done]):
 
     def _end(self, job: Job, claim: BaseFileLock | None, error: Exception | None = None) -> Outcome[Done]:
         """Release the claim; return the outcome without a value. Ignore the error if another process finished the job."""
-        _release(claim)
+        release(claim)
         return Outcome(job=job, error=None if error is not None and self._is_done(job) else error)
 
     def _claim_and_read(self, job: Job) -> tuple[BaseFileLock | None, Read | Exception | None]:
@@ -193,24 +127,12 @@ class Pipeline(Generic[Read, Done]):
 
     def _claim(self, job: Job) -> BaseFileLock | None:
         name = hashlib.sha256(os.fsencode(job.target)).hexdigest()[:24]
-        lock = FileLock(self._output / CLAIMS / f"{name}.lock", thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return None
-        return lock
+        return claim_part(self._output / CLAIMS, name)
 
     def _drop(self, reading: Future[tuple[BaseFileLock | None, Read | Exception | None]]) -> None:
         """Release the claim of an image that was read ahead but will not be processed."""
         with contextlib.suppress(BaseException):
-            _release(reading.result()[0])
-
-
-def _release(claim: BaseFileLock | None) -> None:
-    if claim is not None:
-        with contextlib.suppress(OSError):
-            os.unlink(claim.lock_file)
-        claim.release()
+            release(reading.result()[0])
 
 
 def _finished(outcome: Outcome[Done]) -> Future[Outcome[Done]]:

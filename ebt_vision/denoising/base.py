@@ -43,6 +43,8 @@ class Denoiser(nn.Module, ABC):
 
     name: str
     num_parameters: int = 0
+    weights_hash: str | None = None
+    """First 12 hex digits of the SHA-256 of the weights of another library's network."""
     tile_size: int = 512
     """Side in pixels of the tiles for large images; for a network, its training size."""
     overlap_share: float = 0.25

@@ -1,5 +1,6 @@
 """Load a denoiser by name or folder."""
 
+import importlib
 from typing import TYPE_CHECKING, cast
 
 from ebt_vision.core.precision import Precision
@@ -16,9 +17,19 @@ from ebt_vision.models.regressor import PatchRegressor
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from ebt_vision.models.dit import DiT
 
+LIBRARIES = {"spandrel": "ebt_vision.interop.spandrel", "deepinv": "ebt_vision.interop.deepinv"}
+"""Prefixes of names, each with the module whose `load` takes the rest; imported when asked for: it is above this package."""
+
+
+def is_of_library(name_or_path: str) -> bool:
+    """Whether a name is that of another library's network: "spandrel:FILE" or "deepinv:NAME"."""
+    return name_or_path.partition(":")[0] in LIBRARIES and ":" in name_or_path
+
 
 def load_denoiser(name_or_path: str, *, device: str = "cpu", precision: Precision = "auto") -> Denoiser:
     """Load a denoiser: "bm3d", "nlm", "identity", a shipped checkpoint's name, a folder, or "hub:OWNER/NAME".
+
+    "spandrel:FILE" and "deepinv:NAME" are networks of those libraries: see ebt_vision.interop.
 
     Its `denoise` works like the command line: images are photographs unless the options have a noise_level. `precision` is for
     networks (see ModelDenoiser); classical methods ignore it. Raises CheckpointError (a ValueError) for an unknown name,
@@ -28,6 +39,9 @@ def load_denoiser(name_or_path: str, *, device: str = "cpu", precision: Precisio
         return IdentityDenoiser()
     if name_or_path in CLASSICAL_DENOISERS:
         return CLASSICAL_DENOISERS[name_or_path]()
+    if is_of_library(name_or_path):
+        library, _, rest = name_or_path.partition(":")
+        return importlib.import_module(LIBRARIES[library]).load(rest, device=device, precision=precision)
     name = name_or_path.rstrip("/").rsplit("/", 1)[-1]
     return denoiser_for(load_pretrained(name_or_path, device=device), name=name, input_scale=None, precision=precision)
 

@@ -1,0 +1,100 @@
+"""Several processes at one job: which of them this one is, and claims on parts of it by lock files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+if sys.platform != "win32":
+    import fcntl
+
+Part = TypeVar("Part")
+CLAIMS = ".claims"
+"""The folder of lock files inside an output; it is removed at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which of several processes this is, and on this machine."""
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """As RANK, WORLD_SIZE and LOCAL_RANK say, which accelerate launch and torchrun set; one process without them."""
+        names = {"index": "RANK", "count": "WORLD_SIZE", "local_index": "LOCAL_RANK"}
+        return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+
+    def of(self, parts: Sequence[Part]) -> list[Part]:
+        """This process's parts: every count-th one."""
+        return list(parts[self.index :: self.count])
+
+    def device(self, name: str) -> str:
+        """The device of this process: of several, each has a GPU of its own where "cuda" is wanted."""
+        return f"cuda:{self.local_index}" if name == "cuda" and self.count > 1 else name
+
+
+@contextlib.contextmanager
+def shared_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and keep it while any process is in this context; the last one to leave removes it if it is empty.
+
+    Each process holds a shared lock on the folder itself. Where the system cannot lock a folder, the folder stays.
+    """
+    entered = _enter(folder)
+    try:
+        yield
+    finally:
+        if entered is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(entered, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                folder.rmdir()
+            os.close(entered)
+
+
+def _enter(folder: Path) -> int | None:
+    """A descriptor of the folder that holds a shared lock on it; None where it cannot be made or locked."""
+    if sys.platform == "win32":
+        return None
+    while True:
+        descriptor = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        except FileNotFoundError:  # another process has left it meanwhile, as the last one
+            pass
+        except OSError:
+            if descriptor is not None:
+                os.close(descriptor)
+            return None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def claim_part(folder: Path, name: str) -> BaseFileLock | None:
+    """The claim on a part, to be given back by `release`; None while another process has it. A killed process has none."""
+    lock = FileLock(folder / f"{name}.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def release(claim: BaseFileLock | None) -> None:
+    """Give a claim back, and remove its file."""
+    if claim is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(claim.lock_file)
+        claim.release()

@@ -1,0 +1,1 @@
+"""Networks of other restoration libraries as denoisers, and denoisers as theirs."""
