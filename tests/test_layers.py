@@ -13,6 +13,7 @@ LAYERS = [
     {"noise"},
     {"models", "data"},
     {"objectives", "denoising", "text", "probing"},
+    {"restoration"},
     {"training"},
     {"benchmark"},
     {"commands"},
