@@ -1,7 +1,7 @@
 """The command line: ebt-vision train | denoise | generate | export | info.
 
-The commands are in ebt_vision/commands/. Imports are lazy, so that --help answers at once. What a user can mend comes out as
-one line on stderr and exit status 2, without a traceback; an interrupt ends with status 130 and keeps what is done.
+The commands are in ebt_vision/commands/. Imports are lazy, so that --help is fast. A user error prints one line on stderr and
+exits with status 2, without a traceback. An interrupt exits with status 130 and keeps finished results.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ebt_vision.core.names import escape_unprintable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 bad input or diverged training, 130 interrupted, 143 terminated."""
+    """Run one command and return the exit status: 0 success, 2 bad input or diverged, 130 interrupted, 143 terminated."""
     escape_unprintable()
     try:
         args = _parse(argv)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, as in `ebt-vision generate ... | head -1`
+    except BrokenPipeError:  # the reader closed the pipe, as in `ebt-vision generate ... | head -1`
         drop_stdout()
         return READER_LEFT
     except (ValueError, OSError) as error:
@@ -47,7 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     num_empty = sum(not word or (word.startswith("--") and word.endswith("=")) for word in words)
     if num_empty > (getattr(args, "prompt", None) == ""):
         parser.error("an argument is empty; is a shell variable unset?")
-    if hasattr(args, "overrides"):  # argparse does not go on with key=value after an option
+    if hasattr(args, "overrides"):  # argparse does not collect key=value after an option
         args.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with its errors in one line."""
+    """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"ebt-vision: {message}; see {self.prog} --help\n")
@@ -67,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_arguments(commands.add_parser("train", help="train a model from a YAML config"))
-    denoise.add_arguments(commands.add_parser("denoise", help="denoise image files and folders of them"))
-    generate.add_arguments(commands.add_parser("generate", help="go on with a text"))
-    export.add_arguments(commands.add_parser("export", help="write a network as ONNX or a torch.export program"))
-    info.add_arguments(commands.add_parser("info", help="describe a checkpoint, or list the shipped ones"))
+    denoise.add_arguments(commands.add_parser("denoise", help="denoise image files and folders of images"))
+    generate.add_arguments(commands.add_parser("generate", help="continue a text"))
+    export.add_arguments(commands.add_parser("export", help="export a network as ONNX or a torch.export program"))
+    info.add_arguments(commands.add_parser("info", help="describe a checkpoint, or list the shipped checkpoints"))
     return parser
 
 

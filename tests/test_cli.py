@@ -302,7 +302,7 @@ def test_a_folder_with_nothing_but_earlier_results_is_refused(run, tmp_path: Pat
     (tmp_path / "in" / "out").mkdir(parents=True)
     photo(tmp_path / "in" / "out" / "a.png")
     status, out, err = run(tmp_path / "in", output=tmp_path / "in" / "out")
-    assert (status, out) == (2, []) and "holds no images but earlier results" in err[0]
+    assert (status, out) == (2, []) and "has no images except earlier results" in err[0]
 
 
 def test_no_result_replaces_another_input(run, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_what_a_folder_leaves_out_is_said(run, tmp_path: Path) -> None:
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
     status, out, err = run(tmp_path / "in")
     assert (status, len(out), len(err)) == (0, 1, 1)
-    assert "left out 1 file not named as images (.jfif) and the linked folder linked" in err[0]
+    assert "skipped 1 file not named as images (.jfif) and the linked folder linked" in err[0]
     status, _, err = run(tmp_path / "in" / "deep" / "b.jfif")
     assert (status, err) == (0, [])
 

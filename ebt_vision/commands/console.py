@@ -1,4 +1,4 @@
-"""What every command says, and how: one line on stderr, exit statuses, errors that are the user's."""
+"""Output of all commands: one-line messages on stderr, exit statuses, and which errors are user errors."""
 
 import contextlib
 import os
@@ -6,16 +6,16 @@ import sys
 
 BAD_INPUT, INTERRUPTED = 2, 130
 READER_LEFT = 141
-"""As of a program that SIGPIPE ends."""
+"""The status of a program that SIGPIPE stops."""
 
 
 def say(message: str) -> None:
-    """One line to the user."""
+    """Print one line on stderr."""
     print(f"ebt-vision: {message}", file=sys.stderr, flush=True)
 
 
 def tell(line: str) -> None:
-    """One line on stdout; where its reader has left, as in `| head -1`, the work goes on without."""
+    """Print one line on stdout. If the reader closed the pipe, as in `| head -1`, continue without output."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -23,15 +23,15 @@ def tell(line: str) -> None:
 
 
 def drop_stdout() -> None:
-    """From now on what is written to stdout goes nowhere: its reader has left."""
-    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file has nothing to flush at the end
+    """Send all later output on stdout to the null device, because the reader closed the pipe."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is not a file needs no flush at exit
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line; an OSError's says what happened to which file."""
+    """Return the message of an error in one line; for an OSError, the file and the problem."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if _out_of_memory(error):
@@ -40,7 +40,7 @@ def one_line(error: BaseException) -> str:
 
 
 def is_users(error: Exception) -> bool:
-    """Whether an error is about this input, so that the other images can go on: not a fault of the program."""
+    """Whether an error concerns only this input and is not a bug, so that the command can continue with other images."""
     from ebt_vision.core.thinking import ThinkingError
 
     return isinstance(error, ValueError | OSError | ThinkingError) or _out_of_memory(error)
@@ -54,7 +54,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Format seconds for people."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

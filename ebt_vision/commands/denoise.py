@@ -1,4 +1,4 @@
-"""`ebt-vision denoise`: image files and folders of them, one after the other; what fails is named and the rest goes on."""
+"""`ebt-vision denoise`: denoise image files and folders. A file that fails is reported, and the others are still denoised."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Define the arguments of the command."""
     parser.description = (
-        "Denoise images; each result gets its input's name in DIR, with its bit depth, colour profile, EXIF and alpha, as "
-        "far as the format can hold them."
+        "Denoise images. Results in DIR have the names of their inputs. They keep bit depth, colour profile, EXIF and alpha if "
+        "the format supports them."
     )
     parser.add_argument("inputs", metavar="FILE_OR_FOLDER", nargs="+", type=named_path)
     parser.add_argument(
-        "--output", metavar="DIR", type=named_path, required=True, help="folder for the results; made if missing"
+        "--output", metavar="DIR", type=named_path, required=True, help="folder for the results; created if missing"
     )
     parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
     parser.add_argument(
-        "--steps", metavar="N", type=count, help="thinking steps (default: what the model suggests, with its tolerance)"
+        "--steps", metavar="N", type=count, help="thinking steps (default: as suggested by the model, with its tolerance)"
     )
-    parser.add_argument("--candidates", metavar="N", type=count, default=1, help="think N times, keep the lowest energy")
+    parser.add_argument("--candidates", metavar="N", type=count, default=1, help="think N times and keep the lowest energy")
     parser.add_argument(
         "--tolerance",
         metavar="T",
         type=not_negative,
-        help="stop when a step gains less than this share of what --tolerance-of names; try 0.02",
+        help="stop when the gain of a step falls below this fraction of the --tolerance-of reference; try 0.02",
     )
     parser.add_argument(
         "--tolerance-of",
         choices=("first", "previous", "training", "observation"),
-        help="what T is a share of: what the first step gained (default); the step before (try 0.05); a first step at the "
-        "noise of the training, which asks for less the stronger the noise is (try 0.006); or the energy of the noisy image, "
-        "which the energy itself is compared with (try 0.05)",
+        help="reference of T. first (default): the gain of the first step. previous: the gain of the previous step (try 0.05). "
+        "training: the mean first gain at the training noise level, adapted to the noise (try 0.006). observation: the energy "
+        "of the noisy image; stop when the energy falls below this fraction of it (try 0.05)",
     )
     parser.add_argument("--step-size-scale", metavar="F", type=positive, default=1.0, help="factor on the learned step size")
     parser.add_argument(
@@ -70,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=not_negative,
         default=1.0,
-        help="0 to 1.5: below 1 keeps some of the grain (0 gives the image back), above 1 is for noise that is left over",
+        help="0 to 1.5: a value below 1 keeps grain (0 returns the input unchanged), a value above 1 removes more noise",
     )
     parser.add_argument(
-        "--start", choices=("observation", "proposal"), help="think from the noisy image or from the network's proposal"
+        "--start", choices=("observation", "proposal"), help="start thinking from the noisy image or the network's proposal"
     )
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all noise (default 0)")
     parser.add_argument("--tile", metavar="SIZE", type=count, help="tile side in pixels for large images")
@@ -81,16 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap",
         metavar="PIXELS",
         type=whole_number,
-        help="pixels that tiles have in common (default: the model's own); more is slower and smoother",
+        help="overlap of neighbouring tiles in pixels (default: from the model); a larger overlap is slower and smoother",
     )
-    parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
-    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    parser.add_argument("--device", metavar="NAME", type=name, help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--png", action="store_true", help="always write PNG")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
+    parser.add_argument("--device", metavar="NAME", type=name, help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="bfloat16 is faster where the processor has it; auto (default) uses it there if the model loses nothing by it",
+        help="auto (default): bfloat16 if the processor is fast at bfloat16 and the model loses no quality; otherwise float32",
     )
     parser.set_defaults(run=_run)
 
@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     from ebt_vision.commands.pipeline import Pipeline, Share
 
     if args.tolerance_of is not None and args.tolerance is None:
-        raise ValueError(f"--tolerance-of {args.tolerance_of} has no effect without --tolerance; give one, or leave it out")
+        raise ValueError(f"--tolerance-of {args.tolerance_of} has no effect without --tolerance; add --tolerance or remove it")
     share = Share.of_environment()
     jobs, problems = _plan(args.inputs, args.output, args.overwrite, args.png)
     for problem in problems if share.index == 0 else ():
@@ -134,9 +134,7 @@ def _run(args: argparse.Namespace) -> int:
                 left = (time.perf_counter() - start) / number * (num_all - number)
                 tell(outcome.value + (f", {duration(left)} left" if number < num_all else ""))
             elif error is None:
-                say(
-                    f"{job.source}: another run has written {job.target} in the meantime, or is at work on it; left to that run"
-                )
+                say(f"{job.source}: skipped; another run has written {job.target} or is working on this image")
             elif isinstance(error, Exception) and is_users(error):
                 message = one_line(error)
                 say(message if str(job.source) in message else f"{job.source}: {message}")
@@ -144,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
             else:
                 raise error
     except KeyboardInterrupt:
-        say(f"interrupted; {done} of {num_all} images are done and kept in {args.output}")
+        say(f"interrupted; {done} of {num_all} images are finished and kept in {args.output}")
         return INTERRUPTED
     if failed:
         say(f"{failed} of {failed + done} failed, {done} written to {args.output}")
@@ -153,7 +151,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _is_done(target: Path, since: int | None) -> bool:
-    """Whether a result is there that is not to be replaced: any, or one that was written after the time `since` (ns)."""
+    """Whether a finished result exists: any result, or only one written after the time `since` (ns)."""
     try:
         return since is None or target.stat().st_mtime_ns > since if target.exists() else False
     except OSError:
@@ -161,7 +159,7 @@ def _is_done(target: Path, since: int | None) -> bool:
 
 
 def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> tuple[list[Job], list[str]]:
-    """What to denoise into which file, and a line for each input that cannot be done."""
+    """Return the jobs, and one line for each input that cannot be denoised."""
     from ebt_vision.commands.pipeline import Job
 
     jobs: dict[Path, Job] = {}
@@ -176,14 +174,14 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> t
         for source, target in pairs:
             sources.add(source.resolve())
             if target in jobs and jobs[target].source != source:
-                problems.append(f"{source}: its result {target} is that of {jobs[target].source} too; rename one of them")
+                problems.append(f"{source}: {jobs[target].source} has the same result {target}; rename one of the inputs")
             elif target.exists() and not overwrite:
-                problems.append(f"{source}: {target} exists; give another --output, or --overwrite to replace it")
+                problems.append(f"{source}: {target} exists; choose another --output, or add --overwrite to replace it")
             else:
                 jobs[target] = Job(source=source, target=target)
     for target, job in list(jobs.items()):
         if target.exists() and target.resolve() in sources - {job.source.resolve()}:
-            problems.append(f"{job.source}: its result {target} would replace another input; give another --output")
+            problems.append(f"{job.source}: its result {target} would replace another input; choose another --output")
             del jobs[target]
     return list(jobs.values()), problems
 
@@ -201,17 +199,17 @@ def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]
     inside = output.resolve().is_relative_to(path.resolve()) and output.resolve() != path.resolve()
     earlier = {file for file in found if file.resolve().is_relative_to(output.resolve())} if inside else set()
     if len(earlier) == len(found):
-        raise ValueError(f"{path} holds no images but earlier results in {output}; name a folder with images")
+        raise ValueError(f"{path} has no images except earlier results in {output}; name a folder with images")
     left_out = _left_out(path, set(found), output.resolve())
     if left_out:
-        say(f"{path}: left out {left_out}; what is an image is denoised when named itself")
+        say(f"{path}: skipped {left_out}; to denoise a skipped image, name the file itself")
     for source in found:
         if source not in earlier:
             yield source, output / _result_name(source.relative_to(path), png)
 
 
 def _result_name(relative: Path, png: bool) -> Path:
-    """The name of a result: with the suffix of its format, in the place of an image's suffix but not of any other."""
+    """Return the name of a result. The suffix of its format replaces the suffix of an image format; other suffixes stay."""
     from ebt_vision.data.image_files import WRITABLE_SUFFIXES, without_suffix
 
     if relative.suffix.lower() in WRITABLE_SUFFIXES and not png:
@@ -220,7 +218,7 @@ def _result_name(relative: Path, png: bool) -> Path:
 
 
 def _left_out(folder: Path, found: set[Path], output: Path) -> str:
-    """The visible files and linked folders in `folder` that are not among the images found, nor in `output`, in words."""
+    """Describe the visible files and linked folders in `folder` that are neither found images nor in `output`."""
     suffixes: list[str] = []
     links: list[str] = []
     for place, folders, files in os.walk(folder):
@@ -239,9 +237,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output {folder} cannot be made ({error.strerror}); choose another folder") from error
+        raise ValueError(f"output {folder} cannot be created ({error.strerror}); choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"output {folder} cannot be written to; choose another folder")
+        raise ValueError(f"output {folder} is not writable; choose another folder")
 
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
@@ -275,7 +273,7 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
 
 
 def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
-    """ValueError for an option that the model has no use for."""
+    """Raise ValueError for an option that the model does not use."""
     given = {"--steps": ("num_steps", args.steps), "--tolerance": ("tolerance", args.tolerance)}
     given |= {"--candidates": ("num_candidates", args.candidates - 1), "--langevin": ("langevin_std", args.langevin)}
     given |= {"--step-size-scale": ("step_size_scale", args.step_size_scale - 1)}
@@ -294,14 +292,14 @@ def _read(source: Path) -> ImageFile:
 def _denoise(
     job: Job, image: ImageFile, denoiser: Denoiser, options: DenoiseOptions, args: argparse.Namespace
 ) -> Callable[[], str]:
-    """Denoise one image; returns what writes the result and returns the line to print."""
+    """Denoise one image. Return a function that writes the result and returns the line to print."""
     from ebt_vision.core.metrics import psnr
     from ebt_vision.denoising.tiling import denoise_tiled
 
     start = time.perf_counter()
     clean = image.visible_pixels()[None]  # (1, 3, H, W)
     noisy = clean
-    if args.add_noise:  # every file gets the draw of its seed, so that it does not matter what else is denoised
+    if args.add_noise:  # the noise depends only on the seed, not on the other files
         noisy = args.add_noise.add(clean, args.seed)
     progress = _tile_progress(job.source, start)
     result = denoise_tiled(denoiser, noisy, options, tile_size=args.tile, overlap=args.overlap, callback=progress)
@@ -326,7 +324,7 @@ def _write(job: Job, image: ImageFile, line: str, *, overwrite: bool) -> str:
 
 
 def _tile_progress(source: Path, start: float) -> Callable[[int, int], None]:
-    """On a terminal: a line that says how far a large image is, wiped at the end."""
+    """On a terminal, show the progress on a large image in one line, and clear this line at the end."""
 
     def show(done: int, total: int) -> None:
         if total < 2 or not sys.stderr.isatty():

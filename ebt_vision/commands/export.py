@@ -1,4 +1,4 @@
-"""`ebt-vision export`: a network as an ONNX file or a torch.export program, for other programs to run."""
+"""`ebt-vision export`: export a network as an ONNX file or a torch.export program, for other programs."""
 
 import argparse
 import re
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Define the arguments of the command."""
     parser.description = (
-        "Export a network for other programs. Images go in and come out as float32 RGB (B, 3, H, W) in [0, 1]; H and W "
+        "Export a network for other programs. Input and output images are float32 RGB (B, 3, H, W) in [0, 1]; H and W "
         "are multiples of the patch size."
     )
     parser.add_argument("model", metavar="MODEL", help="a shipped name, a folder or hub:OWNER/NAME")
@@ -36,11 +36,11 @@ def _run(args: argparse.Namespace) -> int:
     from ebt_vision.models.checkpoint import load_pretrained
 
     if args.size is not None and args.part == "proposal":
-        raise ValueError("--size is for --part step; a proposal takes images of any size")
+        raise ValueError("--size is only for --part step; a proposal accepts images of any size")
     if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists; give another --output, or --overwrite to replace it")
+        raise ValueError(f"{args.output} exists; choose another --output, or add --overwrite to replace it")
     if not args.output.parent.is_dir():
-        raise ValueError(f"{args.output.parent} is not a folder; make it, or give another --output")
+        raise ValueError(f"{args.output.parent} is not a folder; create it, or choose another --output")
     export_model(load_pretrained(args.model), args.output, part=args.part, size=args.size)
     print(f"{args.model} ({args.part}) -> {args.output}, {args.output.stat().st_size / 2**20:.1f} MiB")
     return 0

@@ -10,22 +10,27 @@ STEPS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    parser.description = "Continue PROMPT by a text model; an EBT thinks about every token."
+    """Define the arguments of the command."""
+    parser.description = "Continue PROMPT with a text model. An EBT thinks about every token."
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
-    parser.add_argument("--tokens", metavar="N", type=count, default=200, help="tokens to add at most (default 200)")
-    parser.add_argument("--steps", metavar="N", type=count, help=f"thinking steps a token (default {STEPS})")
+    parser.add_argument("--tokens", metavar="N", type=count, default=200, help="maximum number of new tokens (default 200)")
+    parser.add_argument("--steps", metavar="N", type=count, help=f"thinking steps per token (default {STEPS})")
     parser.add_argument(
-        "--candidates", metavar="N", type=count, default=1, help="think N times a token, keep the lowest energy"
+        "--candidates", metavar="N", type=count, default=1, help="think N times per token and keep the lowest energy"
     )
-    parser.add_argument("--tolerance", metavar="T", type=not_negative, help="stop when a step gains less than this share")
+    parser.add_argument(
+        "--tolerance",
+        metavar="T",
+        type=not_negative,
+        help="stop when the gain of a step falls below this fraction of the first",
+    )
     parser.add_argument("--langevin", metavar="STD", type=not_negative, default=0.0, help="noise on the logits at every step")
-    parser.add_argument("--temperature", metavar="T", type=not_negative, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-p", metavar="P", type=not_negative, help="draw from this share of the probability (default 1)")
+    parser.add_argument("--temperature", metavar="T", type=not_negative, default=1.0, help="0 selects the most likely token")
+    parser.add_argument("--top-p", metavar="P", type=not_negative, help="sample from this share of the probability (default 1)")
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all draws (default 0)")
     parser.add_argument("--tokenizer", metavar="FILE", type=name, default="bytes", help="a tokenizer.json (default: bytes)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     parser.set_defaults(run=_run)
 
 
@@ -59,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
             if token.energy is not None:
                 energies.append(token.energy)
     except ThinkingError as error:
-        raise ValueError(f"{error}; or another --seed") from error
+        raise ValueError(f"{error}; or use another --seed") from error
     finally:
         if num_tokens:
             print(flush=True)
@@ -69,9 +74,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_options(model_type: str, args: argparse.Namespace) -> None:
-    """ValueError for an option that has no effect with the model or with another option."""
+    """Raise ValueError for an option that has no effect with the model or with another option."""
     if args.temperature == 0 and args.top_p is not None:
-        raise ValueError("--top-p has no effect at --temperature 0, which takes the likeliest token; leave one out")
+        raise ValueError("--top-p has no effect at --temperature 0, which selects the most likely token; remove one of them")
     if model_type != "causal_transformer":
         return
     thinking = {"--steps": args.steps, "--tolerance": args.tolerance, "--langevin": args.langevin}

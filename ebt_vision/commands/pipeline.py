@@ -1,7 +1,7 @@
-"""Many images: the next one is read and the last one written while one is worked on; several processes share a folder.
+"""Process many images: read the next and write the previous image while one is processed. Several processes share a folder.
 
-A process claims an image by a lock file before it reads it, and a killed process leaves no lock. Where
-`accelerate launch` or torchrun started the processes, each takes every n-th image from the start.
+A process claims an image by a lock file before reading it. A killed process leaves no lock. If `accelerate launch` or torchrun
+started n processes, each process takes every n-th image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if sys.platform != "win32":
 Read = TypeVar("Read")
 Done = TypeVar("Done")
 CLAIMS = ".claims"
-"""The folder of lock files inside the output; it is removed at the end."""
+"""The folder of lock files inside the output; the last process removes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome(Generic[Done]):
-    """What became of a job: a value, an error, or neither where another process has it or has done it."""
+    """The outcome of a job: a value, an error, or neither if another process has the job or has finished it."""
 
     job: Job
     value: Done | None = None
@@ -47,7 +47,7 @@ class Outcome(Generic[Done]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """Which of several processes this is, and on this machine."""
+    """The index of this process among all processes, and among those on this machine."""
 
     index: int = 0
     count: int = 1
@@ -55,24 +55,24 @@ class Share:
 
     @classmethod
     def of_environment(cls) -> Share:
-        """As RANK, WORLD_SIZE and LOCAL_RANK say, which accelerate launch and torchrun set; one process without them."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, which accelerate launch and torchrun set; without them there is one process."""
         names = {"index": "RANK", "count": "WORLD_SIZE", "local_index": "LOCAL_RANK"}
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
     def of(self, jobs: Sequence[Job]) -> list[Job]:
-        """This process's jobs: every count-th one."""
+        """Return the jobs of this process: every count-th job."""
         return list(jobs[self.index :: self.count])
 
     def device(self, name: str) -> str:
-        """The device of this process: of several, each has a GPU of its own where "cuda" is wanted."""
+        """Return the device of this process. For "cuda", each of several processes gets its own GPU."""
         return f"cuda:{self.local_index}" if name == "cuda" and self.count > 1 else name
 
 
 @contextlib.contextmanager
 def shared_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and keep it while any process is in this context; the last one to leave removes it if it is empty.
+    """Create the folder and keep it while any process is in this context. The last process to leave removes an empty folder.
 
-    Each process holds a shared lock on the folder itself. Where the system cannot lock a folder, the folder stays.
+    Each process holds a shared lock on the folder itself. If the system cannot lock folders, the folder stays.
     """
     entered = _enter(folder)
     try:
@@ -86,7 +86,7 @@ def shared_folder(folder: Path) -> Iterator[None]:
 
 
 def _enter(folder: Path) -> int | None:
-    """A descriptor of the folder that holds a shared lock on it; None where it cannot be made or locked."""
+    """Return a descriptor with a shared lock on the folder; None if the folder cannot be created or locked."""
     if sys.platform == "win32":
         return None
     while True:
@@ -97,7 +97,7 @@ def _enter(folder: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(descriptor), folder.stat()):
                 return descriptor
-        except FileNotFoundError:  # another process has left it meanwhile, as the last one
+        except FileNotFoundError:  # another process was the last to leave and has just removed the folder
             pass
         except OSError:
             if descriptor is not None:
@@ -108,10 +108,10 @@ def _enter(folder: Path) -> int | None:
 
 
 class Pipeline(Generic[Read, Done]):
-    """Reads with one thread, works in the caller's, writes with another; outcomes come in the order of the jobs.
+    """Read in one thread, work in the thread of the caller, write in another thread. Outcomes are in the order of the jobs.
 
-    `read(job)` gives what `work(job, read)` takes, which gives a function that writes the result and returns its value.
-    `is_done(job)` says whether another process has written the result, which is then left alone.
+    `work(job, read)` gets the return value of `read(job)` and returns a function. This function writes the result and returns
+    the value of the job. `is_done(job)` is true if another process has written the result; the job is then skipped.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Pipeline(Generic[Read, Done]):
         self._output, self._read, self._work, self._is_done = output, read, work, is_done
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome[Done]]:
-        """The outcome of every job; KeyboardInterrupt and its like are raised after the outcomes before them."""
+        """Yield the outcome of every job. KeyboardInterrupt and similar exceptions are raised after the earlier outcomes."""
         writing: deque[tuple[Job, Future[Outcome[Done]]]] = deque()
         claims = shared_folder(self._output / CLAIMS)
         with claims, ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
@@ -151,7 +151,7 @@ class Pipeline(Generic[Read, Done]):
     def _start(
         self, job: Job, claim: BaseFileLock | None, read: Read | Exception | None, writer: ThreadPoolExecutor
     ) -> Future[Outcome[Done]]:
-        """Work on a job and hand the writing over; a job without work has its outcome at once."""
+        """Work on a job and pass the writing to the writer thread. A job without work has its outcome at once."""
         if read is None or isinstance(read, Exception):
             return _finished(self._end(job, claim, error=read))
         try:
@@ -172,12 +172,12 @@ class Pipeline(Generic[Read, Done]):
         return Outcome(job=job, value=value)
 
     def _end(self, job: Job, claim: BaseFileLock | None, error: Exception | None = None) -> Outcome[Done]:
-        """Give the claim back; the outcome of a job that has no value. An error counts for nothing if another did the job."""
+        """Release the claim; return the outcome without a value. Ignore the error if another process finished the job."""
         _release(claim)
         return Outcome(job=job, error=None if error is not None and self._is_done(job) else error)
 
     def _claim_and_read(self, job: Job) -> tuple[BaseFileLock | None, Read | Exception | None]:
-        """A claim and what was read, or an error; (None, None) where another process has the job or has done it."""
+        """Return a claim and the read value or error; (None, None) if another process has the job or has finished it."""
         claim: BaseFileLock | None = None
         try:
             claim = self._claim(job)
@@ -201,7 +201,7 @@ class Pipeline(Generic[Read, Done]):
         return lock
 
     def _drop(self, reading: Future[tuple[BaseFileLock | None, Read | Exception | None]]) -> None:
-        """Give back the claim of an image that was read ahead for nothing."""
+        """Release the claim of an image that was read ahead but will not be processed."""
         with contextlib.suppress(BaseException):
             _release(reading.result()[0])
 

@@ -7,16 +7,16 @@ from ebt_vision.core.arguments import named_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    parser.description = "Train what CONFIG describes. Example: ebt-vision train configs/smoke.yaml optim.lr=3e-4"
-    parser.add_argument("config", metavar="CONFIG", type=named_path, help="a YAML file of configs/ or your own")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that take the file's place")
+    """Define the arguments of the command."""
+    parser.description = "Train the model of CONFIG. Example: ebt-vision train configs/smoke.yaml optim.lr=3e-4"
+    parser.add_argument("config", metavar="CONFIG", type=named_path, help="a YAML file, from configs/ or your own")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that override the file")
     parser.add_argument(
-        "--output", metavar="DIR", type=named_path, help="the run's folder; a run that was cut off there goes on"
+        "--output", metavar="DIR", type=named_path, help="folder of the run; an interrupted run in this folder resumes"
     )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     parser.add_argument(
-        "--allow-changes", action="store_true", help="resume a run with other settings, of the learning rate or the data, say"
+        "--allow-changes", action="store_true", help="resume with changed settings, such as another learning rate or data"
     )
     parser.set_defaults(run=_run)
 
@@ -27,7 +27,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"config {args.config} does not exist; {args.config.parent}/ has: {near}")
     for override in args.overrides:
         if "=" not in override:
-            raise ValueError(f"override {override!r} is not of the form key=value")
+            raise ValueError(f"override {override!r} does not have the form key=value")
     from ebt_vision.models.checkpoint import program_device
     from ebt_vision.training.loop import TrainingDivergedError
     from ebt_vision.training.run import train
@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     except TrainingDivergedError as error:
         say(one_line(error))
         return BAD_INPUT
-    except TrainingInterrupted as error:  # the trainer has said so
+    except TrainingInterrupted as error:  # the trainer has already printed a message
         return 128 + error.signal
     print(f"trained: {folder}")
     return 0
