@@ -180,7 +180,7 @@ def test_jpeg_intervals_hold_the_original_and_the_projection(subsampling: int, t
     if not subsampling:  # the encoder rounds to whole numbers on the way
         assert float(likelihood.value(original, decoded).sum()) < 1e-3
         assert float(likelihood.value(decoded, decoded).sum()) < 1e-3
-    far = original + 0.2 * (rand(*original.shape) - 0.5)
+    far = original + 0.8 * (rand(*original.shape) - 0.5)
     assert float(likelihood.value(far, decoded).sum()) > 0.1
     inside = likelihood.prox(far, decoded, 1.0)
     assert float(likelihood.value(inside, decoded).sum()) < 1e-20

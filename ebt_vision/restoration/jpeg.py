@@ -8,7 +8,7 @@ That is exact for Y but for clipped pixels; sub-sampled chroma is what the decod
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class JpegTables:
         check(set(self.subsampling) <= {1, 2}, "subsampling", self.subsampling, "use 1 or 2 a side")
 
     @classmethod
-    def of_file(cls, path: str | os.PathLike[str]) -> "JpegTables":
+    def of_file(cls, path: str | os.PathLike[str] | BinaryIO) -> "JpegTables":
         """The tables that a JPEG file holds; ValueError for another file, and for CMYK."""
         from PIL import Image, UnidentifiedImageError
 

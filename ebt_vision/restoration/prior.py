@@ -73,11 +73,14 @@ class Prior:
         return Denoised(image=output.clamp(0, 1), energy=known, num_forward=num_forward)
 
     def shift(self, step: int, image: Tensor) -> tuple[int, int]:
-        """By how many pixels this step's grid lies above and to the left of the image: below a quarter of a tile."""
+        """By how many pixels this step's grid lies above and to the left of the image: below a quarter of a tile.
+
+        A side of a single tile stays a single tile, and moves by less than a patch.
+        """
         if not self.moving:
             return 0, 0
         top, left = (
-            int((0.5 + step * share) % 1.0 * min(self.tile // 4, side - 1))
+            int((0.5 + step * share) % 1.0 * (self.tile // 4 if side > self.tile else min(self.denoiser.patch_size, side - 1)))
             for share, side in zip(GOLDEN, image.shape[-2:], strict=True)
         )
         return top, left
@@ -85,7 +88,7 @@ class Prior:
     def _tiles(self, padded: Tensor, shift: tuple[int, int]) -> list[tuple[slice, slice, Tensor]]:
         """Rows, columns and weights (h, w) of the tiles that are worked on."""
         sides = padded.shape[-2:]
-        tile = [min(self.tile, side) for side in sides]
+        tile = [side if side - add <= self.tile else self.tile for side, add in zip(sides, shift, strict=True)]
         starts = [tile_starts(side, size, self.overlap) for side, size in zip(sides, tile, strict=True)]
         weights = [
             tile_weights(places, size, side, self.overlap) for places, size, side in zip(starts, tile, sides, strict=True)
