@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,10 @@ def measure(task: str, images: list[Tensor], method: Restorer, *, seed: int) -> 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| task | method | parameter | PSNR (95 % of images' means) | SSIM | passes | seconds |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | method | parameter | PSNR (95 % of images' means) | SSIM | passes | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         low, high = row["psnr_interval"]
         lines.append(

@@ -160,7 +160,7 @@ def test_options_are_filled_in_and_the_noise_of_a_blurred_image_is_estimated() -
     blur = Convolution(gaussian_kernel(1.6), circular=True)
     noisy = blur.apply(image(96, 96)) + 4 / 255 * torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     filled = complete(RestoreOptions(), blur, noisy)
-    assert filled.solver == "splitting" and filled.noise == pytest.approx(4.0, rel=0.15)
+    assert filled.solver == "renoising" and filled.noise == pytest.approx(4.0, rel=0.15)
     assert complete(RestoreOptions(num_steps=3), holes(), image()).noise == 0.0
     levels = noise_levels(RestoreOptions(num_steps=3, first_sigma=51, last_sigma=2.04))
     assert levels == pytest.approx([0.2, 0.04, 0.008])

@@ -106,6 +106,7 @@ def _noise(text: str) -> Noise:
 def _run(args: argparse.Namespace) -> int:
     if args.tolerance_of is not None and args.tolerance is None:
         raise ValueError(f"--tolerance-of {args.tolerance_of} has no effect without --tolerance; add --tolerance or remove it")
+
     def prepare() -> Work:
         denoiser, options = _load(args)
         return lambda job, image: _denoise(job, image, denoiser, options, args)

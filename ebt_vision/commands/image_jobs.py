@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     """Work on one image. Return a function that writes the result and returns the line to print."""
 
 
-def run_jobs(
-    inputs: Sequence[Path], output: Path, prepare: Callable[[], Work], *, overwrite: bool, png: bool
-) -> int:
+def run_jobs(inputs: Sequence[Path], output: Path, prepare: Callable[[], Work], *, overwrite: bool, png: bool) -> int:
     """Read every image, work on it and write the result. Return the exit status.
 
     `prepare` loads what the work needs; it is called if there is any work. `png` writes PNG whatever the input's format.

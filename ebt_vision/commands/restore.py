@@ -177,7 +177,9 @@ def _restore(
     result = restore(turned.as_stored(shown), likelihood, options, denoiser=denoiser)
     pixels = turned.upright(result.image[0].cpu())
     parts = [_energies(result), f"{len(result.likelihoods)} steps", f"{result.num_forward} passes"]
-    line = f"{job.source} -> {job.target}: " + ", ".join(part for part in [*parts, duration(time.perf_counter() - start)] if part)
+    line = f"{job.source} -> {job.target}: " + ", ".join(
+        part for part in [*parts, duration(time.perf_counter() - start)] if part
+    )
     final = _with_result(image, pixels, args)
     return lambda: write_result(job, final, line, overwrite=args.overwrite)
 

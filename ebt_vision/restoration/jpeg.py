@@ -1,7 +1,7 @@
 """JPEG as a likelihood: each coefficient of the original lies in the interval that was rounded to the one in the file.
 
 The intervals are those of the 8x8 cosine transform of Y, Cb and Cr (ITU-T T.81 and T.871), the latter on a grid 1 or 2 times
-coarser. Files are not parsed for coefficients: those of the decoded pixels are rounded to the nearest multiple of the table's step.
+coarser. Files are not parsed for coefficients: those of the decoded pixels are rounded to multiples of the table's step.
 That is exact for Y but for clipped pixels; sub-sampled chroma is what the decoder's interpolation leaves of it.
 """
 

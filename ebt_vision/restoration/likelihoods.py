@@ -1,7 +1,8 @@
 """Likelihoods: how far an image x is from explaining an observation y of it that was damaged in a known way.
 
-The damage of most of them is linear, y = A x + noise, and the value is |A x - y|^2 / 2, without the noise's variance: solvers
-weigh it. Images are RGB (B, 3, H, W) in [0, 1]; x may be larger than y (down-sampling, a blur with unknown borders). The proximal step is
+Most damages are linear, y = A x + noise, and the value is |A x - y|^2 / 2, without the noise's variance: solvers weigh it.
+Images are RGB (B, 3, H, W) in [0, 1]; x may be larger than y (down-sampling, a blur with unknown borders). The proximal
+step is
 
     prox(z) = argmin_x |A x - y|^2 / 2 + weight / 2 * |x - z|^2
 
@@ -48,8 +49,8 @@ class Likelihood(ABC):
         """The image to give back, of x."""
         return x
 
-    def check_observed(self, observed: Tensor) -> None:
-        """ValueError, in one line, for an observation that cannot have this damage."""
+    def check_observed(self, observed: Tensor) -> None:  # noqa: B027 - most damages have nothing to check
+        """ValueError, in one line, for an observation (B, 3, h, w) that cannot have this damage."""
 
 
 class LinearLikelihood(Likelihood):
@@ -229,7 +230,8 @@ class Convolution(LinearLikelihood):
         if any(k >= side for k, side in zip(self.kernel.shape, observed.shape[-2:], strict=True)):
             kernel, image = tuple(self.kernel.shape), tuple(observed.shape[-2:])
             raise ValueError(
-                f"the kernel is {kernel[1]}x{kernel[0]} px, the image {image[1]}x{image[0]}; give a kernel smaller than the image"
+                f"the kernel is {kernel[1]}x{kernel[0]} px, the image {image[1]}x{image[0]}; "
+                "give a kernel smaller than the image"
             )
 
     def _crop(self, x: Tensor) -> Tensor:
@@ -254,8 +256,8 @@ class Convolution(LinearLikelihood):
 class Downsampling(LinearLikelihood):
     """y = the image x, `scale` times smaller, by cubic interpolation with anti-aliasing.
 
-    A x = R x C^T, with a matrix for the rows and one for the columns: Keys' cubic (a = -0.5, as in MATLAB and Pillow), stretched by
-    the scale and renormalised at the borders. The singular values of both give the proximal step in closed form.
+    A x = R x C^T, with a matrix for the rows and one for the columns: Keys' cubic (a = -0.5, as in MATLAB and Pillow),
+    stretched by the scale and renormalised at the borders. Images are (B, 3, H, W). The singular values of both give the proximal step in closed form.
     """
 
     def __init__(self, scale: int):
@@ -333,11 +335,13 @@ class UserOperator(LinearLikelihood):
     def check_observed(self, observed: Tensor) -> None:
         shape = self.apply(torch.zeros(1, 3, *self.size, dtype=observed.dtype, device=observed.device)).shape[1:]
         if shape != observed.shape[1:]:
-            raise ValueError(f"the observation is {tuple(observed.shape[1:])}, the operator gives {tuple(shape)}; make them agree")
+            raise ValueError(
+                f"the observation is {tuple(observed.shape[1:])}, the operator gives {tuple(shape)}; make them agree"
+            )
 
 
 def adjoint_error(operator: LinearLikelihood, shape: tuple[int, int, int, int]) -> float:
-    """|<A x, y> - <x, A^T y>| / (|A x| |y|) for random float64 x (of `shape`) and y: 0 but for rounding if the adjoint is right."""
+    """|<A x, y> - <x, A^T y>| / (|A x| |y|) for random float64 x (of `shape`) and y: rounding alone if the adjoint is right."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     image = operator.apply(x)

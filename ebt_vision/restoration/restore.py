@@ -25,9 +25,9 @@ def restore(
 ) -> RestoreResult:
     """Restore one image (3, H, W) or (1, 3, H, W), float RGB in [0, 1], whose damage `likelihood` describes.
 
-    `denoiser` is the prior: any of load_denoiser, the shipped photograph EBT by default; the descent needs an EBT. Where pixels are
-    missing, only tiles that touch them are worked on, and known pixels are given back bit for bit unless options.noise is above
-    0. The callback hears of every step. Raises ValueError for an image or an option that cannot be used.
+    `denoiser` is the prior: any of load_denoiser, the shipped photograph EBT by default; the descent needs an EBT. Where pixels
+    are missing, only tiles that touch them are worked on, and known pixels are given back bit for bit unless options.noise is
+    above 0. The callback hears of every step. Raises ValueError for an image or an option that cannot be used.
     """
     image = image[None] if image.ndim == 3 else image
     check_images(image)

@@ -1,6 +1,6 @@
 """Ways to make the energy and the likelihood small together.
 
-Splitting: half-quadratic splitting with a denoiser for the prior's step (Geman & Yang 1995; DPIR, Zhang et al. 2021, algorithm 1).
+Splitting: half-quadratic splitting with a denoiser for the prior's step (Geman & Yang 1995; DPIR, Zhang et al. 2021, alg. 1).
 The network is blind: it finds out by itself how much noise an image has.
 
 Renoising: each step adds noise, of a level that falls, to the image before the network sees it. So the network, which is blind,
@@ -29,15 +29,17 @@ NOISE_STREAM = 2
 LEAST_NOISE = 0.255
 """The noise, in 0..255 units, that a proximal step assumes where there is less: what DPIR takes for no noise."""
 DESCENT_STEP = 0.5
-"""Step size of the descent in units of the network, over (1 + weight): the likelihood's curvature is 1 at most for all operators here."""
+"""Step size of the descent in units of the network, over (1 + weight): the curvature of a likelihood here is 1 at most."""
 
 SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
     Mask: RestoreOptions(solver="renoising", num_steps=20, first_sigma=40.0, last_sigma=2.0, noise=0.0, prior_weight=1.0),
-    Convolution: RestoreOptions(solver="splitting", num_steps=8, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23),
+    Convolution: RestoreOptions(solver="renoising", num_steps=8, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23),
     Downsampling: RestoreOptions(
         solver="splitting", num_steps=8, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=0.23
     ),
-    JpegIntervals: RestoreOptions(solver="splitting", num_steps=5, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0),
+    JpegIntervals: RestoreOptions(
+        solver="splitting", num_steps=5, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
+    ),
 }
 """What suits each damage. A noise of None is estimated from the image."""
 
