@@ -33,10 +33,15 @@ class Recorder(IdentityDenoiser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tile_size, self.num_tiles = 16, 0
+        self.tile_size = 16
+        self.batches: list[int] = []  # shared with copies
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.batches)
 
     def _denoise(self, noisy, options, image_ids, callback):
-        self.num_tiles += len(noisy)
+        self.batches.append(len(noisy))
         return super()._denoise(noisy, options, image_ids, callback)
 
 
@@ -97,7 +102,7 @@ def test_the_grid_of_tiles_moves_and_leaves_no_seam() -> None:
 
 def test_descent_never_raises_the_sum_on_a_grid_that_stays() -> None:
     blur = Convolution(gaussian_kernel(1.0), circular=True)
-    observed = blur.apply(image())
+    observed = blur.apply(0.4 + 0.2 * image())  # no pixel is clamped at the end
     options = RestoreOptions(solver="descent", num_steps=5, moving_tiles=False, noise=0.0)
     result = restore(observed, blur, options, denoiser=tiny_ebt())
     sums = [value for value in result.sums if value is not None]
@@ -124,7 +129,8 @@ def test_splitting_explains_the_observation_better_from_step_to_step() -> None:
     assert observed.shape[-1] == 38
     result = restore(observed, blur, RestoreOptions(num_steps=4, noise=1.0), denoiser=IdentityDenoiser())
     assert result.image.shape == observed.shape
-    assert list(result.likelihoods) == sorted(result.likelihoods, reverse=True)
+    first, second, *_, last = result.likelihoods
+    assert second < 0.1 * first and last < 1e-6
     assert result.energies == result.sums == (None,) * 4 and result.num_forward == 0
 
 
@@ -147,13 +153,13 @@ def test_deblocking_stays_within_the_intervals(tmp_path: Path) -> None:
 
 
 def test_renoising_draws_from_its_seed_alone() -> None:
-    torch.manual_seed(5)
+    denoiser = tiny_ebt()
     state = torch.get_rng_state()
-    run = lambda seed: restore(image(), holes(), RestoreOptions(num_steps=2, seed=seed), denoiser=tiny_ebt())  # noqa: E731
-    first, again, other = run(1), run(1), run(2)
-    torch.manual_seed(5)
-    assert torch.equal(first.image, again.image) and not torch.equal(first.image, other.image)
+    first, again, other = (
+        restore(image(), holes(), RestoreOptions(num_steps=2, seed=seed), denoiser=denoiser).image for seed in (1, 1, 2)
+    )
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_options_are_filled_in_and_the_noise_of_a_blurred_image_is_estimated() -> None:
@@ -284,7 +290,7 @@ def test_command_deblur_upscale_and_deblock(tmp_path: Path) -> None:
 def test_command_refuses_in_one_line(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     write_png(tmp_path / "a.png", pixels())
-    write_png(tmp_path / "small.png", np.full((10, 10), 255, np.uint8))
+    write_png(tmp_path / "small.png", np.eye(10, dtype=np.uint8) * 255)
     write_png(tmp_path / "black.png", np.zeros((24, 32), np.uint8))
     np.savetxt("k.txt", np.full((1, 1), 2.0))
     assert main(["restore", *arguments, "--output", "out", *COMMON]) == 2

@@ -33,7 +33,7 @@ class Damaged:
 
 
 def damage(task: str, clean: Tensor, *, seed: int, number: int) -> Damaged:
-    """Damage image `number`; the same seed and number give the same damage. ValueError for an unknown task."""
+    """Damage image `number`, (1, 3, H, W); the same seed and number give the same damage. ValueError for an unknown task."""
     generator = sample_generators(seed, [number], DAMAGE_STREAM)[0]
     height, width = clean.shape[-2:]
     if task in ("missing", "scratch", "text"):
@@ -89,12 +89,12 @@ Method = Callable[[Damaged, float], Tensor]
 """(what is damaged, the parameter) -> the restored image."""
 
 
-def start(damaged: Damaged, parameter: float) -> Tensor:
+def start(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
     """The damaged image at full size: nearest means in holes, cubic enlargement, else as it is."""
     return damaged.likelihood.finish(damaged.likelihood.start(damaged.observed), damaged.observed)
 
 
-def biharmonic(damaged: Damaged, parameter: float) -> Tensor:
+def biharmonic(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
     """scikit-image's inpaint_biharmonic (Damelin & Hoang 2018)."""
     from skimage.restoration import inpaint_biharmonic
 
@@ -103,7 +103,7 @@ def biharmonic(damaged: Damaged, parameter: float) -> Tensor:
     return _tensor(inpaint_biharmonic(_array(damaged.observed), missing, channel_axis=-1))
 
 
-def total_variation(damaged: Damaged, parameter: float) -> Tensor:
+def total_variation(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
     """TV denoising (Chambolle 2004) of weight `parameter` and the proximal step of the likelihood in turn."""
     from skimage.restoration import denoise_tv_chambolle
 
@@ -120,7 +120,7 @@ def _tv_weight(likelihood: Likelihood) -> float:
     return 0.05 if isinstance(likelihood, Convolution) else 1e-3
 
 
-def wiener(damaged: Damaged, parameter: float) -> Tensor:
+def wiener(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
     """scikit-image's Wiener filter with a Laplacian prior of balance `parameter` (Orieux et al. 2010)."""
     from skimage.restoration import wiener as wiener_filter
 
@@ -129,7 +129,7 @@ def wiener(damaged: Damaged, parameter: float) -> Tensor:
     return torch.from_numpy(np.stack(planes))[None].float()
 
 
-def richardson_lucy(damaged: Damaged, parameter: float) -> Tensor:
+def richardson_lucy(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
     """scikit-image's Richardson-Lucy with `parameter` iterations, on an image that is wrapped around."""
     from skimage.restoration import richardson_lucy as lucy
 
@@ -140,7 +140,7 @@ def richardson_lucy(damaged: Damaged, parameter: float) -> Tensor:
     return torch.from_numpy(np.stack(planes))[None, :, pad:-pad, pad:-pad].float()
 
 
-def back_projection(damaged: Damaged, parameter: float) -> Tensor:
+def back_projection(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
     """Cubic enlargement, then `parameter` rounds that enlarge and add what is not explained yet (Irani & Peleg 1991)."""
     x = damaged.likelihood.start(damaged.observed)
     assert isinstance(damaged.likelihood, Downsampling)
@@ -149,7 +149,7 @@ def back_projection(damaged: Damaged, parameter: float) -> Tensor:
     return x
 
 
-def bm3d(damaged: Damaged, parameter: float) -> Tensor:
+def bm3d(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
     """BM3D told `parameter` as the noise, in 0..255 units."""
     from ebt_vision.denoising.load import load_denoiser
     from ebt_vision.denoising.options import DenoiseOptions
@@ -188,7 +188,7 @@ CLASSICAL: dict[str, dict[str, tuple[Method, Sequence[float]]]] = {
 
 
 def choose(task: str, name: str, images: Sequence[Tensor], *, seed: int) -> float:
-    """The value of the parameter with the best mean PSNR on `images`; nothing is run where there is no choice."""
+    """The value of the parameter with the best mean PSNR on `images`, (1, 3, H, W) each; nothing is run where there is no choice."""
     method, values = CLASSICAL[task][name]
     if len(values) == 1 or not images:
         return values[0]

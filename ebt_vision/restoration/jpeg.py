@@ -17,6 +17,8 @@ from ebt_vision.core.checks import check
 from ebt_vision.restoration.likelihoods import Likelihood
 
 BLOCK = 8
+MAX_ROUNDS, CLOSE_ENOUGH = 30, 1e-4
+"""Projections in turn end after so many, or where no value is farther than this from [0, 1]."""
 
 # T.871, sec. 7: RGB to Y, Cb, Cr, without the offset of chroma.
 _TO_YCC = torch.tensor(
@@ -99,6 +101,15 @@ class JpegIntervals(Likelihood):
         change = torch.stack([plane[..., : z.shape[-2], : z.shape[-1]] for plane in planes], 1)
         return z - torch.einsum("cd,bdhw->bchw", torch.linalg.inv(_TO_YCC).to(z), change)
 
+    def finish(self, x: Tensor, observed: Tensor) -> Tensor:
+        """An image (B, 3, H, W) near x that is in [0, 1] and in the intervals, by projections in turn (Bregman 1965)."""
+        for _ in range(MAX_ROUNDS):
+            clamped = x.clamp(0, 1)
+            if float((clamped - x).abs().amax()) < CLOSE_ENOUGH:
+                break
+            x = self.prox(clamped, observed, 0.0)
+        return x
+
     def _fold_back(self, planes: list[Tensor], x: Tensor) -> list[Tensor]:
         """The adjoint of the padding: what lies beyond the border is added to the last row and column."""
         height, width = x.shape[-2:]
@@ -161,14 +172,14 @@ def to_blocks(planes: Tensor) -> Tensor:
 
 
 def from_blocks(coefficients: Tensor) -> Tensor:
-    """The inverse, and adjoint, of to_blocks."""
+    """The inverse, and adjoint, of to_blocks: (B, H / 8, W / 8, 8, 8) -> (B, H, W)."""
     dct = cosine_matrix().to(coefficients)
     blocks = dct.T @ coefficients @ dct
     return blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
 
 
 def cosine_matrix() -> Tensor:
-    """The orthonormal DCT-II of 8 samples, (8, 8) float64."""
+    """The orthonormal DCT-II of 8 samples, (BLOCK, BLOCK) float64."""
     k = torch.arange(BLOCK, dtype=torch.float64)
     matrix = torch.cos(math.pi / BLOCK * k[:, None] * (k + 0.5)) * math.sqrt(2.0 / BLOCK)
     matrix[0] /= math.sqrt(2.0)

@@ -80,7 +80,7 @@ class LinearLikelihood(Likelihood):
         return z + change
 
     def precondition(self, residual: Tensor, weight: float) -> Tensor:
-        """About (A^T A + weight)^-1 of the residual; the identity unless a likelihood knows better."""
+        """About (A^T A + weight)^-1 of the residual (B, 3, H, W); the identity unless a likelihood knows better."""
         return residual
 
 
@@ -118,7 +118,7 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 class Mask(LinearLikelihood):
-    """Some pixels are known, the others are not: y = m x."""
+    """Some pixels of (B, 3, H, W) are known, the others are not: y = m x."""
 
     def __init__(self, known: Tensor):
         """`known`: bool, (H, W) or (B, 1, H, W); True where the pixel is known. ValueError where none or all of them are."""
@@ -308,7 +308,7 @@ def resize_matrix(small: int, scale: int) -> Tensor:
 
 
 class UserOperator(LinearLikelihood):
-    """Any linear damage, given A and its adjoint; the pair is checked by the dot-product test (Claerbout 1992)."""
+    """Any linear damage of (B, 3, H, W), given A and its adjoint; the pair is checked by the dot-product test (Claerbout 1992)."""
 
     def __init__(self, apply: LinearMap, adjoint: LinearMap | None, *, size: tuple[int, int]):
         """`size` (H, W) of x; `apply` and `adjoint` work on (B, 3, H, W) and (B, 3, h, w). ValueError unless they fit."""

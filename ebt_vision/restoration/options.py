@@ -101,5 +101,5 @@ class RestoreResult:
         return replace(self, image=change(self.image), trajectory=trajectory)
 
     def to(self, like: Tensor) -> "RestoreResult":
-        """The same result with its images in the dtype and on the device of `like`."""
+        """The same result with its images in the dtype and on the device of `like`, any shape."""
         return self.with_images(lambda image: image.to(like))

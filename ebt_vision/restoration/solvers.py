@@ -10,7 +10,9 @@ algorithm 1, with zeta = 1 and noise that does not shrink the signal; Lugmayr et
 Descent: thinking.think on the sum of energy and weighted likelihood (Romano et al. 2017, sec. 3; Hurault et al. 2022).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,7 +47,7 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
 
 
 def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) -> RestoreOptions:
-    """The options with what is None filled in; ValueError for a solver that cannot do it."""
+    """The options with what is None filled in, for an observation (1, 3, h, w)."""
     suggested = next((SUGGESTED[c] for c in type(likelihood).__mro__ if c in SUGGESTED), SUGGESTED[Convolution])
     names = ("solver", "num_steps", "first_sigma", "last_sigma", "noise", "prior_weight")
     filled = {name: getattr(suggested, name) for name in names if getattr(options, name) is None}
@@ -68,11 +70,14 @@ class Record:
     trajectory: list[Tensor] = field(default_factory=list)
     num_forward: int = 0
 
-    def add(self, image: Tensor, energy: float | None, likelihood: float, weighted: float) -> bool:
+    def add(self, show: Callable[[], Tensor], energy: float | None, likelihood: float, weighted: float) -> bool:
         """Note a step; True where the callback ends the work. `weighted` is what the likelihood adds to the energy."""
         self.energies.append(energy)
         self.likelihoods.append(likelihood)
         self.sums.append(None if energy is None else energy + weighted)
+        if self.callback is None and not self.keep_trajectory:
+            return False
+        image = show().clamp(0, 1)
         if self.keep_trajectory:
             self.trajectory.append(image)
         if self.callback is None:
@@ -93,7 +98,7 @@ def noise_levels(options: RestoreOptions) -> list[float]:
 
 
 def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
-    """Splitting and renoising: the network, then the proximal step of the likelihood, once per noise level."""
+    """Splitting and renoising on (1, 3, h, w): the network, then the likelihood's proximal step, once per noise level."""
     assert options.noise is not None and options.prior_weight is not None
     x = likelihood.start(observed)
     exact = isinstance(likelihood, Mask) and options.noise == 0
@@ -109,14 +114,14 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
         x = likelihood.prox(denoised.image.to(x), observed, weight)
         record.num_forward += denoised.num_forward
         value = float(likelihood.value(x, observed).sum())
-        image = likelihood.finish(x, observed).clamp(0, 1)
-        if record.add(image, denoised.energy, value / observed.numel(), _per_patch(value, x, prior)):
+        show = functools.partial(likelihood.finish, x, observed)
+        if record.add(show, denoised.energy, value / observed.numel(), _per_patch(value, x, prior)):
             break
     return x
 
 
 def descend(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
-    """Think on energy + likelihood / prior_weight. On a grid that stays, no step raises the sum (backtracking)."""
+    """Think on energy + likelihood / prior_weight, of (1, 3, h, w). On a grid that stays, no step raises the sum (backtracking)."""
     assert options.prior_weight is not None and options.num_steps is not None
     weight = 1.0 / options.prior_weight
     total = TiledEnergy(prior, lambda y: likelihood.value(y, observed), weight)
@@ -129,9 +134,9 @@ def descend(prior: Prior, likelihood: Likelihood, observed: Tensor, options: Res
             return False
         value = float(likelihood.value(step.candidate, observed).sum())
         weighted = weight * 4.0 * value / patches
-        image = likelihood.finish(step.candidate, observed).clamp(0, 1)
+        show = functools.partial(likelihood.finish, step.candidate, observed)
         energy = float(step.energies.sum()) / patches - weighted
-        return record.add(image, energy, value / observed.numel(), weighted)
+        return record.add(show, energy, value / observed.numel(), weighted)
 
     result = think(
         total,
