@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
     from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
     from ebt_vision.probing.features import load_extractor
+    from ebt_vision.restoration.options import RestoreOptions, RestoreResult
+    from ebt_vision.restoration.restore import restore
     from ebt_vision.training.config import load_config
 
 __version__ = "0.1.0"
@@ -37,6 +39,8 @@ _MODULE_OF = {
     "PatchEBTConfig": "models.patch_ebt",
     "PatchRegressor": "models.regressor",
     "PatchRegressorConfig": "models.regressor",
+    "RestoreOptions": "restoration.options",
+    "RestoreResult": "restoration.options",
     "ThinkingConfig": "core.thinking",
     "ThinkingResult": "core.thinking",
     "ThinkingStep": "core.thinking",
@@ -47,6 +51,7 @@ _MODULE_OF = {
     "load_denoiser": "denoising.load",
     "load_extractor": "probing.features",
     "load_pretrained": "models.checkpoint",
+    "restore": "restoration.restore",
     "think": "core.thinking",
 }
 
@@ -63,6 +68,8 @@ __all__ = [
     "PatchEBTConfig",
     "PatchRegressor",
     "PatchRegressorConfig",
+    "RestoreOptions",
+    "RestoreResult",
     "ThinkingConfig",
     "ThinkingResult",
     "ThinkingStep",
@@ -74,6 +81,7 @@ __all__ = [
     "load_denoiser",
     "load_extractor",
     "load_pretrained",
+    "restore",
     "think",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ebt-vision train | denoise | generate | export | info.
+"""The command line: ebt-vision train | denoise | restore | generate | export | info.
 
 The commands are in ebt_vision/commands/. Imports are lazy, so that --help is fast. A user error prints one line on stderr and
 exits with status 2, without a traceback. An interrupt exits with status 130 and keeps finished results.
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ebt_vision.commands import denoise, export, generate, info, train
+from ebt_vision.commands import denoise, export, generate, info, restore, train
 from ebt_vision.commands.console import (
     BAD_INPUT,
     INTERRUPTED,
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_arguments(commands.add_parser("train", help="train a model from a YAML config"))
     denoise.add_arguments(commands.add_parser("denoise", help="denoise image files and folders of images"))
+    restore.add_arguments(commands.add_parser("restore", help="fill in, deblur, enlarge or de-block images"))
     generate.add_arguments(commands.add_parser("generate", help="continue a text"))
     export.add_arguments(commands.add_parser("export", help="export a network as ONNX or a torch.export program"))
     info.add_arguments(commands.add_parser("info", help="describe a checkpoint, or list the shipped checkpoints"))

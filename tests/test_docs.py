@@ -57,6 +57,7 @@ WITH_CODE = {
     "docs/how-to/benchmark.md": 2,
     "docs/how-to/data.md": 2,
     "docs/how-to/export.md": 1,
+    "docs/how-to/restore.md": 1,
 }
 
 
@@ -173,6 +174,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random = np.random.default_rng(0)
     for name, size in (("photo.jpg", (40, 56)), ("small.png", (37, 31))):
         Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / name)
+    Image.fromarray(random.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    Image.fromarray(np.pad(np.full((6, 9), 255, np.uint8), ((9, 25), (12, 35)))).save(tmp_path / "mask.png")
     (tmp_path / "photos" / "more").mkdir(parents=True)
     shutil.copy(tmp_path / "small.png", tmp_path / "photos")
     shutil.copy(tmp_path / "photo.jpg", tmp_path / "photos" / "more")
@@ -197,6 +200,14 @@ def test_the_readme_s_program_runs():
     names: dict = {"noisy": torch.rand(1, 3, 37, 31, generator=torch.Generator().manual_seed(0))}
     exec(compile(program, "README.md", "exec"), names)
     assert names["result"].image.shape == (1, 3, 37, 31) and names["result"].energies.shape[1:] == (1,)
+
+
+def test_the_restore_page_s_program_runs():
+    (program,) = code_blocks(DOCS / "how-to" / "restore.md", "python")
+    image = torch.rand(1, 3, 37, 31, generator=torch.Generator().manual_seed(0))
+    names: dict = {"image": image, "known": image[0, 0] < 0.5}
+    exec(compile(program, "restore.md", "exec"), names)
+    assert names["result"].image.shape == (1, 3, 37, 31)
 
 
 def test_the_cluster_s_shards_are_made_as_the_page_says(tmp_path: Path):

@@ -13,7 +13,7 @@ LAYERS = [
     {"noise"},
     {"models", "data"},
     {"objectives", "denoising", "text", "probing"},
-    {"interop"},
+    {"interop", "restoration"},
     {"training"},
     {"benchmark"},
     {"commands"},

@@ -222,7 +222,7 @@ Projection = Callable[[Tensor], Tensor]
 
 
 def think(
-    energy_fn: EnergyFunction,
+    energy_fn: EnergyFunction | SteppedEnergy,
     y0: Tensor,
     config: ThinkingConfig | None = None,
     *,
@@ -284,7 +284,7 @@ def think(
 class _Descent:
     """The state of one call of think(): the candidates and the samples that still move."""
 
-    energy_fn: EnergyFunction
+    energy_fn: EnergyFunction | SteppedEnergy
     y: Tensor
     context: tuple[Tensor, ...]
     alpha: Tensor  # (B,)
@@ -582,7 +582,7 @@ class BestOfResult:
 
 
 def best_of(
-    energy_fn: EnergyFunction,
+    energy_fn: EnergyFunction | SteppedEnergy,
     starts: Tensor | Iterator[Tensor] | Sequence[Tensor],
     config: ThinkingConfig | None = None,
     *,

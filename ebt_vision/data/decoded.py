@@ -1,10 +1,13 @@
 """The result type and the errors of all decoders."""
 
 import io
+import os
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import ExifTags, Image
+from torch import Tensor
 
 from ebt_vision.data.metadata import Metadata
 
@@ -114,6 +117,35 @@ def _orient(array: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         array = array[::-1]
     return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedImage:
+    """Turns an upright image (..., H, W) back to how its file stores it, and again upright."""
+
+    orientation: int
+    """EXIF orientation, 1..8."""
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> "TurnedImage":
+        """As the file's EXIF block says; 1 without one."""
+        with Image.open(path) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return cls(orientation if orientation in range(1, 9) else 1)
+
+    def upright(self, stored: Tensor) -> Tensor:
+        """See _orient."""
+        turned = stored.transpose(-2, -1) if self.orientation in (5, 6, 7, 8) else stored
+        return turned.flip(self._flipped()).contiguous()
+
+    def as_stored(self, upright: Tensor) -> Tensor:
+        """The inverse of `upright`."""
+        turned = upright.flip(self._flipped())
+        return (turned.transpose(-2, -1) if self.orientation in (5, 6, 7, 8) else turned).contiguous()
+
+    def _flipped(self) -> list[int]:
+        rows, columns = self.orientation in (3, 4, 7, 8), self.orientation in (2, 3, 6, 7)
+        return [-2] * rows + [-1] * columns
 
 
 def one_line(error: Exception) -> str:

@@ -1,0 +1,105 @@
+"""What to do with an image to be restored, and what comes back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ebt_vision.core.checks import check, check_number, check_whole
+
+SolverName = Literal["splitting", "renoising", "descent"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreOptions:
+    """How to restore; None stands for what suits the likelihood (see solvers.SUGGESTED)."""
+
+    solver: SolverName | None = None
+    """splitting: half-quadratic splitting. renoising: denoise, put the observation in, add less noise than before. descent:
+    think on the energy plus the weighted likelihood."""
+    num_steps: int | None = None
+    """Times that the network sees each tile; of the descent, updates."""
+    noise: float | None = None
+    """Standard deviation of the observation's own noise, in 0..255 units; None estimates it where the damage is a blur."""
+    first_sigma: float | None = None
+    """Noise level of the first step, in 0..255 units; the levels fall in equal ratios. Not for the descent."""
+    last_sigma: float | None = None
+    """Noise level of the last step, 0.1 or more."""
+    prior_weight: float | None = None
+    """How much the prior counts against the likelihood, above 0; 1 is what the noise levels say."""
+    moving_tiles: bool = True
+    """Let the grid of tiles move from step to step. Off, seams may show."""
+    seed: int = 0
+    """Of the noise of renoising."""
+    tile_size: int | None = None
+    """Side of the tiles in pixels; None: the network's own."""
+    keep_trajectory: bool = False
+    """Keep the image after every step."""
+
+    def __post_init__(self) -> None:
+        names = get_args(SolverName)
+        check(self.solver in (None, *names), "solver", self.solver, f"use one of {', '.join(names)}, or None")
+        if self.num_steps is not None:
+            check_whole("num_steps", self.num_steps)
+            check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
+        for name in ("noise", "first_sigma", "last_sigma", "prior_weight"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value)
+        check(self.noise is None or 0 <= self.noise <= 255, "noise", self.noise, "use 0..255")
+        for name in ("first_sigma", "last_sigma"):
+            value = getattr(self, name)
+            check(value is None or 0.1 <= value <= 255, name, value, "use 0.1..255")
+        weight = self.prior_weight
+        check(weight is None or weight > 0, "prior_weight", weight, "use a number above 0")
+        check_whole("seed", self.seed)
+        check(self.seed >= 0, "seed", self.seed, "use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreStep:
+    """What a callback sees after each step."""
+
+    index: int
+    num_steps: int
+    image: Tensor
+    """(1, 3, H, W) in [0, 1]."""
+    energy: float | None
+    """Of what the network was shown, mean over patches; None for a method without an energy."""
+    likelihood: float
+    """Half the squared distance to the observation, mean over its values."""
+
+
+Callback = Callable[[RestoreStep], object]
+"""Returning True ends the work there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreResult:
+    """A restored image and how it came about. T is the number of steps."""
+
+    image: Tensor
+    """(1, 3, H, W) in [0, 1]."""
+    energies: tuple[float | None, ...]
+    """The energy at each step, mean over patches (T): of the image with the noise that was added to it, if any."""
+    likelihoods: tuple[float, ...]
+    """Half the squared distance of each step's image to the observation, mean over its values (T)."""
+    sums: tuple[float | None, ...]
+    """What each step descends, in model units, mean over patches (T): the energy plus the weighted likelihood."""
+    num_forward: int
+    """Passes through the network, over all tiles."""
+    solver: SolverName
+    noise: float | None
+    """The noise of the observation that was assumed, given or estimated, in 0..255 units."""
+    trajectory: tuple[Tensor, ...] | None = None
+    """With keep_trajectory: the image after each step, like `image`."""
+
+    def with_images(self, change: Callable[[Tensor], Tensor]) -> "RestoreResult":
+        """The same result with each of its images changed."""
+        trajectory = self.trajectory and tuple(change(image) for image in self.trajectory)
+        return replace(self, image=change(self.image), trajectory=trajectory)
+
+    def to(self, like: Tensor) -> "RestoreResult":
+        """The same result with its images in the dtype and on the device of `like`, any shape."""
+        return self.with_images(lambda image: image.to(like))

@@ -1,0 +1,156 @@
+"""A denoiser as the prior of a restoration: images in tiles whose grid moves from step to step.
+
+On a grid that stays, errors at the tiles' borders add up over the steps; on one that moves they even out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebt_vision.core.thinking import EnergyFunction
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.inputs import MIN_SIDE
+from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.tiling import tile_starts, tile_weights
+from ebt_vision.models.patch_ebt import num_patches
+from ebt_vision.noise.processes import to_model_range
+
+GOLDEN = (0.7548776662466927, 0.5698402909980532)
+"""The steps of a low-discrepancy sequence in two dimensions (Roberts 2018): the grids of few steps are far from one another."""
+
+TILES_AT_ONCE = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Denoised:
+    """What the prior makes of an image."""
+
+    image: Tensor
+    """(B, 3, H, W) in [0, 1]."""
+    energy: float | None
+    """Of the image that it was shown, mean over the patches of all tiles; None for a method without an energy."""
+    num_forward: int
+
+
+class Prior:
+    """Denoises an image (1, 3, H, W) at a step; only tiles that touch `region` (H, W), bool, where there is one.
+
+    Pixels of other tiles stay as they are.
+    """
+
+    def __init__(self, denoiser: Denoiser, *, tile_size: int | None, moving: bool, region: Tensor | None = None):
+        self.denoiser, self.moving = denoiser, moving
+        self.tile = denoiser.tile_size if tile_size is None else tile_size
+        if self.tile < MIN_SIDE:
+            raise ValueError(f"tile_size={self.tile} is too small; use {MIN_SIDE} or more")
+        self.overlap = denoiser.overlap_for(self.tile)
+        self.region = region
+
+    def denoise(self, image: Tensor, step: int) -> Denoised:
+        """One pass of the denoiser over the tiles of this step's grid."""
+        top, left = self.shift(step, image)
+        padded = F.pad(image, (left, 0, top, 0), mode="reflect")
+        tiles = self._tiles(padded, (top, left))
+        total, weights = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
+        energy, num_forward, has_energy = 0.0, 0, True
+        for start in range(0, len(tiles), TILES_AT_ONCE):
+            group = tiles[start : start + TILES_AT_ONCE]
+            shown = torch.cat([padded[..., rows, columns] for rows, columns, _ in group])
+            result = self.denoiser.denoise_whole(shown, DenoiseOptions(num_steps=1))
+            num_forward += int(result.num_forward.sum())
+            has_energy = has_energy and result.energies is not None
+            energy += 0.0 if result.energies is None else float(result.energies[0].sum())
+            for (rows, columns, weight), clean in zip(group, result.image, strict=True):
+                total[0, :, rows, columns] += weight.to(clean) * clean
+                weights[0, :, rows, columns] += weight.to(clean)
+        # Where no tile was worked on, and where those that were fade out, the image stays.
+        output = (total + (1.0 - weights) * padded)[..., top:, left:]
+        known = energy / len(tiles) if has_energy and tiles else None
+        return Denoised(image=output.clamp(0, 1), energy=known, num_forward=num_forward)
+
+    def shift(self, step: int, image: Tensor) -> tuple[int, int]:
+        """By how many pixels this step's grid lies above and to the left of the image: below a quarter of a tile.
+
+        A side of a single tile stays a single tile, and moves by less than a patch.
+        """
+        if not self.moving:
+            return 0, 0
+        top, left = (
+            int((0.5 + step * share) % 1.0 * (self.tile // 4 if side > self.tile else min(self.denoiser.patch_size, side - 1)))
+            for share, side in zip(GOLDEN, image.shape[-2:], strict=True)
+        )
+        return top, left
+
+    def _tiles(self, padded: Tensor, shift: tuple[int, int]) -> list[tuple[slice, slice, Tensor]]:
+        """Rows, columns and weights (h, w) of the tiles that are worked on."""
+        sides = padded.shape[-2:]
+        tile = [side if side - add <= self.tile else self.tile for side, add in zip(sides, shift, strict=True)]
+        starts = [tile_starts(side, size, self.overlap) for side, size in zip(sides, tile, strict=True)]
+        weights = [
+            tile_weights(places, size, side, self.overlap) for places, size, side in zip(starts, tile, sides, strict=True)
+        ]
+        region = None if self.region is None else F.pad(self.region, (shift[1], 0, shift[0], 0))
+        found = []
+        for top, row_weight in zip(starts[0], weights[0], strict=True):
+            for left, column_weight in zip(starts[1], weights[1], strict=True):
+                rows, columns = slice(top, top + tile[0]), slice(left, left + tile[1])
+                if region is None or bool(region[rows, columns].any()):
+                    found.append((rows, columns, row_weight[:, None] * column_weight))
+        return found
+
+
+class TiledEnergy:
+    """The energy of an image (B, 3, H, W) in [0, 1], a sum over tiles side by side, plus a weighted term: a SteppedEnergy.
+
+    The grid of tiles moves from step to step. Where it meets the border, the image is mirrored.
+    """
+
+    def __init__(self, prior: Prior, term: Callable[[Tensor], Tensor], weight: float):
+        """`term`: images (B, 3, H, W) in [0, 1] to (B,). The sum is E(y) + weight * 4 * term(y): 4 makes it of model units."""
+        if not isinstance(prior.denoiser, EBTDenoiser):
+            raise ValueError(f"{prior.denoiser.name} has no energy to descend; use solver='splitting', or an EBT")
+        self.prior, self.term, self.weight = prior, term, weight
+        self.model = prior.denoiser.model
+        self.scale = prior.denoiser.scale_for(DenoiseOptions())
+
+    def at_step(self, step: int) -> EnergyFunction:
+        """The sum on the grid of this step."""
+        return lambda candidate, *context: self.energy(candidate, step) + self.weight * 4.0 * self.term(candidate)
+
+    def energy(self, image: Tensor, step: int) -> Tensor:
+        """E alone, (B,), in units of the network: the sum over all patches of the grid."""
+        patch = self.model.config.patch_size
+        tile = self.prior.tile // patch * patch
+        top, left = self.prior.shift(step, image)
+        size = [min(tile, -(-(side + add) // patch) * patch) for side, add in zip(image.shape[-2:], (top, left), strict=True)]
+        below, right = (-(side + add) % s for side, add, s in zip(image.shape[-2:], (top, left), size, strict=True))
+        padded = _mirror(image, (left, right, top, below))
+        total = torch.zeros(len(image), dtype=image.dtype, device=image.device)
+        for rows in padded.split(size[0], -2):
+            for shown in rows.split(size[1], -1):
+                x = to_model_range(shown) * self.scale
+                total = total + self.model(x, *self.model.context_of(x)).to(total)
+        return total
+
+    def num_patches(self, image: Tensor) -> int:
+        """Patches of the image itself, for a mean."""
+        patch = self.model.config.patch_size
+        return max(num_patches(image.shape, patch), 1)
+
+
+def _mirror(image: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
+    """Mirror by (left, right, top, bottom) pixels, which may be more than the image has."""
+    left, right, top, bottom = pads
+    columns = _mirrored(torch.arange(-left, image.shape[-1] + right), image.shape[-1]).to(image.device)
+    rows = _mirrored(torch.arange(-top, image.shape[-2] + bottom), image.shape[-2]).to(image.device)
+    return image[..., rows, :][..., columns]
+
+
+def _mirrored(index: Tensor, length: int) -> Tensor:
+    """Positions on a line of `length` that is mirrored at its ends again and again (half-sample symmetric)."""
+    folded = index % (2 * length)
+    return torch.minimum(folded, 2 * length - 1 - folded)

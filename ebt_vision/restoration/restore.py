@@ -1,0 +1,91 @@
+"""restore(): an image with a known damage, by the energy of a denoiser and the damage's likelihood."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ebt_vision.denoising.base import Denoiser, for_photographs
+from ebt_vision.denoising.inputs import check_images, working
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.models.checkpoint import default_pretrained
+from ebt_vision.restoration.likelihoods import Likelihood, Mask
+from ebt_vision.restoration.options import Callback, RestoreOptions, RestoreResult, RestoreStep
+from ebt_vision.restoration.prior import Prior
+from ebt_vision.restoration.solvers import SOLVERS, Record, complete
+
+
+def restore(
+    image: Tensor,
+    likelihood: Likelihood,
+    options: RestoreOptions | None = None,
+    *,
+    denoiser: Denoiser | None = None,
+    callback: Callback | None = None,
+) -> RestoreResult:
+    """Restore one image (3, H, W) or (1, 3, H, W), float RGB in [0, 1], whose damage `likelihood` describes.
+
+    `denoiser` is the prior: any of load_denoiser, the shipped photograph EBT by default; the descent needs an EBT. Where pixels
+    are missing, only tiles that touch them are worked on, and known pixels are given back bit for bit unless options.noise is
+    above 0. The callback hears of every step. Raises ValueError for an image or an option that cannot be used.
+    """
+    image = image[None] if image.ndim == 3 else image
+    check_images(image)
+    if len(image) != 1:
+        raise ValueError(f"image is a batch of {len(image)}; restore one image at a time")
+    likelihood.check_observed(image)
+    denoiser = for_photographs(load_denoiser(default_pretrained()) if denoiser is None else denoiser)
+    with torch.inference_mode(False), torch.no_grad():
+        observed = working(image.clone() if image.is_inference() else image)
+        options = complete(options or RestoreOptions(), likelihood, observed)
+        if isinstance(likelihood, Mask):
+            return _restore_holes(observed, likelihood, options, denoiser, callback).to(image)
+        return _run(observed, likelihood, options, denoiser, callback, None).to(image)
+
+
+def _restore_holes(
+    observed: Tensor, mask: Mask, options: RestoreOptions, denoiser: Denoiser, callback: Callback | None
+) -> RestoreResult:
+    """Work on the part of the image that holds the missing pixels, with a tile's width around it."""
+    missing = ~mask.known[0, 0]
+    margin = denoiser.tile_size if options.tile_size is None else options.tile_size
+    window = tuple(
+        slice(max(int(found[0]) - margin, 0), int(found[-1]) + 1 + margin)
+        for found in (missing.any(1).nonzero()[:, 0], missing.any(0).nonzero()[:, 0])
+    )
+    part, hole = observed[..., window[0], window[1]], missing[window]
+
+    def put_back(image: Tensor) -> Tensor:
+        whole = observed.clone()
+        whole[..., window[0], window[1]] = image
+        return whole
+
+    def listen(step: RestoreStep) -> object:
+        return None if callback is None else callback(replace(step, image=put_back(step.image)))
+
+    result = _run(part, Mask(~hole), options, denoiser, listen, hole)
+    return result.with_images(put_back)
+
+
+def _run(
+    observed: Tensor,
+    likelihood: Likelihood,
+    options: RestoreOptions,
+    denoiser: Denoiser,
+    callback: Callback | None,
+    region: Tensor | None,
+) -> RestoreResult:
+    assert options.solver is not None and options.num_steps is not None
+    prior = Prior(denoiser, tile_size=options.tile_size, moving=options.moving_tiles, region=region)
+    record = Record(num_steps=options.num_steps, callback=callback, keep_trajectory=options.keep_trajectory)
+    x = SOLVERS[options.solver](prior, likelihood, observed, options, record)
+    return RestoreResult(
+        image=likelihood.finish(x, observed).clamp(0, 1),
+        energies=tuple(record.energies),
+        likelihoods=tuple(record.likelihoods),
+        sums=tuple(record.sums),
+        num_forward=record.num_forward,
+        solver=options.solver,
+        noise=options.noise,
+        trajectory=tuple(record.trajectory) or None,
+    )

@@ -1,0 +1,146 @@
+"""Restoration against classical methods: PSNR, SSIM, passes through the network and seconds on images with a known damage.
+
+    python eval/restoration.py --data data/cbsd68 --choose-on data/imagenet-photos --images 20 --output out/restoration
+
+The parameters of the classical methods are chosen by PSNR on --choose-on, the training images, and so were the defaults of
+restore(). results.json is written after every task, and report.md at the end.
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebt_vision.benchmark.images import load_images
+from ebt_vision.benchmark.options import OneLineParser
+from ebt_vision.benchmark.restoration import CLASSICAL, TASKS, Method, choose, damage
+from ebt_vision.benchmark.statistics import bootstrap_means, intervals
+from ebt_vision.core.arguments import count, named_path, number, whole_number
+from ebt_vision.core.atomic_files import write_text
+from ebt_vision.core.metrics import psnr, ssim
+from ebt_vision.core.provenance import provenance
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.models.checkpoint import program_device
+from ebt_vision.restoration.options import RestoreOptions
+from ebt_vision.restoration.restore import restore
+
+Restorer = Callable[[Any], tuple[Tensor, int]]
+"""A damaged image to (the restored one, passes through a network)."""
+
+
+def measure(task: str, images: list[Tensor], method: Restorer, *, seed: int) -> dict[str, Any]:
+    """Run one method on all images: figures of each image, their means and 95 % intervals over images."""
+    psnrs, ssims, passes, seconds = [], [], [], []
+    for index, clean in enumerate(images):
+        damaged = damage(task, clean, seed=seed, number=index)
+        begin = time.perf_counter()
+        restored, num_forward = method(damaged)
+        seconds.append(time.perf_counter() - begin)
+        restored = (restored.clamp(0, 1) * 255.0).round() / 255.0
+        psnrs.append(float(psnr(restored, clean, data_range=1.0)))
+        ssims.append(float(ssim(restored, clean, data_range=1.0)))
+        passes.append(num_forward)
+    low, high = intervals(bootstrap_means(np.array(psnrs)[:, None], seed=seed))[:, 0]
+    return {
+        "psnr": float(np.mean(psnrs)),
+        "psnr_interval": [float(low), float(high)],
+        "ssim": float(np.mean(ssims)),
+        "num_forward": float(np.mean(passes)),
+        "seconds": float(np.median(seconds)),
+        "psnrs": psnrs,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| task | method | parameter | PSNR (95 % of images' means) | SSIM | passes | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["psnr_interval"]
+        lines.append(
+            f"| {row['task']} | {row['method']} | {row['parameter']} | {row['psnr']:.2f} ({low:.2f} to {high:.2f}) | "
+            f"{row['ssim']:.4f} | {row['num_forward']:.0f} | {row['seconds']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write results.json and report.md; exit status 2 for bad input."""
+    settings = _parser().parse(arguments)
+    try:
+        device = program_device(settings.device)
+        denoisers = {name: load_denoiser(name, device=device) for name in settings.models}
+        images = _load(settings.data, settings.size, settings.images)
+        others = _load(settings.choose_on, settings.size, settings.choose_images) if settings.choose_on else []
+    except ValueError as error:
+        print(f"eval/restoration.py: {error}", file=sys.stderr)
+        return 2
+    settings.output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        **provenance("eval/restoration.py", sys.argv[1:] if arguments is None else arguments, device),
+        "seed": settings.seed,
+        "num_images": len(images),
+        "size": list(images[0].shape[-2:]),
+        "threads": torch.get_num_threads(),
+        "rows": [],
+    }
+    for task in settings.tasks:
+        methods: list[tuple[str, object, Restorer]] = []
+        for name, (method, _) in CLASSICAL[task].items():
+            if name in settings.skip:
+                continue
+            value = choose(task, name, others, seed=settings.seed + 1)
+            methods.append((name, value or "", functools.partial(_classical, method, value)))
+        for name, denoiser in denoisers.items():
+            methods.append((name, "", functools.partial(_ours, denoiser, settings.seed)))
+        for name, parameter, run in methods:
+            row = measure(task, images, run, seed=settings.seed)
+            results["rows"].append({"task": task, "method": name, "parameter": parameter, **row})
+            print(table(results["rows"][-1:]).splitlines()[-1], flush=True)
+            write_text(settings.output / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(settings.output / "report.md", table(results["rows"]))
+    return 0
+
+
+def _classical(method: Method, value: float, damaged: Any) -> tuple[Tensor, int]:
+    return method(damaged, value), 0
+
+
+def _ours(denoiser: Denoiser, seed: int, damaged: Any) -> tuple[Tensor, int]:
+    result = restore(damaged.observed, damaged.likelihood, RestoreOptions(seed=seed), denoiser=denoiser)
+    return result.image, result.num_forward
+
+
+def _load(path: str, size: int, limit: int) -> list[Tensor]:
+    """Centre squares as (1, 3, size, size)."""
+    source = load_images(path, img_size=size, limit=limit)
+    return [image[None].float() / 255.0 for image in source.images(range(len(source)))]
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="images to measure on")
+    parser.add_argument("--choose-on", help="training images, on which classical parameters are chosen; first value without")
+    parser.add_argument("--models", nargs="*", default=["photographs_ebt"], help="priors: any denoiser, bm3d too")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--skip", nargs="*", default=[], metavar="METHOD", help="classical methods to leave out, say BM3D")
+    parser.add_argument("--images", type=count, default=20)
+    parser.add_argument("--choose-images", type=count, default=4)
+    parser.add_argument("--size", type=number(int, 32), default=256, help="side of the centre squares; a multiple of 4")
+    parser.add_argument("--seed", type=whole_number, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=named_path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""restore(): solvers, tiles, what is reported, what is refused; and the command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ebt_vision.cli import main
+from ebt_vision.data.decoded import TurnedImage, _orient
+from ebt_vision.denoising.base import IdentityDenoiser
+from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.restoration.jpeg import JpegIntervals, JpegTables
+from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask, UserOperator, gaussian_kernel
+from ebt_vision.restoration.options import RestoreOptions
+from ebt_vision.restoration.prior import Prior, TiledEnergy
+from ebt_vision.restoration.restore import restore
+from ebt_vision.restoration.solvers import complete, noise_levels
+
+
+def tiny_ebt() -> EBTDenoiser:
+    torch.manual_seed(0)
+    model = PatchEBT(PatchEBTConfig(img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=2, init_step_size=0.3))
+    nn.init.normal_(model.head.weight, std=0.05)
+    return EBTDenoiser(model)
+
+
+class Recorder(IdentityDenoiser):
+    """Counts the tiles that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tile_size = 16
+        self.batches: list[int] = []  # shared with copies
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.batches)
+
+    def _denoise(self, noisy, options, image_ids, callback):
+        self.batches.append(len(noisy))
+        return super()._denoise(noisy, options, image_ids, callback)
+
+
+def image(height: int = 37, width: int = 45, seed: int = 0) -> Tensor:
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def holes(height: int = 37, width: int = 45) -> Mask:
+    return Mask(torch.rand(height, width, generator=torch.Generator().manual_seed(3)) < 0.6)
+
+
+@pytest.mark.parametrize("solver", ["splitting", "renoising", "descent"])
+def test_known_pixels_come_back_bit_for_bit(solver) -> None:
+    observed, mask = image(), holes()
+    kept = observed.clone()
+    result = restore(observed, mask, RestoreOptions(solver=solver, num_steps=2), denoiser=tiny_ebt())
+    assert torch.equal(observed, kept)
+    known = mask.known.expand_as(observed)
+    assert torch.equal(result.image[known], observed[known])
+    assert float((result.image[~known] - observed[~known]).abs().min()) >= 0
+    assert not torch.equal(result.image, observed)
+    assert result.likelihoods == (0.0, 0.0) and len(result.energies) == len(result.sums) == 2
+    assert result.sums == pytest.approx(result.energies)
+
+
+def test_only_tiles_that_touch_a_hole_are_worked_on() -> None:
+    known = torch.ones(200, 200, dtype=torch.bool)
+    known[100:103, 40:44] = False
+    denoiser = Recorder()
+    result = restore(image(200, 200), Mask(known), RestoreOptions(num_steps=3), denoiser=denoiser)
+    assert 3 <= denoiser.num_tiles <= 3 * 9  # the grid of the whole image has more than 200
+    assert torch.equal(result.image[..., known], image(200, 200)[..., known])
+    whole = Recorder()
+    restore(image(200, 200), Mask(torch.rand(200, 200) < 0.5), RestoreOptions(num_steps=1), denoiser=whole)
+    assert whole.num_tiles > 200
+
+
+def test_holes_are_filled_the_same_whatever_lies_far_away() -> None:
+    known = torch.ones(120, 120, dtype=torch.bool)
+    known[60:64, 60:64] = False
+    changed = image(120, 120)
+    changed[..., :20, :] = 0.5
+    options = RestoreOptions(num_steps=2)
+    a, b = (restore(x, Mask(known), options, denoiser=tiny_ebt()).image for x in (image(120, 120), changed))
+    assert torch.equal(a[..., 60:64, 60:64], b[..., 60:64, 60:64])
+
+
+def test_the_grid_of_tiles_moves_and_leaves_no_seam() -> None:
+    denoiser = IdentityDenoiser()
+    denoiser.tile_size = 16
+    prior, x = Prior(denoiser, tile_size=None, moving=True), image()
+    assert len({prior.shift(step, x) for step in range(8)}) == 8
+    assert all(0 <= side < 4 for step in range(8) for side in prior.shift(step, x))
+    for step in range(3):
+        torch.testing.assert_close(prior.denoise(x, step).image, x, atol=1e-6, rtol=0)
+    assert Prior(denoiser, tile_size=None, moving=False).shift(5, x) == (0, 0)
+
+
+def test_descent_never_raises_the_sum_on_a_grid_that_stays() -> None:
+    blur = Convolution(gaussian_kernel(1.0), circular=True)
+    observed = blur.apply(0.4 + 0.2 * image())  # no pixel is clamped at the end
+    options = RestoreOptions(solver="descent", num_steps=5, moving_tiles=False, noise=0.0)
+    result = restore(observed, blur, options, denoiser=tiny_ebt())
+    sums = [value for value in result.sums if value is not None]
+    assert len(sums) == 5 and all(after <= before + 1e-4 for before, after in zip(sums, sums[1:], strict=False))
+    assert sums[-1] < sums[0]
+    prior = Prior(tiny_ebt(), tile_size=None, moving=False)
+    total = TiledEnergy(prior, lambda y: blur.value(y, observed), 1 / 0.23)
+    expected = float(total.at_step(5)(result.image)) / total.num_patches(observed)
+    assert sums[-1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_energy_over_tiles_is_the_models_own_on_one_tile() -> None:
+    denoiser, x = tiny_ebt(), image(16, 16)
+    total = TiledEnergy(Prior(denoiser, tile_size=None, moving=False), lambda y: torch.ones(len(y)), 2.0)
+    torch.testing.assert_close(total.energy(x, 0), denoiser.model(2 * x - 1))
+    torch.testing.assert_close(total.at_step(0)(x), denoiser.model(2 * x - 1) + 8.0)
+    with pytest.raises(ValueError, match="no energy to descend"):
+        restore(image(), holes(), RestoreOptions(solver="descent"), denoiser=IdentityDenoiser())
+
+
+def test_splitting_explains_the_observation_better_from_step_to_step() -> None:
+    blur = Convolution(gaussian_kernel(1.2))
+    observed = blur.apply(image(48, 48))
+    assert observed.shape[-1] == 38
+    result = restore(observed, blur, RestoreOptions(num_steps=4, noise=1.0), denoiser=IdentityDenoiser())
+    assert result.image.shape == observed.shape
+    first, second, *_, last = result.likelihoods
+    assert second < 0.1 * first and last < 1e-6
+    assert result.energies == result.sums == (None,) * 4 and result.num_forward == 0
+
+
+def test_upscaling_and_a_users_operator() -> None:
+    small = Downsampling(3).apply(image(36, 45))
+    result = restore(small, Downsampling(3), RestoreOptions(num_steps=2), denoiser=IdentityDenoiser())
+    assert result.image.shape == (1, 3, 36, 45) and result.likelihoods[-1] < 1e-4
+    half = UserOperator(lambda x: 0.5 * x, lambda y: 0.5 * y, size=(16, 16))
+    result = restore(0.5 * image(16, 16), half, RestoreOptions(noise=0.0), denoiser=IdentityDenoiser())
+    torch.testing.assert_close(result.image, image(16, 16), atol=1e-3, rtol=0)
+
+
+def test_deblocking_stays_within_the_intervals(tmp_path: Path) -> None:
+    path = write_jpeg(tmp_path / "a.jpg")
+    decoded = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 255
+    likelihood = JpegIntervals(JpegTables.of_file(path))
+    result = restore(decoded, likelihood, RestoreOptions(num_steps=2), denoiser=tiny_ebt())
+    assert not torch.equal(result.image, decoded)
+    assert float(likelihood.value(result.image, decoded).sum()) < 1e-6
+
+
+def test_renoising_draws_from_its_seed_alone() -> None:
+    denoiser = tiny_ebt()
+    state = torch.get_rng_state()
+    first, again, other = (
+        restore(image(), holes(), RestoreOptions(num_steps=2, seed=seed), denoiser=denoiser).image for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_options_are_filled_in_and_the_noise_of_a_blurred_image_is_estimated() -> None:
+    blur = Convolution(gaussian_kernel(1.6), circular=True)
+    noisy = blur.apply(image(96, 96)) + 4 / 255 * torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    filled = complete(RestoreOptions(), blur, noisy)
+    assert filled.solver == "renoising" and filled.noise == pytest.approx(4.0, rel=0.15)
+    assert complete(RestoreOptions(num_steps=3), holes(), image()).noise == 0.0
+    levels = noise_levels(RestoreOptions(num_steps=3, first_sigma=51, last_sigma=2.04))
+    assert levels == pytest.approx([0.2, 0.04, 0.008])
+
+
+def test_a_callback_sees_whole_images_and_ends_the_work() -> None:
+    known = torch.ones(80, 80, dtype=torch.bool)
+    known[40, 40] = False
+    seen = []
+
+    def stop(step):
+        seen.append(step)
+        return step.index == 2
+
+    options = RestoreOptions(num_steps=5, keep_trajectory=True)
+    result = restore(image(80, 80), Mask(known), options, denoiser=tiny_ebt(), callback=stop)
+    assert [step.index for step in seen] == [1, 2] and seen[0].num_steps == 5
+    assert seen[1].image.shape == (1, 3, 80, 80) and torch.equal(seen[1].image, result.image)
+    assert result.trajectory is not None and len(result.trajectory) == 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_images_turn_back(orientation: int) -> None:
+    stored = torch.arange(12).reshape(1, 3, 4)
+    turned = TurnedImage(orientation)
+    upright = turned.upright(stored)
+    assert np.array_equal(upright[0].numpy(), _orient(stored.permute(1, 2, 0).numpy(), orientation)[..., 0])
+    assert torch.equal(turned.as_stored(upright), stored)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: restore(image(), holes(37, 44), denoiser=IdentityDenoiser()), "the mask is 44x37 px"),
+        (lambda: restore(image().expand(2, -1, -1, -1), holes(), denoiser=IdentityDenoiser()), "one image at a time"),
+        (lambda: restore(image() * 255, holes(), denoiser=IdentityDenoiser()), "image / 255"),
+        (lambda: RestoreOptions(solver="magic"), "use one of splitting"),  # type: ignore[arg-type]
+        (lambda: RestoreOptions(num_steps=0), "use 1 or more"),
+        (lambda: RestoreOptions(prior_weight=0), "above 0"),
+        (lambda: restore(image(), holes(), RestoreOptions(tile_size=4), denoiser=IdentityDenoiser()), "tile_size=4"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def write_jpeg(path: Path, *, size: tuple[int, int] = (48, 32), orientation: int = 1) -> Path:
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    waves = 127 + 60 * np.sin(0.3 * rows) * np.cos(0.2 * columns)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.stack([waves, waves.T.T * 0.8, 255 - waves], -1).astype(np.uint8)).save(
+        path, quality=10, subsampling=0, exif=exif
+    )
+    return path
+
+
+def write_png(path: Path, array: np.ndarray) -> Path:
+    Image.fromarray(array).save(path)
+    return path
+
+
+def pixels(height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (height, width, channels), dtype=np.uint8)
+
+
+COMMON = ["--model", "identity", "--steps", "2", "--device", "cpu"]
+
+
+def test_command_inpaint_keeps_every_other_pixel(tmp_path: Path) -> None:
+    source = write_png(tmp_path / "a.png", pixels())
+    mask = np.zeros((24, 32), np.uint8)
+    mask[8:12, 8:12] = 255
+    write_png(tmp_path / "mask.png", mask)
+    command = ["restore", "inpaint", str(source), "--mask", str(tmp_path / "mask.png"), "--output", str(tmp_path / "out")]
+    assert main([*command, *COMMON]) == 0
+    result = np.asarray(Image.open(tmp_path / "out" / "a.png"))
+    assert np.array_equal(result[mask == 0], pixels()[mask == 0])
+    assert not np.array_equal(result[mask > 0], pixels()[mask > 0])
+
+
+def test_command_inpaint_fills_transparent_pixels(tmp_path: Path) -> None:
+    array = pixels(channels=4)
+    array[..., 3] = 255
+    array[3:6, 3:6, 3] = 0
+    write_png(tmp_path / "a.png", array)
+    assert main(["restore", "inpaint", str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), *COMMON]) == 0
+    result = Image.open(tmp_path / "out" / "a.png")
+    assert result.mode == "RGB"
+    shown = array[..., 3] == 255
+    assert np.array_equal(np.asarray(result)[shown], array[..., :3][shown])
+
+
+def test_command_deblur_upscale_and_deblock(tmp_path: Path) -> None:
+    source, jpeg = write_png(tmp_path / "a.png", pixels()), write_jpeg(tmp_path / "b.jpg", orientation=6)
+    np.savetxt(tmp_path / "k.txt", np.full((3, 3), 1 / 9))
+    out = ["--output", str(tmp_path / "out"), *COMMON]
+    assert main(["restore", "deblur", str(source), "--kernel", str(tmp_path / "k.txt"), *out]) == 0
+    assert main(["restore", "upscale", str(source), "--scale", "2", "--overwrite", *out]) == 0
+    assert Image.open(tmp_path / "out" / "a.png").size == (64, 48)
+    assert main(["restore", "deblock", str(jpeg), *out]) == 0
+    assert Image.open(tmp_path / "out" / "b.png").size == (32, 48)  # upright
+    upright = np.rot90(np.asarray(Image.open(jpeg)), -1).astype(int)
+    assert np.abs(np.asarray(Image.open(tmp_path / "out" / "b.png")).astype(int) - upright).max() <= 1  # identity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inpaint", "a.png"], "a.png has no transparent pixels to fill in"),
+        (["inpaint", "a.png", "--mask", "small.png"], "the mask is 10x10 px, the image 32x24"),
+        (["inpaint", "a.png", "--mask", "black.png"], "nothing to fill in"),
+        (["deblur", "a.png", "--kernel", "k.txt"], "sums to 2"),
+        (["deblur", "a.png", "--kernel", "none.npy"], "does not exist"),
+        (["deblur", "a.png", "--sigma", "9"], "smaller than the image"),
+        (["deblock", "a.png"], "is a PNG file, not a JPEG"),
+    ],
+)
+def test_command_refuses_in_one_line(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_png(tmp_path / "a.png", pixels())
+    write_png(tmp_path / "small.png", np.eye(10, dtype=np.uint8) * 255)
+    write_png(tmp_path / "black.png", np.zeros((24, 32), np.uint8))
+    np.savetxt("k.txt", np.full((1, 1), 2.0))
+    assert main(["restore", *arguments, "--output", "out", *COMMON]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[0] and len(lines) <= 2 and "Traceback" not in "".join(lines)
