@@ -53,7 +53,7 @@ class DenoiseResult:
 
 
 def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> DenoiseResult:
-    """Crop and clamp the images of the result, and convert them to the dtype and device of `like`."""
+    """Crop and clamp the images (B, 3, H, W) of the result, and convert them to the dtype and device of `like`."""
     values = {name: getattr(result, name) for name in DenoiseResult.__slots__}
     on_device = {name: value.to(like.device) for name, value in values.items() if isinstance(value, Tensor)}
     for name in ("image", "candidate_images"):
@@ -64,7 +64,7 @@ def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> D
 
 
 def restore_flat_images(result: DenoiseResult, noisy: Tensor) -> DenoiseResult:
-    """Restore images of one constant colour to the input: they have no noise."""
+    """Restore images of one constant colour to the input (B, 3, H, W): they have no noise."""
     flat = (noisy.amax((2, 3)) == noisy.amin((2, 3))).all(1)  # (B,)
     if not flat.any():
         return result
@@ -93,6 +93,7 @@ def apply_strength(result: DenoiseResult, noisy: Tensor, strength: float) -> Den
 
 
 def crop_and_clamp(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Clamp images (B, 3, H, W) to [0, 1] and crop them to `size`."""
     return crop(images.clamp(0, 1), size)
 
 
