@@ -1,4 +1,4 @@
-"""Image files as other programs and ill-meaning people write them: what is kept, what is said, and that decoding ends."""
+"""Image files from other programs and hostile ones: which data are kept, which messages appear, and that decoding ends."""
 
 import io
 import os
