@@ -287,7 +287,7 @@ def test_unreadable_images_are_left_out_of_every_row(tmp_path: Path, baselines: 
 
 
 def test_awgn_is_the_restoration_papers(tmp_path: Path, tiny_checkpoint: Path):
-    """Noise, tiles and rounding by an independent computation, on photographs of two shapes; a separate track for 8-bit input."""
+    """Noise, tiles and rounding computed independently, on photographs of two shapes, and a separate track for 8-bit input."""
     folder = write_photos(tmp_path / "photos", [(37, 45), (45, 37)])
     command = ["--protocol", "awgn", "--models", "identity", str(tiny_checkpoint), "--data", str(folder), "--sigmas", "25"]
     command += [*QUICK, "--steps", "2", "--candidates", "2", "--candidate-steps", "1"]

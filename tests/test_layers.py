@@ -1,4 +1,4 @@
-"""Imports point down only and have no cycles, as in docs/architecture.md; checked on the syntax tree, including lazy imports."""
+"""Imports point down only and have no cycles, as in docs/architecture.md; checked on the syntax tree with lazy imports."""
 
 import ast
 from pathlib import Path

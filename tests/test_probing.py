@@ -92,7 +92,7 @@ def test_the_interval_is_wilson_s():
 
 @pytest.fixture(scope="module")
 def data() -> ProbeSet:
-    """Three overlapping clouds in 6 dimensions of unlike scale, 240 images in two shards; the last 60 are not used for fitting."""
+    """Overlapping clouds in 6 dimensions of unlike scale, 240 images in two shards; the last 60 are not used for fitting."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 240)
     rows = random.normal(size=(240, 6)) + 1.2 * np.eye(3)[labels] @ random.normal(size=(3, 6))
