@@ -373,7 +373,7 @@ def test_an_empty_argument_is_refused(tmp_path, monkeypatch, capsys, words):
 
 
 def test_empty_names_are_refused_in_python_and_by_the_programs():
-    from ebt_vision.core.checks import named_path
+    from ebt_vision.core.arguments import named_path
     from ebt_vision.data.image_files import find_images
 
     for call in (lambda: read_image(""), lambda: find_images([""])):
