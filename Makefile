@@ -1,18 +1,18 @@
-# make demo     set everything up and open the Gradio page (ARGS="--port 8000 --share" and the like are handed on)
+# make demo     set everything up and open the Gradio page (ARGS="--port 8000 --share" passes options)
 # make test     set everything up and run the checks and all tests
-# make check    ruff, mypy, the docs' links   make format   mend what ruff can mend
-# make docs     serve the documentation at http://127.0.0.1:8000 (ARGS="--dev-addr 0.0.0.0:8001" and the like)
-# make setup    the virtual environment .venv with everything a developer needs
+# make check    ruff, mypy, the docs' links   make format   apply the fixes of ruff
+# make docs     serve the documentation at http://127.0.0.1:8000 (ARGS="--dev-addr 0.0.0.0:8001" passes options)
+# make setup    create the virtual environment .venv with all developer tools
 # make clean    remove .venv and the caches
 #
-# PYTHON=python3.12 picks an interpreter. PIP_ARGS is handed to pip: without a GPU, pointing it at the CPU builds of
-# PyTorch (its install page names the index) saves some gigabytes.
+# PYTHON=python3.12 selects an interpreter. PIP_ARGS is passed to pip. Without a GPU, the index of the CPU builds of PyTorch (see
+# its install page) saves some gigabytes.
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .PHONY: demo test check docs format setup clean
 
-# The first interpreter that is new enough; python3 if none is, for the message below.
+# The first interpreter that is new enough; otherwise python3, for the message below.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$p && exit; done; echo python3)
@@ -42,7 +42,7 @@ setup: .venv/ready-dev
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
-# The stamps: made again only when pyproject.toml changes.
+# Stamps, which are made again only if pyproject.toml changes.
 .venv/ready-demo: pyproject.toml | .venv/bin/python
 	@echo "Setting up .venv: this downloads PyTorch and takes some minutes, once."
 	@$(PIP) --editable '.[app]' && touch $@
@@ -55,4 +55,4 @@ clean:
 	@$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
 		echo "ebt_vision needs Python 3.11 or newer, found '$$($(PYTHON) -V 2>&1)'; install one and run make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
-		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+		echo "$(PYTHON) cannot create a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

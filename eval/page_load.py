@@ -167,7 +167,7 @@ def report(results: dict[str, Any]) -> str:
     several = results["visitors"]
     if several:
         told = several["one_more_was_told"]
-        one_more = f'one more was told: "{told}"' if told else "one more was accepted"
+        one_more = f'one more got the message "{told}"' if told else "one more was accepted"
         lines += ["", f"{several['count']} visitors at once, {several['size'][0]}x{several['size'][1]} each: "]
         lines[-1] += (
             f"{several['done']} served in {_number(several['seconds'])} s, {len(several['problems'])} failed, {one_more}. "

@@ -1,4 +1,4 @@
-"""A real browser for the page tests: Debian's chromium, driven by playwright; installed where that is possible."""
+"""A real browser for the page tests: Debian's chromium, driven by playwright; it is installed if possible."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ FLAGS = [
 
 
 def chromium_path() -> str:
-    """The browser's path; skips the test, saying why, where there is none and none can be installed."""
+    """Return the path of the browser. Skip the test, with a reason, if there is none and it cannot be installed."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if path := shutil.which(name):
             return path
@@ -49,11 +49,11 @@ def browser() -> Iterator:
 
 
 CONTROLS = {"button", "slider", "spinbutton", "textbox", "combobox", "radio", "checkbox", "link", "tab", "image", "group"}
-"""Roles of what must have a name."""
+"""Accessibility roles that must have a name."""
 
 
 def unnamed(page) -> list[str]:
-    """HTML of the controls and pictures of a playwright Page for which a screen reader would have no name."""
+    """Return the HTML of controls and images of a playwright Page that have no name for a screen reader."""
     session = page.context.new_cdp_session(page)
     found = []
     for node in session.send("Accessibility.getFullAXTree")["nodes"]:

@@ -1,4 +1,4 @@
-"""What several test files share: two CPU threads at most, nothing from the network, and a tiny model with random weights."""
+"""Common settings and fixtures: at most two CPU threads, no network, and a tiny model with random weights."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a PatchEBT with random weights whose energy is mild enough to descend."""
+    """The folder of a PatchEBT with random weights and an energy that is easy to descend."""
     import torch
 
     from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig

@@ -29,7 +29,7 @@ from ebt_vision.noise.named import NOISE_KINDS
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "apps" / "examples" / "coffee.png"
 LONG = 180_000
-"""Milliseconds to wait for anything: the machine may be busy."""
+"""Timeout in milliseconds, long because the machine may be busy."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @contextmanager
 def served(page: gr.Blocks) -> Iterator[str]:
-    """The address of a page that runs meanwhile."""
+    """Return the address of a running page."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = int(sock.getsockname()[1])
@@ -268,7 +268,7 @@ def test_stop_reaches_a_request_that_waits_in_the_queue(gated: Gated, photo: Pat
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
-    """Look every tenth of a second."""
+    """Check every tenth of a second."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it never came to be"
@@ -360,12 +360,12 @@ def test_denoise_in_a_browser(
 
 
 def wait_for_noise(page, how: str) -> None:
-    """Wait until the page says that noise is added, or that it is there already."""
+    """Wait until the page selects "add noise" or "already noisy"."""
     page.wait_for_function("how => document.querySelector('#how input:checked')?.value === how", arg=how)
 
 
 def slide(page, pixels: int) -> float:
-    """Drag the slider between before and after; how much of the right image is cut off then, in percent."""
+    """Drag the slider between before and after; return the hidden part of the right image in percent."""
     handle = page.locator("#result .outer")
     handle.scroll_into_view_if_needed()
     box = handle.bounding_box()
@@ -379,13 +379,13 @@ def slide(page, pixels: int) -> float:
 
 
 def cut_off(page) -> float:
-    """How much of the right image is not shown, in percent."""
+    """Return the hidden part of the right image in percent."""
     style = page.eval_on_selector_all("#result img", "found => found.map(image => image.style.clipPath).join('')")
     return float(style.split()[-1].rstrip("%)"))
 
 
 def borders_by_keyboard(page) -> None:
-    """From the tab before it the border between the images is reached with Tab, moved with keys, and says where it is."""
+    """The Tab key reaches the border between the images, keys move it, and it announces its position."""
     border = page.get_by_role("slider", name="Border between before and after")
     page.get_by_role("tab", name="Result", exact=True).focus()
     for _ in range(12):
@@ -407,7 +407,7 @@ def borders_by_keyboard(page) -> None:
 
 
 def tab(page, name: str) -> None:
-    """Go to a tab of the answer, in the menu of those that do not fit if it is there."""
+    """Open a tab of the answer, if necessary from the menu of tabs that do not fit."""
     if not page.get_by_role("tab", name=name, exact=True).first.is_visible():
         page.locator("#answer .overflow-menu button").first.click()
         page.locator("#answer .overflow-dropdown button", has_text=name).click()
@@ -416,7 +416,7 @@ def tab(page, name: str) -> None:
 
 
 def upload(page, path: Path) -> None:
-    """Put a file into the image box, in the place of the one there."""
+    """Replace the file in the image box."""
     if page.locator("#upload button[aria-label='Remove Image']").count():
         page.click("#upload button[aria-label='Remove Image']")
     page.set_input_files("#upload input[type=file]", path)

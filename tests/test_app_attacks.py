@@ -1,4 +1,4 @@
-"""The page against those who mean it ill or send what cannot be used: what is read, what is said, what is left behind."""
+"""The page with hostile or unusable input: which files it reads, which messages it gives, what it leaves behind."""
 
 import gc
 import os
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A page with a method that gives images back."""
+    """A page with a method that returns images unchanged."""
     with served(app.build_page({"identity": "identity"}, load_denoiser)) as address:
         yield address
 
@@ -101,7 +101,7 @@ def test_a_failed_request_frees_its_memory(tmp_path: Path) -> None:
 
 
 def test_only_safetensors_are_loaded(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A checkpoint with pickled weights is refused, and what is in the pickle does not run."""
+    """A checkpoint with pickled weights is refused, and code in the pickle does not run."""
     (tmp_path / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
     mark = tmp_path / "ran"
 

@@ -1,4 +1,4 @@
-"""What the Gradio page computes: updates, answers, stopping, comparing, bad uploads, recipes."""
+"""Computation of the Gradio page: updates, answers, stopping, comparing, bad uploads, recipes."""
 
 import re
 import shlex
@@ -36,7 +36,7 @@ def tiny(tiny_checkpoint: Path) -> Denoiser:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> str:
-    """A smooth image of an odd size, several tiles of the tiny model large."""
+    """A smooth image of an odd size that needs several tiles of the tiny model."""
     rows, columns = np.mgrid[0:45, 0:61]
     pixels = np.stack([rows * 5 % 256, columns * 4 % 256, (rows + columns) * 2 % 256], axis=-1)
     Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "my photo.png")
@@ -167,7 +167,7 @@ def test_a_curve_stays_in_its_frame(values: list[float]) -> None:
 
 
 def bad_files(folder: Path) -> dict[str, str]:
-    """Name -> what must be said of it."""
+    """Name -> part of the expected message."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     (folder / "text.png").write_text("not an image")
     noise.save(folder / "whole.jpg")

@@ -1,4 +1,4 @@
-"""Batches made ahead: the same, in order, on time; errors come out where the batch is asked for."""
+"""Batches prepared in advance: the same, in order, on time; errors are raised when the batch is requested."""
 
 import threading
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_a_run_with_threads_ends_with_bit_equal_weights(photos: Path, tmp_path: 
 
 
 def make(indices: list[int], epochs: list[int]) -> TextBatch:
-    """A batch that tells its samples."""
+    """A batch that contains its sample numbers."""
     if 7 in indices:
         raise OSError("sample 7 has vanished")
     tokens, generators = torch.tensor(indices)[:, None], sample_generators(0, indices)

@@ -1,4 +1,4 @@
-"""The benchmark's parts against hand arithmetic and other people's implementations."""
+"""The parts of the benchmark against hand arithmetic and other implementations."""
 
 from dataclasses import replace
 

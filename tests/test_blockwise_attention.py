@@ -1,4 +1,4 @@
-"""Attention by blocks: its value and derivatives are PyTorch's, and an energy trains on it as on the math path."""
+"""Attention by blocks: value and derivatives equal PyTorch's, and an energy trains as with the math path."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def gradients(ebt: PatchEBT, steps: int = 2) -> dict[str, Tensor]:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of blockwise attention from the blocks had."""
+    """Record the number of tokens in each call of blockwise attention."""
     calls: list[int] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def test_inference_and_autocast_keep_pytorchs_kernels(from_nine_tokens_on: None,
 
 
 def test_functional_gradients_work_and_compiled_ones_leave_it_alone(from_nine_tokens_on: None, monkeypatch: pytest.MonkeyPatch):
-    """torch.compile gets the second derivative of such functions wrong: it must meet the math path."""
+    """torch.compile computes the second derivative of such functions wrongly, so it must use the math path."""
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     found = []
     for function in (lambda ebt: ebt, lambda ebt: CompiledEnergy(ebt, backend="aot_eager")):

@@ -39,7 +39,7 @@ def thought(model: CausalTextEBT, tokens: Tensor, y0: Tensor, starts: Tensor | N
 
 
 def plain_energies(model: CausalTextEBT, tokens: Tensor, candidates: Tensor) -> Tensor:
-    """The paper's way: 2S tokens through every block, one mask, scores of (2S, 2S)."""
+    """The paper's implementation: 2S tokens through every block, one mask, scores of (2S, 2S)."""
     S, heads = tokens.shape[1], model.config.num_heads
     own_stream = candidates.softmax(-1) @ model.trunk.embed.weight
     if model.config.init_gate is not None:

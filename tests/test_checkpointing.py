@@ -1,4 +1,4 @@
-"""Activation checkpointing: the gradients of plain blocks, twice differentiated, for fewer kept tensors."""
+"""Activation checkpointing: first and second gradients equal those of plain blocks, with fewer kept tensors."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def test_second_order_gradients_are_those_of_plain_blocks(head: str):
 
 
 def test_the_autocast_of_the_forward_pass_is_that_of_the_second_order():
-    """Computed again in float32 the gradients would differ by bfloat16's rounding; so they are within a little of it."""
+    """If blocks were computed again in float32, the gradients would differ by the rounding of bfloat16."""
     found = []
     for checkpoint in (False, True):
         with torch.autocast("cpu", torch.bfloat16):

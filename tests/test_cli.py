@@ -291,7 +291,7 @@ def test_an_interrupt_keeps_what_is_done(run, good: Path, tmp_path: Path, monkey
 
 
 def test_an_input_folder_inside_of_the_output_is_denoised(run, tmp_path: Path) -> None:
-    """Only an output inside of the input holds earlier results."""
+    """Only an output inside the input contains earlier results."""
     (tmp_path / "big" / "in").mkdir(parents=True)
     photo(tmp_path / "big" / "in" / "a.png")
     status, out, err = run(tmp_path / "big" / "in", output=tmp_path / "big")
@@ -321,7 +321,7 @@ def test_no_result_replaces_another_input(run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["denoise", "train", "info", "generate"])
 def test_an_empty_name_is_refused(command: str, good: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell variable that is unset must not stand for the current folder, nor for the default."""
+    """An unset shell variable must not mean the current folder or the default."""
     monkeypatch.chdir(tmp_path)
     tries = {
         "denoise": [["", "--output", "o"], [str(good), "--output", ""], [str(good), "--output", "o", "--model", ""]],
@@ -366,7 +366,7 @@ def test_a_pipe_is_refused_at_once(run, good: Path, tmp_path: Path) -> None:
 
 
 def test_another_run_into_the_same_folder(run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another run has written since the work was planned is kept, and is no failure."""
+    """Results that another run has written in the meantime are kept and are not failures."""
     from ebt_vision.data import image_files
 
     second, third, read_image = photo(tmp_path / "second.png"), photo(tmp_path / "third.png"), image_files.read_image

@@ -1,4 +1,4 @@
-"""Configs: every shipped one loads, a typo is answered with the nearest key, overrides reach every section."""
+"""Configs: every shipped config loads, a typo names the nearest key, overrides reach every section."""
 
 import re
 from pathlib import Path

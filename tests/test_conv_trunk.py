@@ -1,4 +1,4 @@
-"""The convolutional stem behind the contracts of the plain trunk: shapes, second order, batch invariance, checkpoints."""
+"""The convolutional stem with the contracts of the plain trunk: shapes, second order, batch invariance, checkpoints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a GPU does differently: every test runs on the CPU too, so that the tests themselves are run where there is no GPU."""
+"""Differences on a GPU. Every test also runs on the CPU, so that the tests are tested without a GPU."""
 
 import json
 import math
@@ -332,7 +332,7 @@ def test_programs_use_tf32():
 
 
 def test_the_engine_s_state_can_be_taken_back():
-    """What the fixture above relies on."""
+    """Check the assumption of the fixture above."""
     PartialState(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert PartialState._shared_state == {}

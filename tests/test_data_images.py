@@ -242,7 +242,7 @@ def test_shards_with_class_names_and_with_a_label_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("num_real", [0, 1])
 def test_class_folders_that_are_links(tmp_path, num_real):
-    """Beside a real folder or alone, and with a link that leads back to where it lies."""
+    """A link next to a real folder or alone, and a link that leads back to its own folder."""
     for i, name in enumerate(("cat", "dog")):
         save(tmp_path / "elsewhere" / name / "0.png", noise(i))
     root = tmp_path / "train"

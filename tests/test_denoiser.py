@@ -53,7 +53,7 @@ def regressor() -> RegressorDenoiser:
 
 
 def noisy_images(count: int = 1, height: int = 16, width: int = 16) -> torch.Tensor:
-    """Noise around grey that leaves [0, 1]."""
+    """Noise around grey that exceeds [0, 1]."""
     return 0.5 + 0.4 * torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -278,7 +278,7 @@ def test_inference_mode_around_loading_and_denoising(tmp_path):
 
 
 def test_large_images_are_denoised_in_tiles():
-    """As the command line and the page do: a network does worse far from the size that it was trained at."""
+    """As in the command line and the page: a network performs worse far from its training size."""
     denoiser, noisy = ebt(), noisy_images(2, 40, 21)
     options = DenoiseOptions(num_steps=3, langevin_std=0.05, num_candidates=2, keep_trajectory=True, keep_candidates=True)
     result = denoiser.denoise(noisy, options)

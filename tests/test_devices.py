@@ -1,4 +1,4 @@
-"""One rule for --device in all programs: the best device where none is named, and a device that is not there is refused."""
+"""--device in all programs: the default is the fastest available device, and a missing device is refused."""
 
 import importlib
 from pathlib import Path
@@ -38,7 +38,7 @@ def programs_can_be_imported(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_without_the_option_a_program_names_no_device(program: str):
-    """pick_device then takes the best one."""
+    """pick_device then selects the fastest one."""
     module = importlib.import_module(program)
     parse = module._parse if program == "linear_probe" else module._parser().parse
     assert parse(NEEDED[program]).device is None
@@ -59,7 +59,7 @@ def test_a_command_names_no_device_without_the_option(command: list[str]):
 
 @pytest.fixture
 def asked_precision(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What torch.set_float32_matmul_precision was told, on a machine that seems to have a GPU."""
+    """Record calls of torch.set_float32_matmul_precision on a simulated machine with a GPU."""
     told: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,7 +1,7 @@
-"""What the documentation tells people to type: every block of code runs, every command is run or at least parsed.
+"""Commands and code of the documentation: every block of code runs, every command is run or at least parsed.
 
-A command that is in neither list below is run, in a folder with the files that it names. The results' appendix is left out: it
-says what was typed, with options that later versions may not have. Tutorials run in test_tutorials.py.
+A command that is in neither list below is run in a folder with its files. The appendix of the results is excluded, because its
+commands may have options that later versions do not have. Tutorials run in test_tutorials.py.
 """
 
 import argparse
@@ -62,7 +62,7 @@ WITH_CODE = {
 
 
 class Parsed(Exception):
-    """Ends a program once its command line has been understood."""
+    """Stops a program after its command line has been parsed."""
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
@@ -70,7 +70,7 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page's indented lines and `inline code`, without what is said beside them."""
+    """Return the commands in indented lines and `inline code` of a page, without the comments beside them."""
     text = re.sub(r"\s*\\\n\s*", " ", page.read_text())
     lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
     lines += re.findall(r"`([^`\n]+ [^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
@@ -87,7 +87,7 @@ RUN = [
 
 
 def test_the_pages_are_read():
-    """At the least these are there, whole and without the words beside them."""
+    """Some known commands are found, complete and without comments."""
     found = [param.values[0] for param in ALL]
     assert len(found) > 25
     assert "ebt-vision denoise photo.jpg --steps 10 --tolerance 0.1 --output out/" in found
@@ -102,7 +102,7 @@ def test_the_pages_are_read():
 
 @pytest.mark.parametrize("command", ALL)
 def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
-    """By the program's own parser, configs and keys with their values included."""
+    """The program's own parser accepts every command, including configs, keys and values."""
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(command)
     if program == "source":
@@ -211,7 +211,7 @@ def test_the_restore_page_s_program_runs():
 
 
 def test_the_cluster_s_shards_are_made_as_the_page_says(tmp_path: Path):
-    """The recipe on two classes of small images; training then reads the shards with the page's pattern."""
+    """Run the recipe on two classes of small images; training then reads the shards with the pattern of the page."""
     random = np.random.default_rng(0)
     for name, size in (("a/0.png", (128, 128)), ("a/1.jpg", (150, 200)), ("b/2.png", (90, 64))):
         path = tmp_path / "imagenet" / "train" / name
@@ -281,7 +281,7 @@ def test_an_exported_program_runs_without_the_package(folder: Path):
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_outside_the_site_lead_somewhere(page: Path):
-    """The site's own links are checked by its strict build."""
+    """The strict build of the site checks its own links."""
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert target.startswith("https://") or (ROOT / target).exists(), target
 

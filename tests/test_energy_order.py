@@ -1,4 +1,4 @@
-"""The loss on the order of energies: what it prefers, its unit, and that training with it puts candidates in order."""
+"""The loss on the order of energies: its minimum, its unit, and that training with it orders candidates."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_more_steps_than_one_are_ordered_from_the_first_start():
 
 
 def test_langevin_noise_is_not_part_of_the_start(monkeypatch):
-    """The start's energy is that of the start itself, whose error it is compared with."""
+    """The energy of the start is computed at the start itself, like its error."""
     seen = {}
     monkeypatch.setattr(
         "ebt_vision.objectives.image.energy_order_loss",

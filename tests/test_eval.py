@@ -1,4 +1,4 @@
-"""The benchmark programs on tiny models: rows, resuming, refusing what does not belong together."""
+"""The benchmark programs on tiny models: rows, resuming, refusing incompatible results."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def rows(output: Path) -> list[dict]:
 
 
 def timeless(value):
-    """Without what may differ between two runs of one command."""
+    """Remove the fields that may differ between two runs of one command."""
     if isinstance(value, dict):
         return {key: timeless(item) for key, item in value.items() if key not in ("date", "seconds_per_image")}
     return [timeless(item) for item in value] if isinstance(value, list) else value
@@ -181,7 +181,7 @@ def test_over_thinking_is_counted(full_run: Path):
 
 
 def test_it_goes_on_from_the_parts_that_are_done(photos: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch):
-    """Cut off and gone on with, or made in one go in another folder: the same but for the date and the seconds."""
+    """An interrupted and resumed run equals an uninterrupted run in another folder, except for date and seconds."""
     more = ["--candidates", "2", "--candidate-steps", "1"]
     command = arguments(photos, tmp_path / "cut", [str(tiny_checkpoint)], *more)
     write, done = parts.write_part, []
@@ -287,7 +287,7 @@ def test_unreadable_images_are_left_out_of_every_row(tmp_path: Path, baselines: 
 
 
 def test_awgn_is_the_restoration_papers(tmp_path: Path, tiny_checkpoint: Path):
-    """Noise, tiles and rounding by another route, on photographs of two shapes; a track of its own for 8-bit input."""
+    """Noise, tiles and rounding computed independently, on photographs of two shapes, and a separate track for 8-bit input."""
     folder = write_photos(tmp_path / "photos", [(37, 45), (45, 37)])
     command = ["--protocol", "awgn", "--models", "identity", str(tiny_checkpoint), "--data", str(folder), "--sigmas", "25"]
     command += [*QUICK, "--steps", "2", "--candidates", "2", "--candidate-steps", "1"]

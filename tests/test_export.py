@@ -1,4 +1,4 @@
-"""Exported networks give what the network gives, in onnxruntime and as torch.export programs, at sizes not seen at export."""
+"""Exported networks equal the network, in onnxruntime and as torch.export programs, at sizes not used for the export."""
 
 from pathlib import Path
 
@@ -36,14 +36,14 @@ def run_onnx(path: Path, *images: torch.Tensor) -> list[np.ndarray]:
 
 
 def inputs_of(model: PatchEBT, *shape: int) -> list[torch.Tensor]:
-    """Candidates, and the noisy images for a model that sees them."""
+    """Return candidates, and the noisy images for a model with observation context."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(*shape, generator=generator) for _ in range(2 if model.config.observation_context else 1)]
 
 
 @each_kind
 def test_a_step_is_a_step_of_thinking(changes: dict):
-    """Before anything is exported: the module that is traced agrees with think()."""
+    """The traced module agrees with think() before the export."""
     model = tiny_ebt(**changes)
     images, *noisy = inputs_of(model, 2, 3, 8, 12)
     candidates, energies = Step(model)(images, *noisy)

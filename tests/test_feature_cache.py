@@ -1,4 +1,4 @@
-"""The cache of features: made once, whole or not at all, found damaged by its checksum, shared by processes."""
+"""The cache of features: made once, atomic, checked by checksums, shared by processes."""
 
 import errno
 import multiprocessing
@@ -24,7 +24,7 @@ def make_cache(root: Path, *, weights: str = "w", dtype: str = "float16", **sett
 
 
 def values(indices: range, name: str) -> np.ndarray:
-    """Rows that tell their image: (rows, 3), or (rows, 2, 3) for the name "tokens"."""
+    """Rows that contain their image number: (rows, 3), or (rows, 2, 3) for the name "tokens"."""
     rows = np.arange(indices.start, indices.stop, dtype=np.float32)[:, None] + np.array([0.0, 0.25, 0.5], np.float32)
     return np.stack([rows, -rows], axis=1) if name == "tokens" else rows * (2 if name == "twice" else 1)
 
@@ -34,7 +34,7 @@ def compute(indices: range, names: list[str]) -> dict[str, np.ndarray]:
 
 
 class Watched:
-    """`compute` that keeps what it was asked for, and may fail at a shard."""
+    """A `compute` that records its calls and may fail at a shard."""
 
     def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
         self.asked: list[tuple[int, list[str]]] = []
@@ -48,7 +48,7 @@ class Watched:
 
 
 def fill(cache: FeatureCache, names: list[str], by=compute) -> list[str]:
-    """What was said."""
+    """The messages."""
     said: list[str] = []
     cache.fill(names, by, said.append, lambda done: None)
     return said

@@ -1,4 +1,4 @@
-"""Features: every layer is the network's own tokens, fed as asked for; names, pools and refusals."""
+"""Features: every layer returns the tokens of the network for the requested input; names, pools and errors."""
 
 import json
 import shutil
@@ -193,7 +193,7 @@ def test_pixels_and_random_weights(folder: Path, images: Tensor):
 
 
 def test_an_identity_knows_what_the_features_depend_on(folder: Path, tmp_path: Path):
-    """Advice on how to think is not part of it, how the input is scaled is."""
+    """The identity does not include suggestions for thinking, but it includes the scale of the input."""
     shutil.copytree(folder / "ebt", tmp_path / "ebt")
     path = tmp_path / "ebt" / "config.json"
     stored = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Apple's GPU has no float64: what is summed in it comes to the CPU first."""
+"""Apple's GPU has no float64, so float64 sums are computed on the CPU."""
 
 from pathlib import Path
 

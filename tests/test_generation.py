@@ -1,4 +1,4 @@
-"""Generation: the cache gives what thinking at all places at once gives, tokens are drawn as asked, bad input is one line."""
+"""Generation: the cache equals thinking at all positions at once, tokens are sampled correctly, bad input gives one line."""
 
 import pytest
 import torch

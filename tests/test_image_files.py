@@ -248,7 +248,7 @@ def test_quantise_in_blocks_gives_every_sample_of_one_pass_in_float64(bit_depth,
 
 
 def test_writing_a_large_image_takes_little_beside_it(tmp_path):
-    """Where float64 was made of the whole image, the peak was seven times the pixels."""
+    """Converting the whole image to float64 had a peak of seven times the pixels."""
     script = """
 import resource, sys, torch
 from ebt_vision.data.image_files import ImageFile, write_image
@@ -429,7 +429,7 @@ def test_a_name_as_long_as_a_name_can_be_is_written(tmp_path: Path):
 
 
 def test_a_pipe_is_refused_at_once(tmp_path: Path):
-    """Reading it would wait for a writer for ever."""
+    """Reading a pipe would wait forever for a writer."""
     os.mkfifo(tmp_path / "pipe.png")
     refused: list[str] = []
     reader = threading.Thread(target=lambda: refused.append(read_error(tmp_path / "pipe.png")), daemon=True)

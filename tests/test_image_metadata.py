@@ -1,4 +1,4 @@
-"""What an image file says beside its pixels, and the pixels that it hides: what is kept, what is left out and said."""
+"""Metadata and hidden pixels of image files: which are kept, and which are left out with a note."""
 
 import io
 import os

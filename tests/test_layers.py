@@ -1,4 +1,4 @@
-"""Imports point down only and in no circle, as docs/architecture.md says; checked on the syntax tree, lazy imports too."""
+"""Imports point down only and have no cycles, as in docs/architecture.md; checked on the syntax tree with lazy imports."""
 
 import ast
 from pathlib import Path
@@ -66,7 +66,7 @@ def module_file(name: str) -> Path | None:
 
 
 def library_imports(path: Path) -> set[Path]:
-    """The files of ebt_vision that a file imports anywhere in it, packages' own __init__.py left out."""
+    """The files of ebt_vision that a file imports anywhere in it, without packages' own __init__.py."""
     targets = {module_file(name) for name in imported_modules(path) if name.split(".")[0] == "ebt_vision"}
     return {target for target in targets if target and target != path and target.name != "__init__.py"}
 
@@ -82,7 +82,7 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def circles(imports: dict[str, set[str]]) -> list[str]:
-    """The modules that import themselves by way of others, sorted."""
+    """Return the modules in import cycles, sorted."""
     reached = {name: set(targets) for name, targets in imports.items()}
     for middle in reached:
         for targets in reached.values():

@@ -1,4 +1,4 @@
-"""eval/linear_probe.py from end to end on tiny models: what it writes, how it goes on, what it refuses, when it reads what."""
+"""eval/linear_probe.py from end to end on tiny models: output, resuming, errors, and when it reads which images."""
 
 import csv
 import json

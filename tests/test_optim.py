@@ -10,7 +10,7 @@ from ebt_vision.training.settings import OptimConfig
 
 
 def test_muon_moves_a_matrix_along_its_orthogonalised_gradient():
-    """The first update goes along U V^T of the gradient's decomposition, at a root mean square of 0.2 times lr."""
+    """The first update has the direction U V^T of the gradient's decomposition, at a root mean square of 0.2 times lr."""
     weight = nn.Parameter(torch.zeros(6, 10))
     gradient = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     optimizer = Muon([dict(params=[weight], orthogonal=True)], lr=0.5)

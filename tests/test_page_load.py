@@ -1,4 +1,4 @@
-"""The program that measures the page under load: it runs on a page of its own and says what it saw; no timing is asserted."""
+"""The program that measures the page under load: it runs with its own page and reports; no timing is asserted."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Training on realistic noise with a convolutional stem, the honest reconstruction and proposals, on tiny images."""
+"""Training on realistic noise with a convolutional stem, the trained reconstruction and proposals, on tiny images."""
 
 import math
 from dataclasses import replace

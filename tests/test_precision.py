@@ -1,4 +1,4 @@
-"""bfloat16 at inference: chosen where it is fast and harmless, close to float32, and never in the results' dtype."""
+"""bfloat16 at inference: used if fast and harmless, close to float32, and never the dtype of results."""
 
 import pytest
 import torch

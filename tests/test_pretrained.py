@@ -1,4 +1,4 @@
-"""The shipped checkpoints: there, small, equal in size, described, and able to do what they are shipped for."""
+"""The shipped checkpoints: present, small, equal in size, described, and useful for their purpose."""
 
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def test_the_baselines_denoise(name: str, steps: int, clean: Tensor):
 
 
 def test_what_load_denoiser_gives_is_what_the_command_line_gives(clean: Tensor):
-    """On images larger than those of the training, whole or in tiles."""
+    """On images larger than the training images, whole or in tiles."""
     image = torch.cat([torch.cat(list(clean[:3]), dim=2), torch.cat(list(clean[3:6]), dim=2)], dim=1)[None, :, :96, :160]
     start = processes.add_gaussian_noise(image, 25.0, torch.Generator().manual_seed(0))
     denoiser = load_denoiser(PHOTO_NAME)

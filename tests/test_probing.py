@@ -24,7 +24,7 @@ from ebt_vision.probing.torch_head import TorchHead
 
 
 def test_classes_agree_by_name_or_by_number():
-    """A folder without one class numbers the others anew: names decide."""
+    """A folder without one class numbers the others differently, so names are used."""
     labels = align_labels([0, 1, 2], ["ant", "bee", "cat"], [1, 0, 0], ["bee", "cat"])
     assert labels.val.tolist() == [2, 1, 1] and labels.train.tolist() == [0, 1, 2] and labels.num_classes == 3
     labels = align_labels([10, 9, 101, 9], None, [101, 9], None)
@@ -92,7 +92,7 @@ def test_the_interval_is_wilson_s():
 
 @pytest.fixture(scope="module")
 def data() -> ProbeSet:
-    """Three overlapping clouds in 6 dimensions of unlike scale, 240 images in two shards; the last 60 are no one's to fit."""
+    """Overlapping clouds in 6 dimensions of unlike scale, 240 images in two shards; the last 60 are not used for fitting."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 240)
     rows = random.normal(size=(240, 6)) + 1.2 * np.eye(3)[labels] @ random.normal(size=(3, 6))

@@ -1,4 +1,4 @@
-"""Several processes, really started (torch.distributed.run, gloo): gradients, replay, resuming, what is refused."""
+"""Several real processes (torch.distributed.run, gloo): gradients, replay, resuming, errors."""
 
 import os
 import signal
@@ -134,7 +134,7 @@ def test_a_run_goes_on_with_another_number_of_processes(photos: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_replay_keeps_every_process_s_rows_and_wants_as_many_processes_again(photos: Path, tmp_path: Path):  # noqa: F811
-    """The one state that a process has to itself; another number of processes is refused in one line."""
+    """The replay buffer is the only state of a single process; another number of processes is refused in one line."""
     raw = experiment(photos, replay=REPLAY, train=dict(num_updates=4, checkpoint_every=4))
     raw["validation"] = dict(path=None)
     config = tmp_path / "config.yaml"

@@ -1,4 +1,4 @@
-"""What `import ebt_vision` gives: the public names, without the time that torch and diffusers take."""
+"""`import ebt_vision` provides the public names without importing torch and diffusers."""
 
 import ast
 import importlib

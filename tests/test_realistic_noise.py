@@ -1,4 +1,4 @@
-"""The realistic mixture: seeded, of the strength asked for, correlated where it says so."""
+"""The realistic mixture: seeded, with the requested strength, and correlated if selected."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_realistic_draws_are_8_bit_values():
 
 @pytest.mark.parametrize("field", sorted({f.__name__ for f in realistic._FIELDS}))
 def test_every_field_has_the_strength_asked_for(field: str):
-    """On an image of mid-grey, where the pipeline clips nothing."""
+    """On a mid-grey image, which the pipeline does not clip."""
     clean = torch.full((3, 64, 64), 0.5)
     for seed in range(5):
         noise = getattr(realistic, field)(clean, 10 / 255, None, make_generator(seed))

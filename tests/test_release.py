@@ -1,4 +1,4 @@
-"""What belongs to a version: its number everywhere, its citation, and a wheel that works on its own."""
+"""A release: the same version number everywhere, its citation, and a wheel that works alone."""
 
 import os
 import re

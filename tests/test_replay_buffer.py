@@ -1,4 +1,4 @@
-"""The replay buffer: rows leave, come back older, and every age is equally common."""
+"""The replay buffer: rows leave, return older, and all ages are equally common."""
 
 import torch
 

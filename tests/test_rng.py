@@ -1,4 +1,4 @@
-"""Generators: made for the device of the candidates, from the seed and the sample alone."""
+"""Generators: on the device of the candidates, and dependent only on the seed and the sample."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_a_batch_s_generators_move_with_its_tensors(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The devices that generators were asked for, None where none was named."""
+    """Record the devices of requested generators; None for no device."""
     devices: list = []
 
     def spy(function):

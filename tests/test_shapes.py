@@ -1,4 +1,4 @@
-"""Public functions say the shapes of their arrays, checked on the syntax tree."""
+"""Docstrings of public functions give the shapes of their arrays; checked on the syntax tree."""
 
 import ast
 import re
@@ -24,10 +24,10 @@ def takes_or_gives_arrays(function: ast.FunctionDef) -> bool:
 
 
 def undocumented(source: str) -> Iterator[str]:
-    """The public functions of a module that take or give arrays and say no shape, by name.
+    """Yield the names of public functions that take or return arrays and document no shape.
 
-    A shape stands in the docstring, in a comment of the signature, or in the docstring of the class. An override without a
-    docstring has that of its base; `forward` and `__call__` have that of their class.
+    A shape may be in the docstring, in a comment of the signature, or in the docstring of the class. An override without a
+    docstring uses that of its base; `forward` and `__call__` use that of their class.
     """
     lines = source.splitlines()
 

@@ -1,4 +1,4 @@
-"""The documentation's site: what its strict build refuses, and that no page is left out of it."""
+"""The documentation site: errors of its strict build, and that it contains every page."""
 
 import os
 import subprocess

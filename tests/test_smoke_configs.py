@@ -1,4 +1,4 @@
-"""The smoke configs give what their headers promise."""
+"""The smoke configs reach the results in their headers."""
 
 import json
 import re

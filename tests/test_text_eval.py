@@ -1,4 +1,4 @@
-"""Text scores: counted over tokens, best by energy, the same whatever the batch; shifts; the two programs."""
+"""Text scores: means over tokens, best by energy, independent of the batch; shifts; the two programs."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The text models in the one training engine: they learn, replay, resume bit for bit, and refuse what does not fit."""
+"""The text models in the training engine: they learn, replay, resume bit for bit, and refuse invalid settings."""
 
 import json
 import signal

@@ -290,7 +290,7 @@ def test_a_settled_sample_leaves_the_batch_and_saves_forward_passes():
 
 
 def test_the_tolerance_may_be_a_share_of_the_step_before():
-    """An energy that falls by the same share again and again never settles; one whose second step gains little does at once."""
+    """An energy that falls by the same fraction in every step never settles; one with a small second gain settles at once."""
     start = torch.ones(1, 4, dtype=torch.float64)
     halves = ThinkingConfig(num_steps=8, step_size=0.5, tolerance=0.2)  # energies fall to a quarter with every step
     assert think(half_square, start, halves).num_steps.tolist() == [3]  # 0.75, 0.1875, 0.047 against 0.15
@@ -301,7 +301,7 @@ def test_the_tolerance_may_be_a_share_of_the_step_before():
 
 
 def test_the_tolerance_may_be_a_share_of_the_observation_s_energy():
-    """A candidate that has little energy beside the observation's needs no step, and no gradient is computed for it."""
+    """A candidate with little energy relative to the observation needs no step, and no gradient is computed."""
     gradients: list[int] = []
 
     def energy(candidate: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ def test_the_tolerance_may_be_a_share_of_the_observation_s_energy():
 
 
 def test_the_tolerance_may_be_a_share_of_what_a_first_step_does_at_the_trainings_noise():
-    """The stronger the noise, the smaller the gains that are still worth a step."""
+    """Stronger noise lowers the threshold of the gain."""
     weak, known, strong = (size * torch.ones(1, 4, dtype=torch.float64) for size in (0.5, 1.0, 2.0))
     config = ThinkingConfig(num_steps=20, step_size=0.5, tolerance=0.04, tolerance_of="training", training_gain=1.5)
     assert think(half_square, known, config).num_steps.tolist() == [4]  # 1.5, 0.375, 0.094, 0.023 against 0.06

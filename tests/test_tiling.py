@@ -1,4 +1,4 @@
-"""Tiles: weights that sum to 1, no seams, and nothing that depends on the batch of tiles."""
+"""Tiles: weights that sum to 1, no seams, and no dependence on the batch of tiles."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def tiny_ebt() -> EBTDenoiser:
 
 
 class OffsetDenoiser(Denoiser):
-    """Adds 0.2 to every other tile and takes it off the rest: the worst a network can do at a border."""
+    """Adds 0.2 to every second tile and subtracts it from the others: the worst case at a border."""
 
     name = "offset"
 

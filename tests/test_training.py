@@ -40,7 +40,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 smooth colour pictures of 16x16, so that there is something to learn."""
+    """24 smooth colour images of 16x16, which a model can learn."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for i in range(24):
@@ -323,7 +323,7 @@ def test_a_non_finite_gradient_stops_before_the_update_and_keeps_the_last_good_s
 
 
 def test_nothing_of_a_refused_update_is_kept(photos: Path, tmp_path: Path):
-    """One update's loss is not finite; the run resumes and ends where a run without the mishap ends."""
+    """The loss of one update is not finite; the run resumes and ends like a run without this failure."""
     raw = experiment(photos, objective=FULL_THINKING, replay=REPLAY, train=dict(num_accumulation=2), validation=dict(path=None))
     train(raw, tmp_path / "whole")
     trainer = Trainer(build_config(raw), tmp_path / "parts", device="cpu")
@@ -458,7 +458,7 @@ def test_length_logging_and_what_computes_the_same_may_change(photos: Path, tmp_
 
 
 def test_a_run_of_an_older_version_resumes(photos: Path, tmp_path: Path):
-    """Its settings lack a key that has come since, and have one that is gone."""
+    """Its settings lack a new key and have a removed key."""
     raw = experiment(photos, train=dict(num_updates=1))
     train(raw, tmp_path)
     path = checkpoint_folders(tmp_path / "checkpoints")[-1] / "state.json"

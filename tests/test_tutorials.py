@@ -1,4 +1,4 @@
-"""The tutorials' programs on small generated data, and that their pages show what runs."""
+"""The programs of the tutorials on small generated data, and that the pages show these programs."""
 
 import re
 import runpy
@@ -20,7 +20,7 @@ NAMES = sorted(page.stem for page in TUTORIALS.glob("*.md"))
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a tutorial in a folder with photographs of two classes, a light one and a dark one; gives back what it prints."""
+    """Run a tutorial in a folder with photographs of two classes, light and dark; return its output."""
     random = np.random.default_rng(0)
     for split, count in (("train", 6), ("validation", 3)):
         for label, light in (("dark", 60), ("light", 190)):

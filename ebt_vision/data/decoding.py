@@ -99,7 +99,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
         raise TooLargeError(f"has far more than {MAX_PIXELS} pixels, the limit; make it smaller") from None
     except Exception as error:  # damaged bytes raise almost any error: SyntaxError, struct.error, KeyError
         if isinstance(error, NotImplementedError) or any(word in str(error).lower() for word in UNSUPPORTED):
-            raise DecodeError(f"is of an unsupported kind ({one_line(error)}); save it as PNG") from error
+            raise DecodeError(f"is of a kind that is not supported ({one_line(error)}); save it as PNG") from error
         raise DecodeError(f"is damaged or truncated ({one_line(error)}); copy it again") from error
 
 

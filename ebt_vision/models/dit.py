@@ -222,7 +222,7 @@ def ddim_step(sample: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_next: flo
 
 
 class PassThroughEmbedder(nn.Module):
-    """Replaces the embedders in diffusers' blocks: the block gets the conditioning in place of its timestep."""
+    """Replaces the embedders in diffusers' blocks: returns the conditioning (B, embed_dim) that is passed as timestep."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype) -> Tensor:
         """The "timestep" (B, embed_dim), which is the conditioning already."""

@@ -15,7 +15,7 @@ from ebt_vision.models.pretrained_model import PretrainedModel
 
 
 def take_indices(num_blocks: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Select blocks like timm's feature_take_indices: None is all, a number the last so many, negative ones from the end.
+    """Select blocks like timm's feature_take_indices: None means all, n the last n; list entries may be negative.
 
     The result is in the order of the blocks, each once, as in timm. Raises ValueError for a block that does not exist and for
     an empty list.
