@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from ebt_vision import cli
 from ebt_vision.core.checks import MissingExtraError
 from ebt_vision.denoising.base import IdentityDenoiser, adapt_to_noise
-from ebt_vision.denoising.load import is_of_library, load_denoiser
-from ebt_vision.denoising.networks import denoiser_for
+from ebt_vision.denoising.load import denoiser_for, is_of_library, load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models.checkpoint import CheckpointError

@@ -13,13 +13,14 @@ MEASURES = {
 CLIPPED = "The noisy input is clipped and rounded to 8 bits; not comparable with rows on float input."
 FLOAT = "The noisy input is float and not clipped."
 NOTES = """\
-PSNR per image is the mean of the images' PSNRs, PSNR of mean MSE that of the mean error over all images (as in the paper);
-RGB, data range 255, float64; an image without error counts as 100 dB. SSIM: 11x11 Gaussian window of sigma 1.5, valid area,
-mean over the channels (kornia). Passes are through the network: one for an EBT's step (with its gradient), one for a
-forward pass elsewhere; where the last energy decides (best of N, tolerance) its pass counts too; with tiles they are passes
-for each tile. FLOPs by torch.utils.flop_counter, 2 for a multiply-add, the gradient to the input included, all tiles.
-Seconds of a step before a run's last are its share of the run's by FLOPs. [a, b] is a 95 % bootstrap interval over images.
-Energies are means over patches.
+- **PSNR per image** is the mean over images of the PSNR. **PSNR of mean MSE** is the PSNR of the mean error over all images, as
+  in the paper. RGB, data range 255, float64; an image without error counts as 100 dB.
+- **SSIM**: 11x11 Gaussian window of sigma 1.5, valid area, mean over the channels (kornia).
+- **Passes** through the network: one for each step of an EBT (with its gradient), one for each forward pass of other models. If
+  the last energy decides (best of N, tolerance), its pass counts too. With tiles, passes are per tile.
+- **FLOPs** by torch.utils.flop_counter: 2 for a multiply-add, including the gradient with respect to the input, over all tiles.
+- **Seconds** of a step before the last one are the time of the run, divided in proportion to FLOPs.
+- **[a, b]** is a 95 % bootstrap interval over images. **Energies** are means over patches.
 """
 
 
