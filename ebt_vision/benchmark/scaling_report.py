@@ -63,7 +63,8 @@ def fits_of(
             for law in NUM_PARAMETERS:
                 if len({x for x, _ in pairs}) >= NUM_PARAMETERS[law]:
                     own = seed + number  # so that two families' draws are independent
-                    fits[axis, family, law] = fit_law(*zip(*pairs, strict=True), law, num_resamples=num_resamples, seed=own)
+                    costs, errors = [x for x, _ in pairs], [error for _, error in pairs]
+                    fits[axis, family, law] = fit_law(costs, errors, law, num_resamples=num_resamples, seed=own)
     records = [
         {"axis": axis, "family": family, "law": law, "a": fit.a, "a_ci95": fit.a_ci95, "b": fit.b, "c": fit.c}
         | {"c_ci95": fit.c_ci95, "num_points": fit.num_points, "rms_residual": fit.rms_residual}
