@@ -210,7 +210,7 @@ def _measure_subject(
         title = f"{name} {place}/{len(runs)}: {row.method} {row.num_steps}, {condition.title}, seed {condition.seed}"
         parts = bench.parts(subject, row, condition, indices)
         batches = processes.share.of(bench.batches(indices))
-        own.append(bench.measure(subject, row, condition, _with_progress(batches, title), parts))
+        own.append(bench.measure(subject, row, condition, _with_progress(batches, title, processes), parts))
         _say(f"done: {title}", processes)
     for (condition, row, indices, is_sweep), mine in zip(runs, own, strict=True):
         measured = processes.join(mine)
@@ -302,9 +302,9 @@ def _write(folder: Path, results: dict, bench: Bench, collected: _Collected) -> 
     write_text(folder / "report.md", report(results, drawn))
 
 
-def _with_progress(batches: list[list[int]], title: str):
+def _with_progress(batches: list[list[int]], title: str, processes: Processes):
     console = Console(stderr=True)
-    return track(batches, title, console=console, transient=True, disable=not console.is_terminal)
+    return track(batches, title, console=console, transient=True, disable=not (console.is_terminal and processes.is_main))
 
 
 def _say(message: str, processes: Processes) -> None:

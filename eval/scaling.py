@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ebt_vision.benchmark.options import OneLineParser
@@ -58,7 +59,8 @@ def run(settings: argparse.Namespace, share: Share) -> None:
     """Train what is missing, fit, and write everything into settings.output; the first process writes."""
     device = share.device(program_device(settings.device))
     recipe, grid = _recipe(settings), _grid(settings)
-    for point in grid.tuning():
+    untuned = replace(grid, lr_of=dict.fromkeys(grid.families, grid.lrs[0]))
+    for point in all_points(untuned.points()):
         recipe.config(point)  # a size that cannot be is found before the work
     runs = GridRuns(recipe, settings.output, device=device, say=lambda line: print(line, file=sys.stderr, flush=True))
     # Tune, where there is a choice.
@@ -66,8 +68,7 @@ def run(settings: argparse.Namespace, share: Share) -> None:
     tuned = runs.results(tuning, first=share.index) if len(grid.lrs) > 1 else {}
     chosen = {family: _best_lr(family, tuned, grid) for family in grid.families}
     # Walk the axes.
-    grid = Grid(families=grid.families, base=grid.base, values=grid.values, lrs=grid.lrs, seeds=grid.seeds, lr_of=chosen)
-    by_axis = grid.points()
+    by_axis = replace(grid, lr_of=chosen).points()
     points = all_points(by_axis)
     results = runs.results(points, first=share.index * len(points) // share.count)
     if share.index:

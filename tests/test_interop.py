@@ -97,6 +97,17 @@ def test_odd_sizes_and_tiles(tmp_path: Path):
         torch.testing.assert_close(denoiser.denoise(noisy).image, denoiser.denoise(noisy.clone()).image)
 
 
+def test_stop_is_heard_before_every_batch_of_tiles(tmp_path: Path):
+    path, _ = spandrel_file(tmp_path, "NAFNet")
+    denoiser = load_denoiser(f"spandrel:{path}")
+    noisy = noisy_images(1, 40, 40)
+    told: list[int] = []
+    result = denoiser.denoise(noisy, DenoiseOptions(num_steps=1), callback=lambda step: told.append(step.index))
+    assert told == [0, 1] and result.num_steps.tolist() == [1]
+    stopped = denoiser.denoise(noisy, DenoiseOptions(num_steps=1), callback=lambda step: True)
+    assert torch.equal(stopped.image, noisy.clamp(0, 1)) and stopped.num_forward.tolist() == [0]
+
+
 def test_images_of_the_vp_process_are_brought_to_full_signal(tmp_path: Path):
     path, _ = spandrel_file(tmp_path, "DnCNN")
     noise = Noise(kind="paper", amount=0.1)

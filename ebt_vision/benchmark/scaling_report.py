@@ -63,7 +63,7 @@ def fits_of(
             for law in NUM_PARAMETERS:
                 if len({x for x, _ in pairs}) >= NUM_PARAMETERS[law]:
                     own = seed + number  # so that two families' draws are independent
-                    costs, errors = ([pair[place] for pair in pairs] for place in (0, 1))
+                    costs, errors = [x for x, _ in pairs], [error for _, error in pairs]
                     fits[axis, family, law] = fit_law(costs, errors, law, num_resamples=num_resamples, seed=own)
     records = [
         {"axis": axis, "family": family, "law": law, "a": fit.a, "a_ci95": fit.a_ci95, "b": fit.b, "c": fit.c}

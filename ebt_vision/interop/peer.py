@@ -13,7 +13,7 @@ from ebt_vision.core.precision import Precision, autocast, check_precision
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.classical import estimate_sigma
 from ebt_vision.denoising.options import DenoiseOptions
-from ebt_vision.denoising.results import Callback, DenoiseResult
+from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep
 from ebt_vision.noise.processes import to_image_range, to_model_range
 
 Call = Callable[[Tensor, Tensor | None], Tensor]
@@ -54,6 +54,10 @@ class PeerDenoiser(Denoiser):
         self._call = call
 
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
+        ones = torch.ones(len(noisy), dtype=torch.int64, device=noisy.device)
+        if callback(DenoiseStep(index=0, num_steps=1, image=noisy, energies=None)) is True:
+            stopped = (noisy,) * (options.num_steps + 1) if options.keep_trajectory else None
+            return DenoiseResult(image=noisy, num_steps=0 * ones, num_forward=0 * ones, trajectory=stopped)
         x = self._at_full_signal(noisy, options)
         sigma = None
         if self.takes_sigma:
@@ -61,7 +65,7 @@ class PeerDenoiser(Denoiser):
             sigma = torch.tensor(sigmas, dtype=x.dtype, device=x.device) / 255.0
         # Spandrel runs networks under inference_mode; the copy can be written to outside of it.
         image = self._call(x, sigma).to(noisy).clone()
-        ones = torch.ones(len(noisy), dtype=torch.int64, device=noisy.device)
+        callback(DenoiseStep(index=1, num_steps=1, image=image, energies=None))
         trajectory = (noisy, *[image] * options.num_steps) if options.keep_trajectory else None
         num_forward = ones if self.num_parameters else torch.zeros_like(ones)
         return DenoiseResult(image=image, num_steps=ones, num_forward=num_forward, trajectory=trajectory)
