@@ -76,13 +76,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write results.json and report.md; exit status 2 for bad input."""
     settings = _parser().parse(arguments)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     try:
         device = program_device(settings.device)
         denoisers = {name: load_denoiser(name, device=device) for name in settings.models}
         images = _load(settings.data, settings.size, settings.images)
         others = _load(settings.choose_on, settings.size, settings.choose_images) if settings.choose_on else []
-    except ValueError as error:
-        print(f"eval/restoration.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"restoration: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     settings.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
@@ -121,9 +123,16 @@ def _ours(denoiser: Denoiser, seed: int, damaged: Any) -> tuple[Tensor, int]:
 
 
 def _load(path: str, size: int, limit: int) -> list[Tensor]:
-    """Centre squares as (1, 3, size, size)."""
-    source = load_images(path, img_size=size, limit=limit)
-    return [image[None].float() / 255.0 for image in source.images(range(len(source)))]
+    """Squares from the centres of images at their own scale, (1, 3, size, size)."""
+    source = load_images(path, img_size=None, limit=limit)
+    squares = []
+    for pixels, name in zip(source.images(range(len(source))), source.names, strict=True):
+        height, width = pixels.shape[-2:]
+        if min(height, width) < size:
+            raise ValueError(f"{name} is {width}x{height} px; use a --size of {min(height, width)} or less")
+        top, left = (height - size) // 2, (width - size) // 2
+        squares.append(pixels[None, :, top : top + size, left : left + size].float() / 255.0)
+    return squares
 
 
 def _parser() -> OneLineParser:
@@ -135,8 +144,9 @@ def _parser() -> OneLineParser:
     parser.add_argument("--skip", nargs="*", default=[], metavar="METHOD", help="classical methods to leave out, say BM3D")
     parser.add_argument("--images", type=count, default=20)
     parser.add_argument("--choose-images", type=count, default=4)
-    parser.add_argument("--size", type=number(int, 32), default=256, help="side of the centre squares; a multiple of 4")
+    parser.add_argument("--size", type=number(int, 32), default=256, help="side of the squares; a multiple of 4")
     parser.add_argument("--seed", type=whole_number, default=0)
+    parser.add_argument("--threads", type=count, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=named_path, required=True)
     return parser

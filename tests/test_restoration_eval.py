@@ -1,0 +1,84 @@
+"""eval/restoration.py: damages, classical methods, and the files that it writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ebt_vision.benchmark.restoration import CLASSICAL, TASKS, Damaged, choose, damage
+from ebt_vision.core.metrics import psnr
+from ebt_vision.restoration.likelihoods import Mask
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
+import restoration
+
+
+def waves(size: int = 48) -> Tensor:
+    rows, columns = torch.arange(size)[:, None] / 7.0, torch.arange(size) / 5.0
+    return torch.stack([0.5 + 0.3 * torch.sin(rows + k) * torch.cos(columns * (1 + k / 3)) for k in range(3)])[None]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_damage_depends_on_the_seed_and_the_number_alone(task: str) -> None:
+    first, again, other = (damage(task, waves(), seed=0, number=number) for number in (0, 0, 1))
+    assert torch.equal(first.observed, again.observed)
+    if task not in ("upscale2", "upscale4", "jpeg"):  # these draw nothing
+        assert not torch.equal(first.observed, other.observed)
+    value = float(first.likelihood.value(waves(), first.observed))
+    per_value = value / first.observed.numel()
+    expected = 0.5 * (2 / 255) ** 2 if task == "blur" else 0.0
+    assert per_value == pytest.approx(expected, rel=0.1, abs=2e-5)
+
+
+def test_half_of_the_pixels_are_missing_and_text_covers_some() -> None:
+    for task, low, high in (("missing", 0.45, 0.55), ("scratch", 0.02, 0.3), ("text", 0.02, 0.3)):
+        mask = damage(task, waves(), seed=0, number=0).likelihood
+        assert isinstance(mask, Mask) and low < float((~mask.known).float().mean()) < high
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "worse"),
+    [
+        ("missing", "biharmonic", "start"),
+        ("missing", "TV", "start"),
+        ("upscale2", "back-projection", "bicubic"),
+        ("blur", "Wiener", "start"),
+        ("blur", "Richardson-Lucy", "start"),
+    ],
+)
+def test_classical_methods_repair(task: str, name: str, worse: str) -> None:
+    damaged = damage(task, waves(), seed=0, number=0)
+    method, values = CLASSICAL[task][name]
+    start, _ = CLASSICAL[task][worse]
+    before, after = (float(psnr(m(damaged, v).clamp(0, 1), waves(), data_range=1.0)) for m, v in ((start, 0), (method, values[0])))
+    assert after > before + 0.3
+
+
+def test_the_parameter_with_the_best_psnr_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fade(damaged: Damaged, parameter: float) -> Tensor:
+        return damaged.observed * parameter
+
+    monkeypatch.setitem(CLASSICAL["blur"], "fade", (fade, (0.2, 1.0, 0.5)))
+    assert choose("blur", "fade", [waves()], seed=0) == 1.0
+    assert choose("blur", "fade", [], seed=0) == 0.2
+
+
+def test_the_program_writes_rows_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        array = (waves()[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        Image.fromarray(np.roll(array, number, 0)).save(tmp_path / f"{number}.png")
+    command = ["--data", str(tmp_path), "--models", "identity", "--tasks", "missing", "--skip", "TV", "biharmonic"]
+    assert restoration.main([*command, "--size", "40", "--images", "2", "--output", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == ["start", "identity"] and results["size"] == [40, 40]
+    row = results["rows"][0]
+    low, high = row["psnr_interval"]
+    assert low <= row["psnr"] <= high and row["psnr"] == pytest.approx(np.mean(row["psnrs"]))
+    assert (tmp_path / "out" / "report.md").read_text().count("\n") == 4
+    assert restoration.main([*command, "--size", "64", "--output", str(tmp_path / "out")]) == 2
+    assert "use a --size of 48 or less" in capsys.readouterr().err
