@@ -62,7 +62,8 @@ def gaussian_likelihood(candidate: Tensor, *context: Tensor) -> Tensor:
     `context` is the observation (B, ...), as the candidate, and the precision (B,).
     """
     observation, precision = context
-    return 0.5 * precision * (candidate - observation).square().flatten(1).sum(1)
+    wide = torch.promote_types(candidate.dtype, torch.float32)  # a sum of squares is not for bfloat16
+    return 0.5 * precision * (candidate - observation).square().flatten(1).sum(1, dtype=wide)
 
 
 def with_likelihood(prior: EnergyFunction, num_context: int = 0) -> EnergySum:

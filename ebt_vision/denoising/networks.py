@@ -315,8 +315,9 @@ class RegressorDenoiser(ModelDenoiser):
             stopped = watch(passes, x)
             if options.tolerance is not None:
                 change = (after - before).square().flatten(1).sum(1)
-                goes_on = change > (0.0 if yardstick is None else options.tolerance * yardstick)
-                yardstick = change if yardstick is None or options.tolerance_of == "previous" else yardstick
+                yardstick = change if yardstick is None else yardstick
+                goes_on = change > options.tolerance * yardstick
+                yardstick = change if options.tolerance_of == "previous" else yardstick
                 moving, yardstick = moving[goes_on], yardstick[goes_on]
         return DenoiseResult(image=to_image_range(x), num_steps=steps, num_forward=steps, trajectory=watch.trajectory())
 

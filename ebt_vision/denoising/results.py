@@ -73,7 +73,7 @@ def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> D
 def is_flat(images: Tensor) -> Tensor:
     """Whether images (B, 3, H, W) surely hold no noise, bool (B,): one constant colour, or a small icon of flat areas.
 
-    An icon has sides of at most ICON_SIDE pixels, and most neighbouring pixels are exactly equal. A network sees little of such
+    An icon has sides of at most ICON_SIDE pixels, 8-bit values, and most neighbouring pixels are exactly equal. A network sees little of such
     an image and shifts saturated colours by some percent. Noise makes neighbours differ: a standard deviation of one 8-bit unit
     leaves about a quarter of the neighbours equal in grey, and a fiftieth in colour.
     """
@@ -82,7 +82,11 @@ def is_flat(images: Tensor) -> Tensor:
         return constant
     pairs = [(images[..., 1:, :], images[..., :-1, :]), (images[..., :, 1:], images[..., :, :-1])]
     equal = torch.cat([(a == b).all(1).flatten(1) for a, b in pairs], dim=1)  # (B, pairs)
-    return constant | (equal.double().mean(1) >= ICON_EQUAL_SHARE)
+    levels = 255.0 * images
+    is_8_bit = (
+        ((levels - levels.round()).abs().amax((1, 2, 3)) < 1e-3) & (images.amin((1, 2, 3)) >= 0) & (images.amax((1, 2, 3)) <= 1)
+    )
+    return constant | (is_8_bit & (equal.double().mean(1) >= ICON_EQUAL_SHARE))
 
 
 def restore_flat_images(result: DenoiseResult, noisy: Tensor) -> DenoiseResult:
