@@ -40,7 +40,7 @@ class Fit:
     """The exponents of the bootstrap, (num_resamples,), or of length 0."""
 
     def predict(self, costs: np.ndarray) -> np.ndarray:
-        """The errors that the law says."""
+        """Return the errors that the law predicts at `costs` (n,), float64 (n,)."""
         return self.a + self.b * np.asarray(costs, dtype=np.float64) ** -self.c
 
 

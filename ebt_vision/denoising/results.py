@@ -73,9 +73,9 @@ def finish_result(result: DenoiseResult, size: Sequence[int], like: Tensor) -> D
 def is_flat(images: Tensor) -> Tensor:
     """Whether images (B, 3, H, W) surely hold no noise, bool (B,): one constant colour, or a small icon of flat areas.
 
-    An icon has sides of at most ICON_SIDE pixels, 8-bit values, and most neighbouring pixels are exactly equal. A network sees little of such
-    an image and shifts saturated colours by some percent. Noise makes neighbours differ: a standard deviation of one 8-bit unit
-    leaves about a quarter of the neighbours equal in grey, and a fiftieth in colour.
+    An icon has sides of at most ICON_SIDE pixels and 8-bit values, and most neighbouring pixels are exactly equal. A network
+    sees little of such an image and shifts saturated colours by some percent. Noise makes neighbours differ: a standard
+    deviation of one 8-bit unit leaves about a quarter of the neighbours equal in grey, and a fiftieth in colour.
     """
     constant = (images.amax((2, 3)) == images.amin((2, 3))).all(1)
     if max(images.shape[-2:]) > ICON_SIDE:
@@ -83,9 +83,8 @@ def is_flat(images: Tensor) -> Tensor:
     pairs = [(images[..., 1:, :], images[..., :-1, :]), (images[..., :, 1:], images[..., :, :-1])]
     equal = torch.cat([(a == b).all(1).flatten(1) for a, b in pairs], dim=1)  # (B, pairs)
     levels = 255.0 * images
-    is_8_bit = (
-        ((levels - levels.round()).abs().amax((1, 2, 3)) < 1e-3) & (images.amin((1, 2, 3)) >= 0) & (images.amax((1, 2, 3)) <= 1)
-    )
+    in_range = (images.amin((1, 2, 3)) >= 0) & (images.amax((1, 2, 3)) <= 1)
+    is_8_bit = in_range & ((levels - levels.round()).abs().amax((1, 2, 3)) < 1e-3)
     return constant | (is_8_bit & (equal.double().mean(1) >= ICON_EQUAL_SHARE))
 
 

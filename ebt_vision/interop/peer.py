@@ -100,7 +100,7 @@ def file_hash(path: Path) -> str:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """First 12 hex digits of the SHA-256 of weights that are in no file."""
+    """Return 12 hex digits of the SHA-256 of weights (any shapes) that are in no file."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().double().contiguous().numpy().tobytes())
