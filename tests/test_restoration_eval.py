@@ -55,7 +55,9 @@ def test_classical_methods_repair(task: str, name: str, worse: str) -> None:
     damaged = damage(task, waves(), seed=0, number=0)
     method, values = CLASSICAL[task][name]
     start, _ = CLASSICAL[task][worse]
-    before, after = (float(psnr(m(damaged, v).clamp(0, 1), waves(), data_range=1.0)) for m, v in ((start, 0), (method, values[0])))
+    before, after = (
+        float(psnr(m(damaged, v).clamp(0, 1), waves(), data_range=1.0)) for m, v in ((start, 0), (method, values[0]))
+    )
     assert after > before + 0.3
 
 

@@ -188,7 +188,7 @@ CLASSICAL: dict[str, dict[str, tuple[Method, Sequence[float]]]] = {
 
 
 def choose(task: str, name: str, images: Sequence[Tensor], *, seed: int) -> float:
-    """The value of the parameter with the best mean PSNR on `images`, (1, 3, H, W) each; nothing is run where there is no choice."""
+    """The value of the parameter with the best mean PSNR on `images`, (1, 3, H, W) each; the first one without a choice."""
     method, values = CLASSICAL[task][name]
     if len(values) == 1 or not images:
         return values[0]

@@ -257,7 +257,8 @@ class Downsampling(LinearLikelihood):
     """y = the image x, `scale` times smaller, by cubic interpolation with anti-aliasing.
 
     A x = R x C^T, with a matrix for the rows and one for the columns: Keys' cubic (a = -0.5, as in MATLAB and Pillow),
-    stretched by the scale and renormalised at the borders. Images are (B, 3, H, W). The singular values of both give the proximal step in closed form.
+    stretched by the scale and renormalised at the borders. Images are (B, 3, H, W). The singular values of both give the
+    proximal step in closed form.
     """
 
     def __init__(self, scale: int):
@@ -308,7 +309,7 @@ def resize_matrix(small: int, scale: int) -> Tensor:
 
 
 class UserOperator(LinearLikelihood):
-    """Any linear damage of (B, 3, H, W), given A and its adjoint; the pair is checked by the dot-product test (Claerbout 1992)."""
+    """Any linear damage of (B, 3, H, W), given A and its adjoint; the dot-product test checks the pair (Claerbout 1992)."""
 
     def __init__(self, apply: LinearMap, adjoint: LinearMap | None, *, size: tuple[int, int]):
         """`size` (H, W) of x; `apply` and `adjoint` work on (B, 3, H, W) and (B, 3, h, w). ValueError unless they fit."""

@@ -37,7 +37,7 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
     Mask: RestoreOptions(solver="renoising", num_steps=20, first_sigma=40.0, last_sigma=2.0, noise=0.0, prior_weight=1.0),
     Convolution: RestoreOptions(solver="renoising", num_steps=8, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23),
     Downsampling: RestoreOptions(
-        solver="splitting", num_steps=8, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=0.23
+        solver="renoising", num_steps=8, first_sigma=20.0, last_sigma=2.0, noise=0.0, prior_weight=0.23
     ),
     JpegIntervals: RestoreOptions(
         solver="splitting", num_steps=5, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
@@ -121,7 +121,7 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
 
 
 def descend(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
-    """Think on energy + likelihood / prior_weight, of (1, 3, h, w). On a grid that stays, no step raises the sum (backtracking)."""
+    """Think on energy + likelihood / prior_weight, of (1, 3, h, w). On a grid that stays no step raises the sum."""
     assert options.prior_weight is not None and options.num_steps is not None
     weight = 1.0 / options.prior_weight
     total = TiledEnergy(prior, lambda y: likelihood.value(y, observed), weight)
