@@ -123,20 +123,20 @@ def test_the_energy_over_tiles_is_the_models_own_on_one_tile() -> None:
         restore(image(), holes(), RestoreOptions(solver="descent"), denoiser=IdentityDenoiser())
 
 
-def test_splitting_explains_the_observation_better_from_step_to_step() -> None:
+def test_splitting_explains_the_observation() -> None:
     blur = Convolution(gaussian_kernel(1.2))
     observed = blur.apply(image(48, 48))
     assert observed.shape[-1] == 38
     result = restore(observed, blur, RestoreOptions(solver="splitting", num_steps=4, noise=1.0), denoiser=IdentityDenoiser())
     assert result.image.shape == observed.shape
-    first, second, *_, last = result.likelihoods
-    assert second < 0.1 * first and last < 1e-6
+    start = float(blur.value(blur.start(observed), observed)) / observed.numel()
+    assert max(result.likelihoods) < 0.01 * start and result.likelihoods[-1] < result.likelihoods[0]
     assert result.energies == result.sums == (None,) * 4 and result.num_forward == 0
 
 
 def test_upscaling_and_a_users_operator() -> None:
     small = Downsampling(3).apply(image(36, 45))
-    result = restore(small, Downsampling(3), RestoreOptions(num_steps=2), denoiser=IdentityDenoiser())
+    result = restore(small, Downsampling(3), RestoreOptions(solver="splitting", num_steps=2), denoiser=IdentityDenoiser())
     assert result.image.shape == (1, 3, 36, 45) and result.likelihoods[-1] < 1e-4
     half = UserOperator(lambda x: 0.5 * x, lambda y: 0.5 * y, size=(16, 16))
     result = restore(0.5 * image(16, 16), half, RestoreOptions(noise=0.0), denoiser=IdentityDenoiser())

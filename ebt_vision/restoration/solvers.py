@@ -37,7 +37,7 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
     Mask: RestoreOptions(solver="renoising", num_steps=20, first_sigma=40.0, last_sigma=2.0, noise=0.0, prior_weight=1.0),
     Convolution: RestoreOptions(solver="renoising", num_steps=8, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23),
     Downsampling: RestoreOptions(
-        solver="splitting", num_steps=8, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=0.23
+        solver="renoising", num_steps=8, first_sigma=20.0, last_sigma=2.0, noise=0.0, prior_weight=0.23
     ),
     JpegIntervals: RestoreOptions(
         solver="splitting", num_steps=5, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
