@@ -198,13 +198,14 @@ def tables(runs: Sequence[Run]) -> str:
     for method in dict.fromkeys(run.method for run in runs):
         own = {run.level: run for run in runs if run.method == method}
         best = {level: max(run.psnr) for level, run in own.items()}
-        lines.append({"method": f"{method}, best number", **{level: f"{best[level]:.2f}" for level in levels}, "behind": ""})
+        figures: dict[object, str] = {level: f"{best[level]:.2f}" for level in levels}
+        lines.append({"method": f"{method}, best number", "behind": ""} | figures)
         for place in range(len(own[levels[0]].stopped)):
             stopped = {level: own[level].stopped[place] for level in levels}
-            cells = {level: f"{s.psnr:.2f} ({s.passes:.1f})" for level, s in stopped.items()}
+            cells: dict[object, str] = {level: f"{s.psnr:.2f} ({s.passes:.1f})" for level, s in stopped.items()}
             behind = max(best[level] - s.psnr for level, s in stopped.items())
             title = f"{method}, tolerance {stopped[levels[0]].tolerance:g}"
-            lines.append({"method": title, **cells, "behind": f"{behind:.2f}"})
+            lines.append({"method": title, "behind": f"{behind:.2f}"} | cells)
     columns = [("method", lambda r: r["method"])]
     columns += [(f"{level:g}", lambda r, level=level: r[level]) for level in levels]  # type: ignore[misc]
     columns += [("at most behind", lambda r: r["behind"])]

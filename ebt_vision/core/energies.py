@@ -4,6 +4,7 @@ By Bayes' rule -log p(y | x) = -log p(y) - log p(x | y) up to a constant, so a p
 energy E(x, y) of a candidate y for an observation x. `think()` takes the sum as it takes any other energy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +18,8 @@ from ebt_vision.core.thinking import EnergyFunction, SteppedEnergy
 class Term:
     """One energy of a sum, with its share of the context."""
 
-    energy_fn: EnergyFunction
-    """Any energy, a model or a function."""
+    energy_fn: Callable[..., Tensor]
+    """Any energy, a model or a function; see thinking.EnergyFunction."""
     weight: float = 1.0
     num_context: int = 0
     """It takes so many of the context tensors, those after the terms before it."""
