@@ -6,6 +6,7 @@ The parameters of the classical methods are chosen by PSNR on --choose-on, the t
 restore(). results.json is written after every task, and report.md at the end.
 """
 
+import functools
 import json
 import sys
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ebt_vision.benchmark.images import load_images
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.benchmark.restoration import CLASSICAL, TASKS, choose, damage
+from ebt_vision.benchmark.restoration import CLASSICAL, TASKS, Method, choose, damage
 from ebt_vision.benchmark.statistics import bootstrap_means, intervals
 from ebt_vision.core.arguments import count, named_path, number, whole_number
 from ebt_vision.core.atomic_files import write_text
@@ -99,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
             if name in settings.skip:
                 continue
             value = choose(task, name, others, seed=settings.seed + 1)
-            methods.append((name, value or "", lambda damaged, method=method, value=value: (method(damaged, value), 0)))
+            methods.append((name, value or "", functools.partial(_classical, method, value)))
         for name, denoiser in denoisers.items():
-            methods.append((name, "", lambda damaged, denoiser=denoiser: _ours(damaged, denoiser, settings.seed)))
+            methods.append((name, "", functools.partial(_ours, denoiser, settings.seed)))
         for name, parameter, run in methods:
             row = measure(task, images, run, seed=settings.seed)
             results["rows"].append({"task": task, "method": name, "parameter": parameter, **row})
@@ -111,7 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _ours(damaged: Any, denoiser: Any, seed: int) -> tuple[Tensor, int]:
+def _classical(method: Method, value: float, damaged: Any) -> tuple[Tensor, int]:
+    return method(damaged, value), 0
+
+
+def _ours(denoiser: Any, seed: int, damaged: Any) -> tuple[Tensor, int]:
     result = restore(damaged.observed, damaged.likelihood, RestoreOptions(seed=seed), denoiser=denoiser)
     return result.image, result.num_forward
 
