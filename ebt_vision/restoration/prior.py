@@ -117,6 +117,10 @@ class TiledEnergy:
         self.model = prior.denoiser.model
         self.scale = prior.denoiser.scale_for(DenoiseOptions())
 
+    def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor:
+        """The sum on the first grid, (B,)."""
+        return self.at_step(0)(candidate, *context)
+
     def at_step(self, step: int) -> EnergyFunction:
         """The sum on the grid of this step."""
         return lambda candidate, *context: self.energy(candidate, step) + self.weight * 4.0 * self.term(candidate)
