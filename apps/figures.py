@@ -18,7 +18,9 @@ THUMBNAIL = 256
 """Longest side in pixels of an image in the filmstrip."""
 
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container {max-width: min(1180px, 100vw) !important; margin: 0 auto !important}
+.gradio-container .main, .gradio-container .contain, .contain > .column {min-width: 0}
+#answer, #answer .tabs, #answer .tab-wrapper {min-width: 0}
 .curves {display: flex; flex-wrap: wrap; gap: 16px}
 .curve {flex: 1 1 260px; margin: 0; min-width: 0; max-width: 560px}
 .curve figcaption {font-size: 14px; margin-bottom: 4px; color: var(--body-text-color-subdued)}

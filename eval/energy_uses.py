@@ -129,9 +129,11 @@ def denoise(denoiser: ModelDenoiser, images: Tensor, seed: int) -> Tensor:
     return torch.cat([suited.denoise(part, options).image for part in noisy.split(50)])
 
 
-def measure(name: str, settings, images: Tensor, tune: Tensor, others: dict[str, Tensor], say: Callable[[str], object]) -> dict:
+def measure(
+    name: str, device: str, settings, images: Tensor, tune: Tensor, others: dict[str, Tensor], say: Callable[[str], object]
+) -> dict:
     """All figures of one model, as plain data."""
-    denoiser = load_denoiser(name, device=program_device(settings.device), precision="float32")
+    denoiser = load_denoiser(name, device=device, precision="float32")
     if not isinstance(denoiser, ModelDenoiser):
         raise ValueError(f"{name} has no network; name an EBT, a regressor or a DiT")
     found: dict = {"model": name, "checkpoint": checkpoint_hash(name), "timestep": None}
@@ -199,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write results.json, report.md and the plot; exit status 2 for bad input."""
     settings = _parser().parse(arguments)
     try:
+        device = program_device(settings.device)
         images, tune = (_load(path, settings) for path in (settings.data, settings.tune_data))
         others = {"drawings": drawings(len(images), settings.img_size, settings.seed)} | damaged(images, settings.seed)
         for pair in settings.others:
@@ -207,13 +210,14 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"--others {pair!r} is not of the form NAME=PATH")
             others = {name: _load(path, settings)} | others
         models = [
-            measure(name, settings, images, tune, others, lambda text: print(text, file=sys.stderr)) for name in settings.models
+            measure(name, device, settings, images, tune, others, lambda text: print(text, file=sys.stderr))
+            for name in settings.models
         ]
     except (ValueError, OSError) as error:
         print(f"energy_uses: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     given = sys.argv[1:] if arguments is None else arguments
-    made = provenance("eval/energy_uses.py", given, program_device(settings.device))
+    made = provenance("eval/energy_uses.py", given, device)
     results = {"provenance": made, "seed": settings.seed, "num_images": len(images), "models": models}
     settings.output.mkdir(parents=True, exist_ok=True)
     write_text(settings.output / "results.json", json.dumps(results, indent=1) + "\n")

@@ -136,7 +136,7 @@ def _load(path: str, size: int, limit: int) -> list[Tensor]:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="restoration", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="images to measure on")
     parser.add_argument("--choose-on", help="training images, on which classical parameters are chosen; first value without")
     parser.add_argument("--models", nargs="*", default=["photographs_ebt"], help="priors: any denoiser, bm3d too")
@@ -147,7 +147,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--size", type=number(int, 32), default=256, help="side of the squares; a multiple of 4")
     parser.add_argument("--seed", type=whole_number, default=0)
     parser.add_argument("--threads", type=count, help="of torch (default: its own choice)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     parser.add_argument("--output", type=named_path, required=True)
     return parser
 

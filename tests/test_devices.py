@@ -16,9 +16,12 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path.stem for path in (ROOT / "eval").glob("*.py") if '"--device"' in path.read_text())
 NEEDED = {
     "denoising": ["--models", "identity", "--data", "photos"],
+    "energy_uses": ["--models", "some", "--data", "photos", "--tune-data", "photos"],
     "linear_probe": ["--model", "some", "--data", "photos"],
     "page_load": [],
     "picture": ["--model", "some", "--images", "photo.png", "--output", "picture.png"],
+    "restoration": ["--models", "some", "--data", "photos", "--output", "restored"],
+    "scaling": ["--data", "photos", "--families", "patch_ebt"],
     "sheet": ["--data", "photos", "--models", "some", "--output", "sheet.png"],
     "speed": [],
     "stopping": ["--model", "some", "--data", "photos"],

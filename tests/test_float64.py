@@ -77,8 +77,8 @@ def test_validation_of_images(monkeypatch: pytest.MonkeyPatch):
     clean = 2.0 * IMAGES[..., :16, :16] - 1.0
     want = validate_images(model, clean, config, "cpu")
 
-    def predict(*args) -> Prediction:
-        found = original(*args)
+    def predict(*args, **options) -> Prediction:
+        found = original(*args, **options)
         return Prediction(images=[there(image) for image in found.images], energies=there(found.energies))
 
     original = EBTObjective.predict

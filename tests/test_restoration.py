@@ -202,7 +202,7 @@ def test_turned_images_turn_back(orientation: int) -> None:
     [
         (lambda: restore(image(), holes(37, 44), denoiser=IdentityDenoiser()), "the mask is 44x37 px"),
         (lambda: restore(image().expand(2, -1, -1, -1), holes(), denoiser=IdentityDenoiser()), "one image at a time"),
-        (lambda: restore(image() * 255, holes(), denoiser=IdentityDenoiser()), "image / 255"),
+        (lambda: restore(image() * 255, holes(), denoiser=IdentityDenoiser()), "divide 0..255 by 255"),
         (lambda: RestoreOptions(solver="magic"), "use one of splitting"),  # type: ignore[arg-type]
         (lambda: RestoreOptions(num_steps=0), "use 1 or more"),
         (lambda: RestoreOptions(prior_weight=0), "above 0"),
