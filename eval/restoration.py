@@ -1,6 +1,7 @@
 """Restoration against classical methods: PSNR, SSIM, passes through the network and seconds on images with a known damage.
 
-    python eval/restoration.py --data data/cbsd68 --choose-on "data/imagenet-photos/train-*.parquet" --images 20 --output out/restoration
+    python eval/restoration.py --data data/cbsd68 --choose-on "data/imagenet-photos/train-*.parquet" \
+        --images 20 --size 160 --output out/restoration
 
 The parameters of the classical methods are chosen by PSNR on --choose-on, the training images, and so were the defaults of
 restore(). results.json is written after every task, and report.md at the end.

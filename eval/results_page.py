@@ -6,6 +6,7 @@ reads docs/results/data/ and writes docs/results/index.md, docs/results/headline
 
     paper.json          of eval/denoising.py: the paper's protocol, levels 0.1 and 0.2
     photographs.json    of eval/denoising.py --protocol awgn, sigma 25
+    paper-*.json, photographs-*.json    further models on the same noisy images, such as paper-bm3d.json
     probe-MODEL.json    of eval/linear_probe.py, one a model
     speed.json          of eval/speed.py --parts inference
 
@@ -81,14 +82,15 @@ def read_evidence(folder: Path) -> Evidence:
     left_out: list[str] = []
     tables: dict[str, list[Mapping]] = {"paper": [], "photographs": []}
     for name in tables:
-        if (folder / f"{name}.json").exists():
-            results = read_results(folder / f"{name}.json")
-            sources[f"{name}.json"] = results["about"] | {"images": results["protocol"]["num_images"]}
+        for path in [p for p in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json"))) if p.exists()]:
+            results = read_results(path)
+            sources[path.name] = results["about"] | {"images": results["protocol"]["num_images"]}
             rows = [row for row in results["rows"] if not row["sweep"]]
             shipped = {model: _is_shipped(model, weights) for model, weights in {(r["model"], r["hash"]) for r in rows}}
-            tables[name] = [row for row in rows if shipped[row["model"]]]
-            _check_one_rule(f"{name}.json", tables[name])
-            left_out += [f"{model} in {name}.json" for model, same in sorted(shipped.items()) if not same]
+            tables[name] += [row for row in rows if shipped[row["model"]]]
+            left_out += [f"{model} in {path.name}" for model, same in sorted(shipped.items()) if not same]
+        _check_one_rule(f"{name}.json", tables[name])
+        _check_same_images(f"{name}.json", tables[name])
     probes: dict[str, Mapping] = {}
     for path in sorted(folder.glob("probe-*.json")):
         results = _read_json(path, "about", "validation")
@@ -124,6 +126,18 @@ def _check_one_rule(file: str, rows: Sequence[Mapping]) -> None:
         if len(methods) > 1:
             raise ValueError(
                 f"{file} has {len(methods)} stopping rules of {model}; run it with only the model's suggested tolerance"
+            )
+
+
+def _check_same_images(file: str, rows: Sequence[Mapping]) -> None:
+    """Raise ValueError if the rows of one noise were not measured on the same noisy images."""
+    seen: dict[str, set[tuple]] = {}
+    for row in rows:
+        seen.setdefault(str(row.get("condition")), set()).add((row.get("images"), row.get("noise")))
+    for condition, measured in seen.items():
+        if len(measured) > 1:
+            raise ValueError(
+                f"{file} and its further files have other images or noise at {condition}; measure them on the same"
             )
 
 

@@ -540,6 +540,13 @@ def checkerboard(height: int = 37, width: int = 45) -> torch.Tensor:
     return (0.25 + 0.5 * ((rows + columns) % 2)).expand(1, 3, height, width)
 
 
+@pytest.mark.parametrize("name", ["bm3d", "nlm", "identity"])
+def test_a_denoiser_without_a_network_is_a_module_like_the_others(name):
+    """The benchmark asks every denoiser for its parameters."""
+    denoiser = load_denoiser(name)
+    assert list(denoiser.parameters()) == [] and denoiser.state_dict() == {} and name in repr(denoiser)
+
+
 @pytest.mark.parametrize(("make", "gain"), [(BM3DDenoiser, 8.0), (NonLocalMeansDenoiser, 5.0)])
 def test_classical_methods_denoise(make, gain):
     clean = checkerboard()

@@ -102,6 +102,20 @@ def test_two_stopping_rules_are_refused(program, data: Path, tmp_path: Path, cap
     assert "2 stopping rules of tiny_imagenet_ebt" in capsys.readouterr().err
 
 
+def test_further_files_add_models_on_the_same_images(program, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = json.loads((data / "paper.json").read_text())
+    whole = program.page(program.read_evidence(data))
+    apart = [row for row in results["rows"] if row["model"] == "bm3d"]
+    rest = [row for row in results["rows"] if row["model"] != "bm3d"]
+    (data / "paper.json").write_text(json.dumps(results | {"rows": rest}))
+    (data / "paper-bm3d.json").write_text(json.dumps(results | {"rows": apart}))
+    title = "BM3D, true noise level"
+    assert line(program.page(program.read_evidence(data)), title) == line(whole, title) != ["n/a"]
+    (data / "paper-bm3d.json").write_text(json.dumps(results | {"rows": [row | {"images": "others"} for row in apart]}))
+    assert program.main(["--data", str(data), "--output", str(tmp_path / "out")]) == 2
+    assert "paper.json and its further files have other images or noise" in capsys.readouterr().err
+
+
 def test_it_writes_the_page_and_its_plot(program, data: Path, tmp_path: Path):
     shutil.copytree(data, tmp_path / "kept")
     assert program.main(["--data", str(data), "--output", str(tmp_path / "out")]) == 0

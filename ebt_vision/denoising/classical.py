@@ -61,6 +61,7 @@ class BM3DDenoiser(ClassicalDenoiser):
     min_side = 16
 
     def __init__(self) -> None:
+        super().__init__()
         try:
             import bm3d
         except ImportError:
