@@ -28,6 +28,7 @@ def queries_keys_values(tokens: int = 40) -> list[Tensor]:
     return [torch.randn(2, 3, tokens, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_value_and_both_derivatives_are_those_of_finite_differences():
     inputs = queries_keys_values()
     torch.testing.assert_close(attend(*inputs), F.scaled_dot_product_attention(*inputs))

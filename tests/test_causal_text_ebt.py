@@ -96,6 +96,7 @@ def test_no_prediction_sees_its_own_or_a_later_token_or_another_candidate(head: 
         assert [i for i, m in enumerate(moved.tolist()) if m > 0] == [t]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("head", HEADS)
 def test_second_order_gradients_match_finite_differences(head: str):
     model = ebt(head)

@@ -45,6 +45,7 @@ def test_the_energy_is_half_the_squared_distance_to_the_reconstruction(stem: dic
     torch.testing.assert_close(model.energy_map(x).flatten(1).sum(1), expected)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stem", STEMS)
 def test_second_order_gradients_match_float64_finite_differences(stem: dict):
     model = tiny_ebt(**stem).double()

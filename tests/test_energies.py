@@ -97,6 +97,7 @@ def test_thinking_on_a_quadratic_prior_ends_where_prior_and_likelihood_balance()
     torch.testing.assert_close(both.final, torch.tensor([[2 * 0.4 / 1.4], [0.0]], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_gradient_of_a_sum_with_a_network_is_that_of_finite_differences(compiled: bool):
     network, x = model().double(), images(dtype=torch.float64)

@@ -78,6 +78,7 @@ def test_layers_are_the_trunk_s_tokens(name: str, folder: Path, images: Tensor):
     assert not any(p.requires_grad for p in extractor.model.parameters()) and not extractor.model.training
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_gradient_is_that_of_finite_differences(folder: Path, images: Tensor):
     extractor = load_extractor(str(folder / "ebt"))
     extractor.model.double()

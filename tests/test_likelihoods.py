@@ -72,6 +72,7 @@ def test_operator_and_adjoint_agree(name: str) -> None:
     assert adjoint_error(linear()[name], (1, 3, *SIZE)) < 1e-6
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", [*linear(), "jpeg", "jpeg with coarse chroma"])
 def test_gradient_matches_finite_differences(name: str, tmp_path: Path) -> None:
     likelihood: Likelihood

@@ -28,6 +28,7 @@ def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("head", ["linear", "quadratic"])
 @pytest.mark.parametrize("context", [False, True])
 @pytest.mark.parametrize("detach", [False, True])

@@ -167,6 +167,7 @@ def test_what_a_rule_remembers_is_cut_from_the_graph_with_the_steps():
     assert alpha.grad is not None and alpha.grad.item() == pytest.approx(-1.5 * 0.765)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("rule", ["fixed", "momentum", "backtracking"])
 def test_the_start_gets_the_gradient_of_finite_differences(rule: str):
     def quartic(candidate: Tensor) -> Tensor:

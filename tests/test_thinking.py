@@ -107,6 +107,7 @@ def test_learned_step_size_gets_a_gradient_through_the_unrolled_steps():
         assert alpha.grad.item() == pytest.approx(-factor * 9.0 * 0.9**3)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_predictions_can_be_differentiated_with_respect_to_the_start():
     config = ThinkingConfig(num_steps=3, step_size=0.1, detach_between_steps=False)
     graph = dict(create_graph=True, differentiate_start=True)
@@ -126,6 +127,7 @@ def test_the_predictions_can_be_differentiated_with_respect_to_the_start():
     assert not untouched.requires_grad
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_start_of_a_network_s_thinking_gets_the_gradient_of_finite_differences():
     torch.manual_seed(0)
     model = PatchEBT(PatchEBTConfig(img_size=16, embed_dim=16, depth=1, num_heads=2, init_step_size=0.5)).double()
