@@ -35,7 +35,7 @@ from ebt_vision.benchmark.statistics import spearman
 from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.provenance import provenance
-from ebt_vision.core.rng import make_generator, sample_generators
+from ebt_vision.core.rng import make_generator, randn_like, sample_generators
 from ebt_vision.data.graphics import draw_graphic
 from ebt_vision.data.images import DataConfig, load_image_set
 from ebt_vision.denoising.base import for_vp_images
@@ -56,7 +56,7 @@ def damaged(images: Tensor, seed: int) -> dict[str, Tensor]:
     from torchvision.transforms.functional import gaussian_blur
 
     generators = sample_generators(seed, range(len(images)))
-    noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
+    noise = randn_like(images, generators)
     return {
         "noise 10": (images + 10 / 255 * noise).clamp(0, 1),
         "noise 50": (images + 50 / 255 * noise).clamp(0, 1),
@@ -97,7 +97,7 @@ def assess_quality(scorer: Scorer, images: Tensor, seed: int) -> dict[str, float
     for index, level in enumerate(LEVELS):
         generators = sample_generators(seed, range(len(images)), index)
         signal, std = processes.signal_and_noise_scale(level)
-        noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
+        noise = randn_like(images, generators)
         noisy = images + 0.5 * std / signal * noise  # as a photograph, in [0, 1]
         scores.append(scorer.score(noisy).numpy())
         errors.append((noisy - images).square().flatten(1).mean(1).numpy())
@@ -121,12 +121,10 @@ def patch_uncertainty(scorer: Scorer, denoised: Tensor, images: Tensor) -> tuple
 def denoise(denoiser: ModelDenoiser, images: Tensor, seed: int) -> Tensor:
     """The images (B, 3, H, W) with VP noise of DENOISED_LEVEL, denoised by the network's own defaults."""
     generators = sample_generators(seed, range(len(images)), 100)
-    noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
-    signal, std = processes.signal_and_noise_scale(DENOISED_LEVEL)
-    noisy = processes.to_image_range(signal * processes.to_model_range(images) + std * noise)
-    suited = for_vp_images(denoiser, DENOISED_LEVEL)
+    noisy = processes.to_image_range(processes.add_vp_noise(processes.to_model_range(images), DENOISED_LEVEL, generators))
+    adapted = for_vp_images(denoiser, DENOISED_LEVEL)
     options = DenoiseOptions(num_steps=1, noise_level=DENOISED_LEVEL)
-    return torch.cat([suited.denoise(part, options).image for part in noisy.split(50)])
+    return torch.cat([adapted.denoise(part, options).image for part in noisy.split(50)])
 
 
 def measure(

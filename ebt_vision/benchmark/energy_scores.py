@@ -10,10 +10,10 @@ Scores are means over patches, so images of different sizes compare.
 from typing import cast
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
-from ebt_vision.core.rng import sample_generators
+from ebt_vision.benchmark.statistics import auroc_of
+from ebt_vision.core.rng import randn_like, sample_generators
 from ebt_vision.denoising.networks import DiTDenoiser, ModelDenoiser, signal_scale_of
 from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
@@ -75,7 +75,7 @@ class Scorer:
         total = torch.zeros(len(images), device=clean.device)
         for draw in range(NOISE_DRAWS):
             generators = sample_generators(self.seed, range(first, first + len(images)), draw)
-            noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean)
+            noise = randn_like(clean, generators)
             total += model.noise_error(clean, noise, timesteps)
         return total / NOISE_DRAWS
 
@@ -85,6 +85,5 @@ def detection_auroc(inside: Tensor, outside: Tensor) -> float:
 
     Mann & Whitney 1947; 0.5 tells nothing, 1 tells all.
     """
-    ranks = rankdata(torch.cat([inside, outside]).numpy())  # ties share their mean rank
-    count = len(outside)
-    return float((ranks[len(inside) :].sum() - count * (count + 1) / 2) / (count * len(inside)))
+    positive = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]) > 0
+    return float(auroc_of(torch.cat([inside, outside]).numpy(), positive.numpy()))

@@ -51,11 +51,19 @@ def auroc(scores: np.ndarray, errors: np.ndarray) -> np.ndarray:
     num_worse = count // 2
     order = rankdata(errors, axis=-1, method="ordinal")
     worse = order > count - num_worse
-    rank_sum = (rankdata(scores, axis=-1) * worse).sum(-1)
-    pairs = num_worse * (count - num_worse)
     apart = errors.max(-1) > errors.min(-1)
+    return np.where(apart, auroc_of(scores, worse), np.nan)
+
+
+def auroc_of(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Return the share of pairs in which the positive one scores higher, along the last axis: (..., n) and bool (..., n).
+
+    Ties count half (Mann & Whitney 1947); NaN if all or none are positive.
+    """
+    count = positive.sum(-1)
+    rank_sum = (rankdata(scores, axis=-1) * positive).sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(apart, (rank_sum - num_worse * (num_worse + 1) / 2) / np.float64(pairs), np.nan)
+        return (rank_sum - count * (count + 1) / 2) / np.float64(count * (positive.shape[-1] - count))
 
 
 def mean_and_spread(values: np.ndarray) -> tuple[float, float | None]:

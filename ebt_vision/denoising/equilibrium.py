@@ -1,11 +1,10 @@
 """Equilibrium Matching as a denoiser: descent along the learned field from the noisy image."""
 
-import torch
 from torch import Tensor
 
 from ebt_vision.core.precision import Precision
 from ebt_vision.core.thinking import ThinkingStep, think
-from ebt_vision.denoising.networks import ModelDenoiser
+from ebt_vision.denoising.networks import ModelDenoiser, repeat_last
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep
 from ebt_vision.models.equilibrium import EquilibriumEnergy, PatchEqM
@@ -42,8 +41,7 @@ class EqMDenoiser(ModelDenoiser):
             callback=on_step,
         )
         missing = options.num_steps + 1 - len(images)
-        energies = result.energies
-        energies = torch.cat([energies, energies[-1:].expand(options.num_steps + 1 - len(energies), -1)])
+        energies = repeat_last(result.energies, options.num_steps + 1)
         trajectory = (*(images + images[-1:] * missing)[:-1], to_image_range(result.final)) if options.keep_trajectory else None
         return DenoiseResult(
             image=to_image_range(result.final),

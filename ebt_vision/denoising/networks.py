@@ -266,12 +266,16 @@ def _of_chosen(values: list[Tensor], chosen: Tensor) -> Tensor:
     return torch.stack(values)[chosen, torch.arange(len(chosen), device=chosen.device)]
 
 
+def repeat_last(energies: Tensor, count: int) -> Tensor:
+    """Energies (T + 1, B) of a run that may have ended early, with the last row repeated up to `count` rows."""
+    return torch.cat([energies, energies[-1:].expand(count - len(energies), -1)])
+
+
 def _chosen_energies(results: tuple[ThinkingResult, ...], chosen: Tensor, num_steps: int) -> Tensor:
     """Return energies (num_steps + 1, B) of the winners; if all samples stopped early, the last row is repeated."""
     rows = []
     for result in results:
-        energies = result.energies
-        rows.append(torch.cat([energies, energies[-1:].expand(num_steps + 1 - len(energies), -1)]))
+        rows.append(repeat_last(result.energies, num_steps + 1))
     return _of_chosen([energies.T for energies in rows], chosen).T
 
 

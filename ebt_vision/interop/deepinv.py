@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ebt_vision.core.checks import MissingExtraError
 from ebt_vision.core.precision import Precision
-from ebt_vision.interop.peer import PeerDenoiser, file_hash, state_hash
+from ebt_vision.interop.peer import PeerDenoiser, state_hash
+from ebt_vision.models.checkpoint import file_hash
 from ebt_vision.models.pretrained_model import CheckpointError
 
 RANDOM = "random"

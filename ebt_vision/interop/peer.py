@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -92,11 +91,6 @@ class PeerDenoiser(Denoiser):
         first = next((layer for layer in self.network.modules() if isinstance(layer, nn.Conv2d)), None)
         channels = 64 if first is None else first.out_channels
         return 4 * _FLOATS_PER_CHANNEL * channels * height * width
-
-
-def file_hash(path: Path) -> str:
-    """First 12 hex digits of the SHA-256 of a file of weights, to name it in a table."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

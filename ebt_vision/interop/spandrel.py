@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ebt_vision.core.checks import MissingExtraError
 from ebt_vision.core.precision import Precision
-from ebt_vision.interop.peer import Call, PeerDenoiser, file_hash
+from ebt_vision.interop.peer import Call, PeerDenoiser
+from ebt_vision.models.checkpoint import file_hash
 from ebt_vision.models.pretrained_model import CheckpointError
 
 SUFFIXES = (".safetensors", ".pth")

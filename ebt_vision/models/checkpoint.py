@@ -89,6 +89,11 @@ def load_pretrained(name_or_path: str, *, device: str = "cpu") -> PretrainedMode
         return checkpoint_class(folder / CONFIG_NAME).from_files(folder / CONFIG_NAME, folder / WEIGHTS_NAME).to(device)
 
 
+def file_hash(path: Path) -> str:
+    """Return the first 12 hex digits of the SHA-256 of a file of weights, to name it in a table."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def checkpoint_hash(name_or_path: str) -> str:
     """Return the first 12 hex digits of the SHA-256 of the weights, to identify a checkpoint in a table."""
     if name_or_path.startswith("hub:"):
@@ -97,4 +102,4 @@ def checkpoint_hash(name_or_path: str) -> str:
         weights = Path(hf_hub_download(name_or_path.removeprefix("hub:"), WEIGHTS_NAME))
     else:
         weights = resolve(name_or_path) / WEIGHTS_NAME
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    return file_hash(weights)
