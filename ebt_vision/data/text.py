@@ -1,4 +1,4 @@
-"""Text for training and measuring: documents from files, parquet or the hub, packed into sequences of one length.
+"""Text for training and measuring: documents from files, parquet, the hub or a task, packed into sequences of one length.
 
 The tokens are one stream in memory, `boundary doc boundary doc boundary`, because the order of an epoch needs random access.
 A hub set is streamed only up to `max_tokens`. Sequences are cut from the stream regardless of documents. Each token carries
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ebt_vision.core.rng import make_generator
 from ebt_vision.data.sources import HUB_PREFIX, DataError, walk
+from ebt_vision.data.text_tasks import TASK_PREFIX, parse_tasks, problems
 from ebt_vision.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".py")
@@ -30,7 +31,8 @@ class TextDataConfig:
     """Which text to use, and how it becomes sequences of `context_length` predictions."""
 
     path: str
-    """Text file, parquet file, a glob of either, a folder, or hub:OWNER/NAME; each file or row is one document."""
+    """Text file, parquet file, a glob of either, a folder, or hub:OWNER/NAME; each file or row is one document. Or generated
+    problems: task:copy:1-8, or several tasks joined by "+" (see text_tasks.py). Only the answers are then targets."""
     split: str | None = None
     """Split of a hub set (default "train")."""
     text_column: str = "text"
@@ -44,7 +46,7 @@ class TextDataConfig:
     random_offset: bool = False
     """Start the sequences of every epoch at another position, drawn from (seed, epoch)."""
     max_tokens: int | None = None
-    """Stop reading documents at this number of tokens; None reads all."""
+    """Stop reading documents at this number of tokens; None reads all. Required for a task, which has no end."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -56,6 +58,10 @@ class TextDataConfig:
             raise ValueError(f"share={list(self.share)} must be two increasing numbers in [0, 1]")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be 1 or more, or null for all")
+        if self.path.startswith(TASK_PREFIX):
+            parse_tasks(self.path)
+            if self.max_tokens is None:
+                raise ValueError(f"max_tokens is required for {self.path}, which has no end; use for example 1000000")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +79,23 @@ class TokenBatch:
 class TextSet:
     """A token stream cut into sequences; `len` is their number. `load_text_set` creates it."""
 
-    def __init__(self, config: TextDataConfig, stream: np.ndarray, num_bytes: np.ndarray, tokenizer: Tokenizer, *, seed: int):
-        """`stream` has the tokens. `num_bytes`, of the same shape, has the number of text bytes of each token."""
+    def __init__(
+        self,
+        config: TextDataConfig,
+        stream: np.ndarray,
+        num_bytes: np.ndarray,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        is_target: np.ndarray | None = None,
+    ):
+        """`stream` has the tokens. `num_bytes`, of the same shape, has the number of text bytes of each token.
+
+        `is_target`, bool of the same shape, marks the answers of a task; None makes every token a target. With it, the targets
+        of a document whose start was cut off are ignored too, because its question is incomplete.
+        """
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self._stream, self._num_bytes = stream, num_bytes
+        self._stream, self._num_bytes, self._is_target = stream, num_bytes, is_target
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +115,8 @@ class TextSet:
         """Return the text bytes per predicted token, to convert bits per token to bits per byte; boundaries count as tokens.
         `num_predicted` uses only the first predicted tokens; None uses all. NaN if they have no bytes.
         """
-        predicted = self._num_bytes[1:] if num_predicted is None else self._num_bytes[1 : num_predicted + 1]
+        predicted = self._num_bytes[1:] if self._is_target is None else self._num_bytes[1:][self._is_target[1:]]
+        predicted = predicted if num_predicted is None else predicted[:num_predicted]
         return float(predicted.mean(dtype=np.float64)) or math.nan
 
     def text(self) -> str:
@@ -138,6 +158,9 @@ class TextSet:
             piece = self._stream[place : place + S + 1]
             row[: len(piece)] = piece
             target[: len(piece) - 1] = piece[1:]
+            if self._is_target is not None:
+                target[: len(piece) - 1][~self._is_target[place + 1 : place + len(piece)]] = IGNORED
+                target[: int((row == self.tokenizer.boundary).argmax())] = IGNORED
         tokens = rows[:, :-1]
         at = np.where(tokens == self.tokenizer.boundary, np.arange(S), 0)
         starts = np.maximum.accumulate(at, axis=1)
@@ -154,6 +177,8 @@ def load_text_set(config: TextDataConfig, seed: int = 0) -> TextSet:
     Raises DataError if there is no text, if a file is not UTF-8 or if a column is missing; TokenizerError for a tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer)
+    if config.path.startswith(TASK_PREFIX):
+        return _task_set(config, tokenizer, seed)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     boundary = np.array([tokenizer.boundary], dtype)
     pieces, num_bytes, num_tokens = [boundary], [np.zeros(1, np.uint16)], 1
@@ -176,6 +201,28 @@ def load_text_set(config: TextDataConfig, seed: int = 0) -> TextSet:
     if len(stream) < 2:
         raise DataError(f"share={list(config.share)} of {config.path} has only {len(stream)} tokens; use a larger share")
     return TextSet(config, stream, widths_of_part, tokenizer, seed=seed)
+
+
+def _task_set(config: TextDataConfig, tokenizer: Tokenizer, seed: int) -> TextSet:
+    """Generate problems up to max_tokens tokens; the answers and the boundaries after them are the targets."""
+    assert config.max_tokens is not None
+    stream, num_bytes, is_target = [tokenizer.boundary], [0], [False]
+    for problem in problems(parse_tasks(config.path), seed):
+        for text, scored in ((problem.question, False), (problem.answer, True)):
+            tokens, widths = tokenizer.encode_with_bytes(text)
+            stream += tokens
+            num_bytes += widths
+            is_target += [scored] * len(tokens)
+        stream.append(tokenizer.boundary)
+        num_bytes.append(0)
+        is_target.append(True)
+        if len(stream) >= config.max_tokens:
+            break
+    part = slice(*(round(share * config.max_tokens) for share in config.share))
+    arrays = np.array(stream, np.int64)[part], np.array(num_bytes, np.uint16)[part]
+    if len(arrays[0]) < 2:
+        raise DataError(f"share={list(config.share)} of {config.path} has only {len(arrays[0])} tokens; use a larger share")
+    return TextSet(config, *arrays, tokenizer, seed=seed, is_target=np.array(is_target)[part])
 
 
 def read_documents(config: TextDataConfig) -> Iterator[str]:

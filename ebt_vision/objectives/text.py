@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebt_vision.core.rng import Generators, randn_like
+from ebt_vision.core.rng import Generators, rand_like, randn_like
 from ebt_vision.core.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
 from ebt_vision.data.text import IGNORED
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
@@ -40,8 +40,21 @@ class TextObjectiveConfig:
     """Average the loss over all thinking steps, or use only the last step."""
     thinking: ThinkingConfig = field(default_factory=lambda: ThinkingConfig(num_steps=2))
     """Thinking during training; its step_size is ignored, because the model has a learned one."""
+    answer_share: float = 0.0
+    """Share of the positions, in [0, 1], whose start is part of the way from random logits to a token: (1 - t) z + t c, with t
+    uniform in [0, 1], z ~ N(0, 1) and c = answer_logit at the token, 0 elsewhere. The energy then trains at every distance."""
+    wrong_share: float = 0.5
+    """Share of these starts, in [0, 1], that lead to a wrong token, the target of another position. With right tokens alone, an
+    energy that keeps every candidate would have no loss."""
+    answer_logit: float = 8.0
+    """Logit of the token at the end of the way."""
 
     def __post_init__(self) -> None:
+        for name in ("answer_share", "wrong_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"objective.{name}={getattr(self, name)} is not in [0, 1]")
+        if self.answer_logit <= 0:
+            raise ValueError(f"objective.answer_logit={self.answer_logit} must be positive")
         if self.thinking.tolerance is not None:
             raise ValueError("objective.thinking.tolerance must be null in training: the graph needs every sample")
         if self.thinking.num_steps < 1 or self.thinking.min_num_steps == 0:
@@ -71,6 +84,20 @@ def batch_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def draw_candidates(tokens: Tensor, vocab_size: int, dtype: torch.dtype, generator: Generators | None) -> Tensor:
     """Draw the start of thinking: logits ~ N(0, 1), (B, S, vocab_size), as in the paper."""
     return randn_like(torch.empty(*tokens.shape, vocab_size, dtype=dtype, device=tokens.device), generator)
+
+
+def toward_tokens(start: Tensor, targets: Tensor, config: TextObjectiveConfig, generator: Generators | None) -> Tensor:
+    """Move a share of random starts (B, S, vocab_size) part of the way to a token; see TextObjectiveConfig.answer_share.
+
+    `targets` is int64 (B, S). The wrong tokens of a sequence are its own targets at another place. Positions without a target
+    stay as they are.
+    """
+    is_moved, is_wrong, t, place = rand_like(start[..., :4], generator).unbind(-1)  # (B, S) each
+    other = targets.gather(1, (place * targets.shape[1]).long().clamp(max=targets.shape[1] - 1))
+    token = torch.where(is_wrong < config.wrong_share, other, targets)
+    end = config.answer_logit * F.one_hot(token.clamp(min=0), start.shape[-1]).to(start)
+    moved = (is_moved < config.answer_share) & (targets != IGNORED) & (token != IGNORED)
+    return torch.where(moved[..., None], torch.lerp(start, end, t[..., None]), start)
 
 
 class TextObjective(Objective):
@@ -138,7 +165,8 @@ class TextEBTObjective(TextObjective):
 
     def _drawn(self, batch: TextBatch) -> Tensor:
         model: CausalTextEBT = self.model  # type: ignore[assignment]
-        return draw_candidates(batch.tokens, model.config.vocab_size, torch.float32, batch.generators)
+        drawn = draw_candidates(batch.tokens, model.config.vocab_size, torch.float32, batch.generators)
+        return toward_tokens(drawn, batch.targets, self.config, batch.generators) if self.config.answer_share else drawn
 
     @staticmethod
     def predict(model: nn.Module, batch: TextBatch, num_steps: int) -> TextPrediction:
