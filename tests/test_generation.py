@@ -1,5 +1,7 @@
 """Generation: the cache equals thinking at all positions at once, tokens are sampled correctly, bad input gives one line."""
 
+import re
+
 import pytest
 import torch
 
@@ -45,6 +47,33 @@ def test_reading_token_by_token_gives_what_all_places_at_once_give(
             torch.testing.assert_close(
                 guess.energies[:, 0], parallel.energies[:, place], rtol=error, atol=error
             )  # energies are about 100
+
+
+def test_an_explanation_is_the_trajectory_of_the_chosen_candidate():
+    model = model_of("ebt", head_std=0.1)
+    options = GenerateOptions(num_tokens=6, num_steps=3, num_candidates=2, temperature=0, seed=5, explain=True)
+    found = list(generate(model, ByteTokenizer(), "to be", options))
+    plain = list(
+        generate(
+            model, ByteTokenizer(), "to be", GenerateOptions(num_tokens=6, num_steps=3, num_candidates=2, temperature=0, seed=5)
+        )
+    )
+    assert [t.token for t in found] == [t.token for t in plain] and all(t.explanation is None for t in plain)
+    tokens = [256, *b"to be"]
+    for token in found:
+        explanation = token.explanation
+        assert len(explanation.energies) == 4 and explanation.energies[-1] == pytest.approx(token.energy)
+        # One thinking step of the same candidates: the choice after one step. The candidate is the one that wins after three.
+        parallel = predict_all(model, torch.tensor(tokens), options)
+        winner = parallel.trajectories[int(parallel.energies[:, -1].argmin())]
+        first, last = winner.logits[1, -1].softmax(0), winner.logits[3, -1].softmax(0)
+        assert explanation.first_choice == int(first.argmax()) and explanation.probability == pytest.approx(
+            float(last.max()), rel=1e-4
+        )
+        assert explanation.runner_up == int(last.topk(2).indices[1])
+        assert explanation.runner_up_probability == pytest.approx(float(last.topk(2).values[1]), rel=1e-4)
+        assert explanation.first_probability == pytest.approx(float(first[token.token]), rel=1e-4)
+        tokens.append(token.token)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,6 +160,18 @@ def test_the_command_writes_the_prompt_and_what_follows(checkpoint: str, capsys:
     assert capsys.readouterr().out == captured.out
 
 
+def test_the_command_explains_every_token(checkpoint: str, capsys: pytest.CaptureFixture[str]):
+    words = ["generate", "to be", "--model", checkpoint, "--tokens", "4", "--steps", "3", "--temperature", "0"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert cli.main([*words, "--explain"]) == 0
+    lines = capsys.readouterr().out.split("\n", 5)
+    assert lines[0].split() == ["token", "probability", "runner-up", "after", "one", "step", "energies", "by", "step"]
+    assert lines[5] == text
+    for line in lines[1:5]:
+        assert len(re.findall(r"-?\d+\.\d\d(?!\d)", line)) == 4  # the energies before and after three steps
+
+
 def test_the_command_answers_bad_input_in_one_line(
     checkpoint: str, tiny_checkpoint, tmp_path, capsys: pytest.CaptureFixture[str]
 ):
@@ -150,6 +191,7 @@ def test_the_command_answers_bad_input_in_one_line(
     for options, answer in {
         ("--steps", "3"): "--steps has no effect on a causal_transformer",
         ("--candidates", "2"): "--candidates has no effect",
+        ("--explain",): "--explain has no effect on a causal_transformer",
         ("--temperature", "0", "--top-p", "0.9"): "--top-p has no effect at --temperature 0",
     }.items():
         assert cli.main(["generate", "x", "--model", str(tmp_path / "transformer"), *options]) == 2

@@ -2,9 +2,14 @@
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from ebt_vision.commands.console import duration, say
 from ebt_vision.core.arguments import count, name, not_negative, whole_number
+
+if TYPE_CHECKING:
+    from ebt_vision.data.tokenizer import Tokenizer
+    from ebt_vision.text.generation import GeneratedToken
 
 STEPS = 2
 
@@ -29,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", metavar="T", type=not_negative, default=1.0, help="0 selects the most likely token")
     parser.add_argument("--top-p", metavar="P", type=not_negative, help="sample from this share of the probability (default 1)")
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all draws (default 0)")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="print one line per token: energies by step, probability, runner-up, and the choice after one step",
+    )
     parser.add_argument("--tokenizer", metavar="FILE", type=name, default="bytes", help="a tokenizer.json (default: bytes)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     parser.set_defaults(run=_run)
@@ -49,17 +59,22 @@ def _run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_p=1.0 if args.top_p is None else args.top_p,
         seed=args.seed,
+        explain=args.explain,
     )
     tokenizer = load_tokenizer(args.tokenizer)
     model = load_pretrained(args.model or default_pretrained("causal_text_ebt"), device=program_device(args.device))
     _check_options(model.model_type, args)
-    start, num_tokens = time.perf_counter(), 0
+    start, num_tokens, text = time.perf_counter(), 0, ""
+    if args.explain:
+        print(f"{'token':8} {'probability':>11}  {'runner-up':16} {'after one step':16} energies by step", flush=True)
     energies: list[float] = []
     try:
         for token in generate(model, tokenizer, args.prompt, options):
-            if num_tokens == 0:
-                print(args.prompt, end="")
-            print(token.text, end="", flush=True)
+            if args.explain:
+                print(explanation_line(token, tokenizer), flush=True)
+            else:
+                print(args.prompt * (num_tokens == 0) + token.text, end="", flush=True)
+            text += token.text
             num_tokens += 1
             if token.energy is not None:
                 energies.append(token.energy)
@@ -67,10 +82,25 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"{error}; or use another --seed") from error
     finally:
         if num_tokens:
-            print(flush=True)
+            print(args.prompt + text if args.explain else "", flush=True)
     energy = f", mean energy {sum(energies) / len(energies):.3f}" if energies else ""
     say(f"{num_tokens} tokens in {duration(time.perf_counter() - start)}{energy}")
     return 0
+
+
+def explanation_line(token: "GeneratedToken", tokenizer: "Tokenizer") -> str:
+    """Return one line of --explain: the token, its probability, the runner-up, the choice after one step, and the energies."""
+    found = token.explanation
+    assert found is not None
+
+    def shown(number: int) -> str:
+        return "end" if number == tokenizer.boundary else repr(tokenizer.decode([number]))
+
+    first = "the same" if found.first_choice == token.token else shown(found.first_choice)
+    energies = " ".join(f"{energy:.2f}" for energy in found.energies)
+    runner_up = f"{shown(found.runner_up)} {found.runner_up_probability:.3f}"
+    first += f" ({found.first_probability:.3f})"
+    return f"{shown(token.token):8} {found.probability:11.3f}  {runner_up:16} {first:16} {energies}"
 
 
 def _check_options(model_type: str, args: argparse.Namespace) -> None:
@@ -80,7 +110,7 @@ def _check_options(model_type: str, args: argparse.Namespace) -> None:
     if model_type != "causal_transformer":
         return
     thinking = {"--steps": args.steps, "--tolerance": args.tolerance, "--langevin": args.langevin}
-    thinking["--candidates"] = args.candidates - 1
+    thinking |= {"--candidates": args.candidates - 1, "--explain": args.explain}
     for option, value in thinking.items():
         if value:
             raise ValueError(f"{option} has no effect on a {model_type}, which does not think; leave it out")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ebt_vision.core.checks import check, check_whole
 from ebt_vision.core.rng import make_generator
-from ebt_vision.core.thinking import best_of
+from ebt_vision.core.thinking import ThinkingStep, best_of
 from ebt_vision.core.thinking_options import ThinkingOptions
 from ebt_vision.data.tokenizer import Tokenizer
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
@@ -37,6 +37,8 @@ class GenerateOptions(ThinkingOptions):
     """Divides the logits before a token is sampled; 0 selects the most likely token."""
     top_p: float = 1.0
     """Sample from the most likely tokens that hold this much of the probability (Holtzman et al. 2020)."""
+    explain: bool = False
+    """Report for each token what thinking changed; only for an EBT."""
 
     def __post_init__(self) -> None:
         ThinkingOptions.__post_init__(self)  # super() does not work in a dataclass with slots
@@ -45,6 +47,16 @@ class GenerateOptions(ThinkingOptions):
         check(self.temperature >= 0, "temperature", self.temperature, "use 0 (the most likely token) or more")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "use a number in (0, 1]")
         self.thinking()  # raises for a tolerance that a text model does not have
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trajectory:
+    """One candidate before the first and after each of T steps."""
+
+    logits: Tensor
+    """(T + 1, P, vocab_size)."""
+    energies: Tensor
+    """(T + 1, P)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +69,25 @@ class Guess:
     """Final energy of every candidate, (N, P); None for a model without energies."""
     num_forward: int = 1
     """Forward passes per position, over all candidates; those of an EBT include a gradient, except the last."""
+    trajectories: tuple[Trajectory, ...] = ()
+    """The trajectory of every candidate, if options.explain is set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """What thinking changed at one token. Probabilities are at temperature 1."""
+
+    energies: tuple[float, ...]
+    """Energy of the candidate before the first and after every step, (T + 1)."""
+    probability: float
+    """Probability of the token after the last step."""
+    first_probability: float
+    """Probability of the token after the first step."""
+    first_choice: int
+    """The most likely token after the first step."""
+    runner_up: int
+    """The most likely token after the last step, other than the token itself."""
+    runner_up_probability: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +100,8 @@ class GeneratedToken:
     energy: float | None
     """Energy of the chosen candidate."""
     num_forward: int
+    explanation: Explanation | None = None
+    """With options.explain, for an EBT."""
 
 
 class Reader(ABC):
@@ -158,6 +191,13 @@ def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: G
         drawn = [torch.randn(shape, generator=g, device=g.device, dtype=weight.dtype) for g in generators]
         return torch.stack(drawn)[None].to(device)  # (1, P, vocab_size)
 
+    steps: list[list[tuple[Tensor, Tensor]]] = []
+
+    def keep(step: ThinkingStep) -> None:
+        if step.index == 0:
+            steps.append([])
+        steps[-1].append((step.candidate[0].detach().clone(), step.energies[0].detach().clone()))
+
     result = best_of(
         model,
         (start(candidate) for candidate in range(options.num_candidates)),
@@ -165,8 +205,33 @@ def _think(model: CausalTextEBT, cache: Cache, places: Sequence[int], options: G
         context=cache,
         step_size=model.step_size.detach() * options.step_size_scale,
         generator=make_generator(options.seed, _LANGEVIN, places[0], device=device),
+        callback=keep if options.explain else None,
     )
-    return Guess(logits=result.final[0], energies=result.energies[:, 0], num_forward=int(result.num_forward[0]))
+    return Guess(
+        logits=result.final[0],
+        energies=result.energies[:, 0],
+        num_forward=int(result.num_forward[0]),
+        trajectories=tuple(
+            Trajectory(logits=torch.stack([y for y, _ in each]), energies=torch.stack([e for _, e in each])) for each in steps
+        ),
+    )
+
+
+def explain(token: int, guess: Guess) -> Explanation | None:
+    """Explain a token by the trajectory of its chosen candidate; `guess` has one position. None without a trajectory."""
+    if not guess.trajectories or guess.energies is None:
+        return None
+    trajectory = guess.trajectories[int(guess.energies[:, 0].argmin())]
+    first, last = (trajectory.logits[step, 0].double().softmax(0) for step in (1, -1))
+    others = last.index_fill(0, torch.tensor([token], device=last.device), -1.0)
+    return Explanation(
+        energies=tuple(trajectory.energies[:, 0].tolist()),
+        probability=float(last[token]),
+        first_probability=float(first[token]),
+        first_choice=int(first.argmax()),
+        runner_up=int(others.argmax()),
+        runner_up_probability=float(others.max()),
+    )
 
 
 def choose_token(logits: Tensor, options: GenerateOptions, generator: torch.Generator) -> int:
@@ -232,4 +297,10 @@ def _generate(
             return
         tokens.append(token)
         energy = None if guess.energies is None else float(guess.energies.min())
-        yield GeneratedToken(token=token, text=add(token), energy=energy, num_forward=guess.num_forward)
+        yield GeneratedToken(
+            token=token,
+            text=add(token),
+            energy=energy,
+            num_forward=guess.num_forward,
+            explanation=explain(token, guess),
+        )
