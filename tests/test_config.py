@@ -63,6 +63,18 @@ def test_the_text_configs_share_budget_order_and_size():
     assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
+def test_the_text_task_configs_share_budget_order_and_size():
+    configs = [load_config(path) for path in CONFIGS if path.stem.startswith("text_tasks")]
+    assert len(configs) >= 4
+    assert len({(c.seed, c.train, c.data, c.validation) for c in configs}) == 1
+    assert len({(c.optim.lr, c.optim.weight_decay, c.optim.betas, c.optim.warmup_updates) for c in configs}) == 1
+    counts = []
+    for config in configs:
+        with torch.device("meta"):
+            counts.append(build_model(config).num_parameters)
+    assert max(counts) <= 1.1 * min(counts)
+
+
 def test_a_convolutional_stem_can_grow(tmp_path: Path):
     path = next(path for path in CONFIGS if path.stem == "photographs_start")
     small = ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.stem_widths=[4, 8]", "model.stem_blocks=1"]

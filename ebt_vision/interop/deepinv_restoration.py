@@ -1,0 +1,32 @@
+"""deepinv's plug-and-play restoration with any of our denoisers and linear likelihoods.
+
+It needs deepinv: pip install "ebt_vision[deepinv]". Nothing is downloaded.
+"""
+
+import torch
+from torch import Tensor
+
+from ebt_vision.denoising.base import Denoiser
+from ebt_vision.interop.deepinv import import_deepinv
+from ebt_vision.restoration.likelihoods import LinearLikelihood
+
+
+def dpir(observed: Tensor, likelihood: LinearLikelihood, denoiser: Denoiser, *, noise: float) -> Tensor:
+    """Restore (1, 3, h, w) in [0, 1] by deepinv.optim.DPIR (Zhang et al. 2021) with its own schedule of 8 iterations.
+
+    `noise` is the standard deviation of the observation's noise in 0..255 units; DPIR assumes 0.255 or more. The first image is
+    that of the likelihood, as for our own solvers. Raises MissingExtraError without deepinv, and ValueError for a likelihood
+    that is not linear.
+    """
+    import_deepinv()
+    import deepinv
+
+    from ebt_vision.interop.deepinv_denoiser import DeepinvDenoiser
+
+    if not isinstance(likelihood, LinearLikelihood):
+        raise ValueError(f"DPIR needs a linear damage, not {type(likelihood).__name__}")
+    physics = deepinv.physics.LinearPhysics(A=likelihood.apply, A_adjoint=likelihood.adjoint)
+    model = deepinv.optim.DPIR(sigma=max(noise, 0.255) / 255.0, denoiser=DeepinvDenoiser(denoiser))
+    with torch.no_grad():
+        image: Tensor = model(observed, physics, init=likelihood.start(observed))
+    return likelihood.finish(image, observed).clamp(0, 1)
