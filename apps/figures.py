@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from apps.comparing import Column
+from apps.repair import Frame
 from apps.thinking_aloud import Answer, Steps, Update
 
 THUMBNAIL = 256
@@ -41,8 +42,8 @@ CSS = """
 .columns .none {aspect-ratio: 3 / 2; display: grid; place-items: center; text-align: center; padding: 8px; border-radius: 6px;
   border: 1px dashed var(--border-color-primary); color: var(--body-text-color-subdued); font-size: 13px}
 .scale {height: 10px; border-radius: 5px; max-width: 320px}
-#result [data-testid=slider]:focus {outline: none}
-#result [data-testid=slider]:focus-visible .icon-wrap {outline: 3px solid var(--body-text-color); outline-offset: 2px}
+[data-testid=slider]:focus {outline: none}
+[data-testid=slider]:focus-visible .icon-wrap {outline: 3px solid var(--body-text-color); outline-offset: 2px}
 .hint {font-size: 13px; color: var(--body-text-color-subdued)}
 """
 
@@ -133,7 +134,28 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
     )
 
 
+def repair_curves(frames: Sequence[Frame]) -> str:
+    """Draw the energy, if there is one, and the likelihood after each step of a repair."""
+    energies = [frame.energy for frame in frames if frame.energy is not None]
+    panels = [curve(energies, "Energy", "of what the network saw, mean per patch", "curve-energy")] if energies else []
+    values = [frame.likelihood for frame in frames]
+    panels.append(curve(values, "Likelihood", "distance to the photograph; 0 explains it", "curve-likelihood"))
+    return f'<div class="curves">{"".join(panels)}</div>'
+
+
 # --- Images
+
+
+def repair_filmstrip(frames: Sequence[Frame]) -> str:
+    """Show the image after every step of a repair, with its energy and its likelihood, as HTML."""
+    pictures = []
+    for number, frame in enumerate(frames, 1):
+        lines = [f"<b>step {number}</b>"]
+        if frame.energy is not None:
+            lines.append(f"energy {frame.energy:.3f}")
+        lines.append(f"likelihood {frame.likelihood:.2e}" if frame.likelihood else "likelihood 0")
+        pictures.append(_picture(frame.image, f"The image after step {number}", " · ".join(lines)))
+    return _strip(pictures, "The image after each step")
 
 
 def filmstrip(steps: Steps) -> str:
@@ -147,7 +169,11 @@ def filmstrip(steps: Steps) -> str:
             lines.append(f"{steps.psnrs[index]:.2f} dB")
         alt = "The noisy image" if index == 0 else f"The image after step {index}"
         pictures.append(_picture(frame, alt, " · ".join(lines)))
-    return f'<div class="pictures" role="list" tabindex="0" aria-label="The image after each step">{"".join(pictures)}</div>'
+    return _strip(pictures, "The image after each step")
+
+
+def _strip(pictures: Sequence[str], name: str) -> str:
+    return f'<div class="pictures" role="list" tabindex="0" aria-label="{name}">{"".join(pictures)}</div>'
 
 
 def candidates(steps: Steps) -> str:

@@ -33,7 +33,7 @@ class DamagedFile:
         return restored if self.turned.orientation == 1 else self.turned.upright(restored)
 
     def with_result(self, restored: Tensor) -> ImageFile:
-        """The image with the result (3, H, W) in it. Filled pixels become opaque, and an enlarged image gets an enlarged alpha."""
+        """The image with the result (3, H, W). Filled pixels become opaque; an enlarged image gets an enlarged alpha."""
         image, pixels, alpha = self.image, self.upright(restored), self.image.alpha
         if self.makes_opaque and alpha is not None:
             alpha = torch.where(alpha == 0, torch.ones_like(alpha), alpha)
