@@ -96,8 +96,8 @@ def curves(energies: Sequence[float], psnrs: Sequence[float]) -> str:
     return f'<div class="curves">{"".join(panels)}</div>'
 
 
-def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
-    """Draw values[step] as an SVG line chart that scales with the page."""
+def curve(values: Sequence[float], title: str, unit: str, name: str, first: int = 0) -> str:
+    """Draw the values of steps `first`, `first` + 1 ... as an SVG line chart that scales with the page."""
     width, height, left, right, top, bottom = 360, 190, 52, 14, 14, 34
     low, high = min(values), max(values)
     span = high - low or abs(high) or 1.0
@@ -118,11 +118,11 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
     )
     every = 1 + (len(values) - 1) // 9
     labels = "".join(
-        f'<text x="{x(step):.1f}" y="{height - bottom + 16}" text-anchor="middle">{step}</text>'
+        f'<text x="{x(step):.1f}" y="{height - bottom + 16}" text-anchor="middle">{first + step}</text>'
         for step in range(0, len(values), every)
     )
     points = "".join(
-        f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"><title>step {step}: {value:.3f}</title></circle>'
+        f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"><title>step {first + step}: {value:.4g}</title></circle>'
         for step, value in enumerate(values)
     )
     line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(values))
@@ -137,9 +137,12 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
 def repair_curves(frames: Sequence[Frame]) -> str:
     """Draw the energy, if there is one, and the likelihood after each step of a repair."""
     energies = [frame.energy for frame in frames if frame.energy is not None]
-    panels = [curve(energies, "Energy", "of what the network saw, mean per patch", "curve-energy")] if energies else []
+    panels = [curve(energies, "Energy", "of what the network saw, mean per patch", "curve-energy", 1)] if energies else []
     values = [frame.likelihood for frame in frames]
-    panels.append(curve(values, "Likelihood", "distance to the photograph; 0 explains it", "curve-likelihood"))
+    if not any(values):
+        exact = '<p class="hint">Likelihood: 0 after every step. The known pixels do not change.</p>'
+        return f'<div class="curves">{"".join(panels)}</div>{exact}'
+    panels.append(curve(values, "Likelihood", "half the squared distance to the photograph", "curve-likelihood", 1))
     return f'<div class="curves">{"".join(panels)}</div>'
 
 

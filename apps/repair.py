@@ -210,7 +210,10 @@ def _with_holes(image: ImageFile, request: RepairRequest) -> DamagedFile:
     missing = torch.zeros(size, dtype=torch.bool)
     if request.mask is not None:
         known = read_mask(Path(request.mask), MAX_PIXELS)
-        Mask(known).check_observed(image.pixels[None])  # says the sizes of both
+        if known.shape != missing.shape:
+            raise ValueError(
+                f"the mask is {known.shape[1]}x{known.shape[0]} px, the image {size[1]}x{size[0]}; give a mask of its size"
+            )
         missing |= ~known
     if request.painted is not None and bool(request.painted.any()):
         missing |= enlarged(request.painted, size)

@@ -21,8 +21,8 @@ DAMAGES: dict[str, str] = {
     "jpeg": "JPEG blocks",
 }
 
-INTRO = """The network was trained on noise alone. Its energy says what photographs look like, and the likelihood says what was
-observed. Each step lowers both. Nothing is downloaded, and nothing was trained for a damage."""
+INTRO = """The network was trained on noise alone, not on any damage. Its energy says what photographs look like. The likelihood
+says what your photograph shows, if the damage is as you describe it. The steps look for an image where both are low."""
 
 API_HELP = """`/restore` repairs a known damage. `damage` is `holes`, `gaussian`, `motion`, `disk`, `enlarge` or `jpeg`.
 
@@ -90,9 +90,7 @@ def _controls(repairs: RepairService, models: dict[str, str]) -> tuple[gr.Image,
                 elem_classes="hint",
             )
             mask = SentImage(label="Mask", type="filepath", sources=["upload"], height=160, elem_id="mask")
-        fillings = gr.Slider(
-            1, MAX_FILLINGS, value=1, step=1, label="Candidates, each with its own seed", elem_id="fillings"
-        )
+        fillings = gr.Slider(1, MAX_FILLINGS, value=1, step=1, label="Candidates, each with its own seed", elem_id="fillings")
     sigma = gr.Slider(0.3, 10, value=1.6, step=0.1, label="Standard deviation in pixels", visible=False, elem_id="sigma")
     length = gr.Slider(2, 60, value=9, step=1, label="Length of the motion in pixels", visible=False, elem_id="length")
     angle = gr.Slider(
