@@ -304,7 +304,7 @@ def test_repair_in_a_browser(address: str, photo: Path, width: int, height: int,
         # Enlarge.
         page.get_by_label(repair_page.DAMAGES["enlarge"]).check()
         page.wait_for_selector("#scale")
-        assert not page.locator("#paint").is_visible()
+        page.wait_for_selector("#paint", state="hidden")
         page.click("#repair")
         page.wait_for_function("[...document.querySelectorAll('#repaired img')].filter(i => i.naturalWidth == 192).length == 2")
         page.wait_for_function("document.querySelectorAll('#repair-film img').length == 8")
