@@ -142,7 +142,8 @@ class _Work:
         energies: list[float] = []
         for start in range(0, len(self.tiles), TILES_AT_ONCE):
             group = self.tiles[start : start + TILES_AT_ONCE]
-            result = self.denoiser.denoise_whole(torch.cat([self._cut(tile) for tile in group]), DenoiseOptions(num_steps=1))
+            shown = torch.cat([self._cut(tile) for tile in group])
+            result = self.denoiser.denoise_whole(shown, DenoiseOptions(num_steps=1, final_energy=False))
             self.num_forward += int(result.num_forward.sum())
             energies += [] if result.energies is None else result.energies[0].tolist()
             for tile, clean in zip(group, result.image, strict=True):
