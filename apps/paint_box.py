@@ -24,7 +24,7 @@ def painted(self: gr.ImageEditor, payload: Any) -> np.ndarray | None:
     for layer in [] if blobs is None else blobs.layers:
         if layer is None:
             continue
-        alpha = _alpha(layer if isinstance(layer, (bytes, bytearray, memoryview)) else layer.path)
+        alpha = _alpha(bytes(layer) if isinstance(layer, (bytes, bytearray, memoryview)) else str(layer.path))
         found = alpha if found is None or found.shape != alpha.shape else found | alpha
     return found
 
