@@ -10,7 +10,12 @@
     ["#upload input[type=file]", "accept", ["image/*,.heic,.heif,.avif"]], // some systems do not list these as images
     ["fieldset#how", "aria-label", ["Noise"]],
     ["#answer .overflow-menu > button", "aria-label", ["More tabs"]],
-    ["#facts", "role", ["status"]],
+    ["#facts, #repair-facts", "role", ["status", "status"]],
+    ["#repaired img[data-testid=imageslider-image]", "alt", ["Before: the photograph", "After: the repaired photograph"]],
+    ["#repair-photo img[data-testid=detailed-image], #repair-photo .image-frame img", "alt", ["The photograph to be repaired"]],
+    ["#mask img[data-testid=detailed-image], #mask .image-frame img", "alt", ["The mask: white where pixels are missing"]],
+    ["#repair-photo input[type=file], #mask input[type=file]", "accept", Array(2).fill("image/*,.heic,.heif,.avif")],
+    ["fieldset#damage, fieldset#scale", "aria-label", ["Damage", "Enlarge by"]],
   ];
   const STEPS = { ArrowLeft: -2, ArrowDown: -2, ArrowRight: 2, ArrowUp: 2, PageDown: -10, PageUp: 10, Home: -100, End: 100 };
   const known = new WeakSet();
@@ -58,7 +63,7 @@
   function look() {
     for (const [selector, attribute, texts] of NAMES)
       document.querySelectorAll(selector).forEach((element, index) => texts[index] && set(element, attribute, texts[index]));
-    document.querySelectorAll("#result [data-testid=slider]").forEach(adopt);
+    document.querySelectorAll("#result [data-testid=slider], #repaired [data-testid=slider]").forEach(adopt);
     document.querySelectorAll("svg:not([role], [aria-label])").forEach((icon) => set(icon, "aria-hidden", "true"));
     // A button inside a link would be two tab stops for one action.
     document.querySelectorAll("a.download-link:has(> button)").forEach((link) => {

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for apps.*, w
 
 import gradio as gr
 
-from apps import figures
+from apps import figures, repair_page
+from apps.repair_page import repair_tab
 from apps.sent_image import SentImage
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.sources import MAX_BYTES
@@ -49,7 +50,7 @@ INTRO = """# Denoise by thinking
 An *energy-based transformer* (EBT) assigns every image a number, its energy: low for clean images, high for noisy images. It
 denoises by lowering the energy. Each **thinking step** is one step of gradient descent."""
 
-API_HELP = """Both endpoints accept the same inputs as the page and use the same queue.
+API_HELP = """`/denoise` and `/compare` accept the same inputs as the page and use the same queue.
 
 ```python
 from gradio_client import Client, handle_file
@@ -91,17 +92,15 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
         gr.Markdown(INTRO)
         if not models:
             gr.Markdown("**This copy has no trained model.** Start the page with `--checkpoint FOLDER`.")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=300):
-                upload, controls = _controls(page, service, models)
-                with gr.Row():
-                    go = gr.Button(
-                        "Denoise", variant="primary", size="lg", interactive=bool(models), elem_id="denoise", min_width=90
-                    )
-                    other = gr.Button("Compare", size="lg", interactive=bool(models), elem_id="compare", min_width=90)
-                    halt = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", min_width=70)
-            with gr.Column(scale=3, min_width=300, elem_id="answer"):
-                tabs, outputs, compared = _answers()
+        with gr.Tabs(elem_id="tasks"):
+            with gr.Tab("Denoise", id="denoise-tab"), gr.Row(equal_height=False):
+                with gr.Column(scale=2, min_width=300):
+                    upload, controls = _controls(page, service, models)
+                    go, other, halt = _buttons(bool(models))
+                with gr.Column(scale=3, min_width=300, elem_id="answer"):
+                    tabs, outputs, compared = _answers()
+            with gr.Tab("Repair", id="repair-tab"):
+                repair_tab(service, models)
 
         def show_denoising(visitor: gr.Request, path, *values):  # must not be named denoise: that is the endpoint
             yield from service.denoise(path, values, visitor)
@@ -127,6 +126,14 @@ def build_page(models: dict[str, str], load: Callable[[str], Denoiser], device: 
         page.unload(service.forget)
         _endpoints(service, models)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def _buttons(enabled: bool) -> tuple[gr.Button, gr.Button, gr.Button]:
+    with gr.Row():
+        go = gr.Button("Denoise", variant="primary", size="lg", interactive=enabled, elem_id="denoise", min_width=90)
+        other = gr.Button("Compare", size="lg", interactive=enabled, elem_id="compare", min_width=90)
+        halt = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", min_width=70)
+    return go, other, halt
 
 
 def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tuple[gr.Image, list]:
@@ -260,7 +267,7 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
             line_of_shell = gr.Code(label="Command line", language="shell", elem_id="command", lines=2, wrap_lines=True)
             program = gr.Code(label="Python", language="python", elem_id="program", lines=8)
         with gr.Tab("API", id="api", render_children=True):
-            gr.Markdown(API_HELP)
+            gr.Markdown(f"{API_HELP}\n\n{repair_page.API_HELP}")
     return tabs, [slider, line, chart, film, heat, legend, tried, download, line_of_shell, program], compared
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from apps.comparing import Column
+from apps.repair import Frame
 from apps.thinking_aloud import Answer, Steps, Update
 
 THUMBNAIL = 256
@@ -41,8 +42,8 @@ CSS = """
 .columns .none {aspect-ratio: 3 / 2; display: grid; place-items: center; text-align: center; padding: 8px; border-radius: 6px;
   border: 1px dashed var(--border-color-primary); color: var(--body-text-color-subdued); font-size: 13px}
 .scale {height: 10px; border-radius: 5px; max-width: 320px}
-#result [data-testid=slider]:focus {outline: none}
-#result [data-testid=slider]:focus-visible .icon-wrap {outline: 3px solid var(--body-text-color); outline-offset: 2px}
+[data-testid=slider]:focus {outline: none}
+[data-testid=slider]:focus-visible .icon-wrap {outline: 3px solid var(--body-text-color); outline-offset: 2px}
 .hint {font-size: 13px; color: var(--body-text-color-subdued)}
 """
 
@@ -95,8 +96,8 @@ def curves(energies: Sequence[float], psnrs: Sequence[float]) -> str:
     return f'<div class="curves">{"".join(panels)}</div>'
 
 
-def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
-    """Draw values[step] as an SVG line chart that scales with the page."""
+def curve(values: Sequence[float], title: str, unit: str, name: str, first: int = 0) -> str:
+    """Draw the values of steps `first`, `first` + 1 ... as an SVG line chart that scales with the page."""
     width, height, left, right, top, bottom = 360, 190, 52, 14, 14, 34
     low, high = min(values), max(values)
     span = high - low or abs(high) or 1.0
@@ -117,11 +118,11 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
     )
     every = 1 + (len(values) - 1) // 9
     labels = "".join(
-        f'<text x="{x(step):.1f}" y="{height - bottom + 16}" text-anchor="middle">{step}</text>'
+        f'<text x="{x(step):.1f}" y="{height - bottom + 16}" text-anchor="middle">{first + step}</text>'
         for step in range(0, len(values), every)
     )
     points = "".join(
-        f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"><title>step {step}: {value:.3f}</title></circle>'
+        f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"><title>step {first + step}: {value:.4g}</title></circle>'
         for step, value in enumerate(values)
     )
     line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(values))
@@ -133,7 +134,31 @@ def curve(values: Sequence[float], title: str, unit: str, name: str) -> str:
     )
 
 
+def repair_curves(frames: Sequence[Frame]) -> str:
+    """Draw the energy, if there is one, and the likelihood after each step of a repair."""
+    energies = [frame.energy for frame in frames if frame.energy is not None]
+    panels = [curve(energies, "Energy", "of what the network saw, mean per patch", "curve-energy", 1)] if energies else []
+    values = [frame.likelihood for frame in frames]
+    if not any(values):
+        exact = '<p class="hint">Likelihood: 0 after every step. The known pixels do not change.</p>'
+        return f'<div class="curves">{"".join(panels)}</div>{exact}'
+    panels.append(curve(values, "Likelihood", "half the squared distance to the photograph", "curve-likelihood", 1))
+    return f'<div class="curves">{"".join(panels)}</div>'
+
+
 # --- Images
+
+
+def repair_filmstrip(frames: Sequence[Frame]) -> str:
+    """Show the image after every step of a repair, with its energy and its likelihood, as HTML."""
+    pictures = []
+    for number, frame in enumerate(frames, 1):
+        lines = [f"<b>step {number}</b>"]
+        if frame.energy is not None:
+            lines.append(f"energy {frame.energy:.3f}")
+        lines.append(f"likelihood {frame.likelihood:.2e}" if frame.likelihood else "likelihood 0")
+        pictures.append(_picture(frame.image, f"The image after step {number}", " · ".join(lines)))
+    return _strip(pictures, "The image after each step")
 
 
 def filmstrip(steps: Steps) -> str:
@@ -147,7 +172,11 @@ def filmstrip(steps: Steps) -> str:
             lines.append(f"{steps.psnrs[index]:.2f} dB")
         alt = "The noisy image" if index == 0 else f"The image after step {index}"
         pictures.append(_picture(frame, alt, " · ".join(lines)))
-    return f'<div class="pictures" role="list" tabindex="0" aria-label="The image after each step">{"".join(pictures)}</div>'
+    return _strip(pictures, "The image after each step")
+
+
+def _strip(pictures: Sequence[str], name: str) -> str:
+    return f'<div class="pictures" role="list" tabindex="0" aria-label="{name}">{"".join(pictures)}</div>'
 
 
 def candidates(steps: Steps) -> str:

@@ -49,10 +49,10 @@ class Service:
     def denoise(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[tuple]:
         """Yield values for the outputs of the page; see `_live` and `_final`."""
         request, label = read_controls(path, values)
-        denoiser = self._denoiser(label)
+        denoiser = self.denoiser(label)
         request = request.without_unused(denoiser.options_used)
         with tempfile.TemporaryDirectory() as folder:
-            for news in self._guarded(think_aloud(request, denoiser, self._stop_of(visitor)), path):
+            for news in self.guarded(think_aloud(request, denoiser, self.stop_of(visitor)), path):
                 if isinstance(news, Update):
                     yield _live(news, Path(folder))
                 else:
@@ -61,8 +61,8 @@ class Service:
     def compare(self, path: str | None, values: Sequence[Any], visitor: gr.Request) -> Iterator[str]:
         """Yield the comparison so far as HTML."""
         request, label = read_controls(path, values)
-        stop = self._stop_of(visitor)
-        for columns in self._guarded(compare(request, self._methods(label), stop), path):
+        stop = self.stop_of(visitor)
+        for columns in self.guarded(compare(request, self._methods(label), stop), path):
             yield figures.comparison(columns)
 
     def api_denoise(
@@ -86,18 +86,18 @@ class Service:
         request, label = api_request(image, *values, tolerance_of, strength)
         folder = Path(tempfile.mkdtemp())
         try:
-            *_, answer = self._guarded(think_aloud(request, self._denoiser(label), threading.Event()), image)
+            *_, answer = self.guarded(think_aloud(request, self.denoiser(label), threading.Event()), image)
             target = folder / f"{without_suffix(Path(image)).name}-denoised.png"
             write_image(target, answer.file)
             told = {name: getattr(answer, name) for name in ("energies", "psnrs", "num_steps", "num_forward", "seconds")}
             yield str(target), told  # yield, not return: gradio copies the file before the clean-up below
         finally:
-            _remove(folder)
+            remove_folder(folder)
 
     def api_compare(self, image, noise, amount, seed, steps, model, strength=1.0):
         """Compare the methods on an image; return a list of dictionaries."""
         request, label = api_request(image, noise, amount, seed, steps, model, 1.0, 0.0, 0.0, 1, 0, strength=strength)
-        *_, columns = self._guarded(compare(request, self._methods(label), threading.Event()), image)
+        *_, columns = self.guarded(compare(request, self._methods(label), threading.Event()), image)
         fields = ("name", "psnrs", "num_forward", "seconds", "problem")
         return [{name: getattr(column, name) for name in fields} for column in columns]
 
@@ -133,7 +133,7 @@ class Service:
         self.stop(visitor)
         self._stops.pop(visitor.session_hash or "", None)
 
-    def _stop_of(self, visitor: gr.Request) -> threading.Event:
+    def stop_of(self, visitor: gr.Request) -> threading.Event:
         """Return the event of the visitor's last `ask`; for a visitor who has left, an event that is already set."""
         event = self._stops.get(visitor.session_hash or "")
         if event is None:
@@ -141,7 +141,7 @@ class Service:
             event.set()
         return event
 
-    def _denoiser(self, label: str) -> Denoiser:
+    def denoiser(self, label: str) -> Denoiser:
         if label not in self.models:
             raise gr.Error(f"There is no model {label!r} here.", print_exception=False)
         return self.load(self.models[label])
@@ -165,7 +165,7 @@ class Service:
         model = self.models[label] if self.models[label] in list_pretrained() else label  # do not show server folders
         unfinished = recipes.UNFINISHED if answer.stopped else ""
         return (
-            _pair(answer.before, answer.after, folder),
+            pair(answer.before, answer.after, folder),
             figures.facts(answer),
             figures.curves(answer.steps.energies, answer.steps.psnrs),
             figures.filmstrip(answer.steps),
@@ -177,7 +177,7 @@ class Service:
             unfinished + recipes.program(request, model, self.device),
         )
 
-    def _guarded(self, news: Iterator, path: str | None) -> Iterator:
+    def guarded(self, news: Iterator, path: str | None) -> Iterator:
         """Yield from `news` and turn errors into messages for the visitor."""
         try:
             yield from news
@@ -190,10 +190,10 @@ class Service:
 def _live(update: Update, folder: Path) -> tuple:
     drawn = figures.curves(update.energies, update.psnrs)
     rest = [gr.skip()] * 3 + [gr.update(interactive=False)] + [gr.skip()] * 2  # the last answer cannot be downloaded any more
-    return (_pair(update.before, update.after, folder), figures.progress(update), drawn, "", *rest)
+    return (pair(update.before, update.after, folder), figures.progress(update), drawn, "", *rest)
 
 
-def _pair(before: np.ndarray, after: np.ndarray, folder: Path) -> tuple[str, str]:
+def pair(before: np.ndarray, after: np.ndarray, folder: Path) -> tuple[str, str]:
     """Write two images as PNG files named by a hash of their pixels.
 
     With arrays, gradio would overwrite the file of an unchanged image (such as the noisy one) while a browser downloads it. The
@@ -209,7 +209,7 @@ def _png(image: np.ndarray, folder: Path) -> str:
     return str(path)
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
@@ -248,14 +248,14 @@ def api_request(
         request = Request(
             path=path,
             noise=None if noise == "none" else Noise(kind=noise, amount=float(amount)),
-            seed=_whole(seed or 0, "seed", 0, MAX_SEED),
-            num_steps=_whole(steps, "steps", 1, MAX_STEPS),
+            seed=whole(seed or 0, "seed", 0, MAX_SEED),
+            num_steps=whole(steps, "steps", 1, MAX_STEPS),
             step_size_scale=float(scale),
             tolerance=float(tolerance) or None,
             tolerance_of=tolerance_of,
             langevin_std=float(langevin),
-            num_candidates=_whole(candidates, "candidates", 1, MAX_CANDIDATES),
-            tile_size=_whole(tile, "tile", 16, 512) if tile else None,
+            num_candidates=whole(candidates, "candidates", 1, MAX_CANDIDATES),
+            tile_size=whole(tile, "tile", 16, 512) if tile else None,
             strength=float(strength),
         )
         request.options()
@@ -264,7 +264,7 @@ def api_request(
     return request, label
 
 
-def _whole(value: Any, name: str, low: int, high: int) -> int:
+def whole(value: Any, name: str, low: int, high: int) -> int:
     number = float(value)
     if not number.is_integer():
         raise ValueError(f"{name}={value} is not a whole number; use {low}..{high}")

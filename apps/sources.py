@@ -80,19 +80,23 @@ class Source:
         return [float(psnr_from_mse(errors.sum() / self.clean.numel(), data_range=1.0))]
 
 
-def open_source(request: Request) -> Source:
-    """Read an image and add noise. Raises ImageFileError for an unreadable or too large file, ValueError for a bad amount."""
-    path = Path(request.path)
+def read_upload(path: Path) -> ImageFile:
+    """Read an image file of a visitor. Raises ImageFileError for an unreadable or too large file."""
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise ImageFileError(f"{path} has more than {MAX_BYTES >> 20} MB; use the command line for this file")
     try:
-        file = read_image(path, max_pixels=MAX_PIXELS)
+        return read_image(path, max_pixels=MAX_PIXELS)
     except ImageFileError as error:
         if isinstance(error.__cause__, TooLargeError):
             raise ImageFileError(
                 f"{error}: this page accepts {MAX_PIXELS // 10**6} megapixels; use the command line for more"
             ) from None
         raise
+
+
+def open_source(request: Request) -> Source:
+    """Read an image and add noise. Raises ImageFileError for an unreadable or too large file, ValueError for a bad amount."""
+    file = read_upload(Path(request.path))
     image = file.visible_pixels()[None]
     if request.noise is None:
         return Source(file=file, noisy=image, clean=None)

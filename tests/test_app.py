@@ -160,9 +160,9 @@ def test_errors_do_not_name_the_servers_folders(tmp_path: Path) -> None:
 
 def test_a_picture_that_comes_again_is_not_written_again(tmp_path: Path) -> None:
     before, after = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
-    first = service._pair(before, after, tmp_path)
+    first = service.pair(before, after, tmp_path)
     written = [Path(path).stat().st_mtime_ns for path in first]
-    assert service._pair(before, after, tmp_path) == first and first[0] != first[1]
+    assert service.pair(before, after, tmp_path) == first and first[0] != first[1]
     assert [Path(path).stat().st_mtime_ns for path in first] == written
     assert (np.asarray(Image.open(first[1])) == after).all()
 

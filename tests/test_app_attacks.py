@@ -120,7 +120,7 @@ def test_who_has_left_counts_as_stopped() -> None:
     service = Service({}, load_denoiser, "cpu")
     visitor = SimpleNamespace(session_hash="s")
     service.ask(visitor)
-    event = service._stop_of(visitor)
+    event = service.stop_of(visitor)
     assert not event.is_set()
     service.forget(visitor)
-    assert event.is_set() and service._stop_of(visitor).is_set() and not service._stops
+    assert event.is_set() and service.stop_of(visitor).is_set() and not service._stops

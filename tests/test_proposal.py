@@ -44,6 +44,11 @@ def test_the_proposal_is_the_first_step_and_brings_the_energy_of_the_observation
     once = denoiser.denoise(noisy, DenoiseOptions(num_steps=1))
     torch.testing.assert_close(once.image, to_image_range(expected).clamp(0, 1))
     assert once.energies is not None and once.energies.shape == (2, 2) and once.num_forward.tolist() == [2, 2]
+    quick = denoiser.denoise(noisy, DenoiseOptions(num_steps=1, final_energy=False))
+    assert torch.equal(quick.image, once.image) and quick.num_forward.tolist() == [1, 1]
+    assert quick.energies is not None and torch.equal(quick.energies, once.energies[:1])
+    longer = denoiser.denoise(noisy, DenoiseOptions(num_steps=3, final_energy=False))
+    assert longer.energies is not None and torch.equal(longer.energies, result.energies)
 
 
 def test_the_options_take_precedence_over_the_models_suggestion():

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ebt_vision.cli import main
+from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.decoded import TurnedImage, _orient
 from ebt_vision.denoising.base import IdentityDenoiser, for_photographs
 from ebt_vision.denoising.networks import EBTDenoiser
@@ -18,7 +19,7 @@ from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask, 
 from ebt_vision.restoration.options import RestoreOptions
 from ebt_vision.restoration.prior import Prior, TiledEnergy
 from ebt_vision.restoration.restore import restore
-from ebt_vision.restoration.solvers import complete, noise_levels
+from ebt_vision.restoration.solvers import NOISE_STREAM, BlockNoise, complete, noise_levels
 
 
 def tiny_ebt() -> EBTDenoiser:
@@ -77,6 +78,35 @@ def test_only_tiles_that_touch_a_hole_are_worked_on() -> None:
     whole = Recorder()
     restore(image(200, 200), Mask(torch.rand(200, 200) < 0.5), RestoreOptions(num_steps=1), denoiser=whole)
     assert whole.num_tiles > 200
+
+
+def test_a_long_scratch_costs_its_own_tiles_and_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window around a diagonal is the whole image; 25 x 25 tiles of 16 px with a stride of 12 or more cover it."""
+    known = ~torch.eye(300, dtype=torch.bool)
+    monkeypatch.setattr(Prior, "denoise", lambda *_: pytest.fail("this works on whole images"))
+    denoiser = Recorder()
+    restore(image(300, 300), Mask(known), RestoreOptions(num_steps=1), denoiser=denoiser)
+    assert 25 <= denoiser.num_tiles <= 4 * 25  # at most two tiles beside each other a row, and their overlap
+    noise = BlockNoise(7, (2000, 1100), torch.ones(2000, 1100).tril(-1540) > 0, reach=16)  # from row 1540 on
+    assert noise.blocks == {
+        6: (slice(1024, 1536), slice(0, 512)),
+        9: (slice(1536, 2048), slice(0, 512)),
+    }
+    (expected,) = sample_generators(7, [6], NOISE_STREAM)
+    drawn = noise.draw(0.5)[..., 1024:1536, :512]
+    torch.testing.assert_close(drawn, 0.5 * torch.randn(1, 3, 512, 512, generator=expected))
+    assert not torch.equal(drawn.clone(), noise.draw(0.5)[..., 1024:1536, :512])
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_filling_is_denoising_at_the_missing_pixels(step: int) -> None:
+    x, noise, region = image(), 0.1 * image(seed=1), ~holes().known[0, 0]
+    region[:, 25:] = False
+    prior = Prior(tiny_ebt(), tile_size=None, moving=True, region=region)
+    filled, expected = prior.fill(x.clone(), step, noise), prior.denoise(x + noise, step)
+    torch.testing.assert_close(filled.image[..., region], expected.image[..., region], atol=1e-6, rtol=0)
+    assert torch.equal(filled.image[..., ~region], x[..., ~region])
+    assert (filled.energy, filled.num_forward) == (pytest.approx(expected.energy), expected.num_forward)
 
 
 def test_holes_are_filled_the_same_whatever_lies_far_away() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,22 +95,14 @@ def _load(args: argparse.Namespace) -> Denoiser:
 
 def _shared_likelihood(args: argparse.Namespace) -> Likelihood | None:
     """The damage that all files share; None where each file tells its own."""
+    from ebt_vision.restoration.files import read_mask
     from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask
 
     if args.kind == "inpaint" and args.mask is not None:
-        return Mask(_read_mask(args.mask))
+        return Mask(read_mask(args.mask))
     if args.kind == "deblur":
         return Convolution(_kernel(args))
     return Downsampling(args.scale) if args.kind == "upscale" else None
-
-
-def _read_mask(path: Path) -> Tensor:
-    """The known pixels (H, W): those that the mask does not show in white."""
-    from ebt_vision.data.image_files import read_image
-
-    mask = read_image(path)
-    marked = mask.pixels.mean(0) > 0.5
-    return ~(marked if mask.alpha is None else marked & (mask.alpha[0] > 0.5))
 
 
 def _kernel(args: argparse.Namespace) -> Tensor:
@@ -153,8 +144,7 @@ def _restore(
     job: Job, image: ImageFile, likelihood: Likelihood | None, denoiser: Denoiser, args: argparse.Namespace
 ) -> Callable[[], str]:
     """Restore one image. Return a function that writes the result and returns the line to print."""
-    from ebt_vision.data.decoded import TurnedImage
-    from ebt_vision.restoration.jpeg import JpegIntervals, JpegTables
+    from ebt_vision.restoration.files import DamagedFile, jpeg_file, transparent_file
     from ebt_vision.restoration.options import RestoreOptions
     from ebt_vision.restoration.restore import restore
 
@@ -166,47 +156,17 @@ def _restore(
         seed=args.seed,
         tile_size=args.tile,
     )
-    shown = image.visible_pixels()
-    turned = TurnedImage(1)
-    if args.kind == "inpaint" and likelihood is None:
-        likelihood = _mask_of_alpha(job.source, image)
-    elif args.kind == "deblock":
-        likelihood = JpegIntervals(JpegTables.of_file(job.source))
-        turned = TurnedImage.of_file(job.source)
-    assert likelihood is not None
-    result = restore(turned.as_stored(shown), likelihood, options, denoiser=denoiser)
-    pixels = turned.upright(result.image[0].cpu())
+    if likelihood is not None:
+        damaged = DamagedFile(image=image, likelihood=likelihood)
+    else:
+        damaged = (transparent_file if args.kind == "inpaint" else jpeg_file)(image, job.source)
+    result = restore(damaged.observed(), damaged.likelihood, options, denoiser=denoiser)
     parts = [_energies(result), f"{len(result.likelihoods)} steps", f"{result.num_forward} passes"]
     line = f"{job.source} -> {job.target}: " + ", ".join(
         part for part in [*parts, duration(time.perf_counter() - start)] if part
     )
-    final = _with_result(image, pixels, args)
+    final = damaged.with_result(result.image[0].cpu())
     return lambda: write_result(job, final, line, overwrite=args.overwrite)
-
-
-def _mask_of_alpha(source: Path, image: ImageFile) -> Likelihood:
-    from ebt_vision.restoration.likelihoods import Mask
-
-    if image.alpha is None or not bool((image.alpha == 0).any()):
-        raise ValueError(f"{source} has no transparent pixels to fill in; erase what is to go, or give --mask FILE")
-    return Mask(image.alpha[0] > 0)
-
-
-def _with_result(image: ImageFile, pixels: Tensor, args: argparse.Namespace) -> ImageFile:
-    """The image with the result in it. Filled pixels become opaque, and an enlarged image gets an enlarged alpha."""
-    import torch
-
-    alpha = image.alpha
-    if args.kind == "inpaint" and args.mask is None and alpha is not None:
-        alpha = torch.where(alpha == 0, torch.ones_like(alpha), alpha)
-        if bool((alpha == 1).all()):
-            return replace(image, pixels=pixels, alpha=None, mode=image.mode.removesuffix("A"))
-        return replace(image, pixels=pixels, alpha=alpha)
-    if args.kind == "upscale":
-        if alpha is not None:
-            alpha = torch.nn.functional.interpolate(alpha[None], scale_factor=args.scale, mode="bilinear")[0]
-        return replace(image, pixels=pixels, alpha=alpha)
-    return image.with_pixels(pixels)
 
 
 def _energies(result: RestoreResult) -> str:

@@ -74,7 +74,8 @@ def _encode_png8(array: np.ndarray, image: Description) -> bytes:
     options = {"icc_profile": image.icc_profile, "exif": image.exif, "dpi": image.metadata.dpi}
     buffer = io.BytesIO()
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    picture.save(buffer, "PNG", pnginfo=chunks, **{name: value for name, value in options.items() if value})
+    # zlib's level 3 takes half as long as its default, 6, and photographs do not get larger.
+    picture.save(buffer, "PNG", compress_level=3, pnginfo=chunks, **{name: value for name, value in options.items() if value})
     return buffer.getvalue()
 
 

@@ -137,6 +137,10 @@ class EBTDenoiser(ModelDenoiser):
         proposed = None
         if (options.start or self.model.config.suggested_start) == "proposal":
             proposed = self.model.propose(x, *context)
+            if not options.final_energy and options.num_steps == options.num_candidates == 1 and not options.likelihood_weight:
+                one = torch.ones(len(x), dtype=torch.int64)
+                energies = self._mean(proposed[1][None], x)
+                return DenoiseResult(image=to_image_range(proposed[0]), num_steps=one, num_forward=one, energies=energies)
         watch = _Watch(options, x, self.patch_size, callback, proposed)
         likelihood = self._likelihood(x, context, options, proposed)
         result = best_of(

@@ -3,7 +3,7 @@
 On a grid that stays, errors at the tiles' borders add up over the steps; on one that moves they even out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,28 +49,39 @@ class Prior:
             raise ValueError(f"tile_size={self.tile} is too small; use {MIN_SIDE} or more")
         self.overlap = denoiser.overlap_for(self.tile)
         self.region = region
+        self._total: Tensor | None = None
 
     def denoise(self, image: Tensor, step: int) -> Denoised:
         """One pass of the denoiser over the tiles of this step's grid."""
-        top, left = self.shift(step, image)
-        padded = F.pad(image, (left, 0, top, 0), mode="reflect")
-        tiles = self._tiles(padded, (top, left))
-        total, weights = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
-        energy, num_forward, has_energy = 0.0, 0, True
-        for start in range(0, len(tiles), TILES_AT_ONCE):
-            group = tiles[start : start + TILES_AT_ONCE]
-            shown = torch.cat([padded[..., rows, columns] for rows, columns, _ in group])
-            result = self.denoiser.denoise_whole(shown, DenoiseOptions(num_steps=1))
-            num_forward += int(result.num_forward.sum())
-            has_energy = has_energy and result.energies is not None
-            energy += 0.0 if result.energies is None else float(result.energies[0].sum())
-            for (rows, columns, weight), clean in zip(group, result.image, strict=True):
-                total[0, :, rows, columns] += weight.to(clean) * clean
-                weights[0, :, rows, columns] += weight.to(clean)
+        found = self._work_on(image, step)
+        total, weights = torch.zeros_like(image), torch.zeros_like(image[:, :1])
+        for tile, clean in found.outputs():
+            total[0, :, tile.rows, tile.columns] += clean
+            weights[0, :, tile.rows, tile.columns] += tile.weight.to(weights)
         # Where no tile was worked on, and where those that were fade out, the image stays.
-        output = (total + (1.0 - weights) * padded)[..., top:, left:]
-        known = energy / len(tiles) if has_energy and tiles else None
-        return Denoised(image=output.clamp(0, 1), energy=known, num_forward=num_forward)
+        output = total + (1.0 - weights) * image
+        return Denoised(image=output.clamp(0, 1), energy=found.energy, num_forward=found.num_forward)
+
+    def fill(self, image: Tensor, step: int, noise: Tensor | None = None) -> Denoised:
+        """Replace the pixels of the region in `image` by what the denoiser makes of image + noise, in place.
+
+        No pixel outside the tiles that touch the region is read or written, so a thin scratch costs little in a large image.
+        """
+        assert self.region is not None
+        found = self._work_on(image, step, noise)
+        if self._total is None or self._total.shape != image.shape or self._total.dtype != image.dtype:
+            self._total = torch.empty_like(image)
+        places = [(..., tile.rows, tile.columns) for tile in found.tiles]
+        for place in places:
+            self._total[place] = 0.0
+        for tile, clean in found.outputs():
+            self._total[..., tile.rows, tile.columns] += clean
+        for place in places:  # all tiles of a missing pixel are among these, so their weights sum to 1 there
+            image[place] = torch.where(self.region[place[1:]], self._total[place].clamp(0, 1), image[place])
+        return Denoised(image=image, energy=found.energy, num_forward=found.num_forward)
+
+    def _work_on(self, image: Tensor, step: int, noise: Tensor | None = None) -> "_Work":
+        return _Work(self.denoiser, image, noise, self._tiles(image.shape[-2:], self.shift(step, image)))
 
     def shift(self, step: int, image: Tensor) -> tuple[int, int]:
         """By how many pixels this step's grid lies above and to the left of the image: below a quarter of a tile.
@@ -85,22 +96,67 @@ class Prior:
         )
         return top, left
 
-    def _tiles(self, padded: Tensor, shift: tuple[int, int]) -> list[tuple[slice, slice, Tensor]]:
-        """Rows, columns and weights (h, w) of the tiles that are worked on."""
-        sides = padded.shape[-2:]
-        tile = [side if side - add <= self.tile else self.tile for side, add in zip(sides, shift, strict=True)]
-        starts = [tile_starts(side, size, self.overlap) for side, size in zip(sides, tile, strict=True)]
+    def _tiles(self, size: Sequence[int], shift: tuple[int, int]) -> list["_Tile"]:
+        """The tiles that are worked on, of an image of this size (H, W)."""
+        sides = [side + add for side, add in zip(size, shift, strict=True)]
+        tile = [total if side <= self.tile else self.tile for total, side in zip(sides, size, strict=True)]
+        starts = [tile_starts(side, length, self.overlap) for side, length in zip(sides, tile, strict=True)]
         weights = [
-            tile_weights(places, size, side, self.overlap) for places, size, side in zip(starts, tile, sides, strict=True)
+            tile_weights(places, length, side, self.overlap) for places, length, side in zip(starts, tile, sides, strict=True)
         ]
-        region = None if self.region is None else F.pad(self.region, (shift[1], 0, shift[0], 0))
         found = []
         for top, row_weight in zip(starts[0], weights[0], strict=True):
             for left, column_weight in zip(starts[1], weights[1], strict=True):
-                rows, columns = slice(top, top + tile[0]), slice(left, left + tile[1])
-                if region is None or bool(region[rows, columns].any()):
-                    found.append((rows, columns, row_weight[:, None] * column_weight))
+                above, beside = max(shift[0] - top, 0), max(shift[1] - left, 0)
+                rows = slice(top + above - shift[0], top + tile[0] - shift[0])
+                columns = slice(left + beside - shift[1], left + tile[1] - shift[1])
+                if self.region is None or bool(self.region[rows, columns].any()):
+                    weight = row_weight[above:, None] * column_weight[beside:]
+                    found.append(_Tile(rows=rows, columns=columns, mirrored=(above, beside), weight=weight))
         return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tile:
+    """A tile of an image. Where the grid begins outside of the image, the network is shown mirrored pixels."""
+
+    rows: slice
+    columns: slice
+    mirrored: tuple[int, int]
+    """How many rows above and columns to the left are mirrored."""
+    weight: Tensor
+    """(h, w), of the pixels inside the image."""
+
+
+class _Work:
+    """One pass of a denoiser over tiles of image + noise."""
+
+    def __init__(self, denoiser: Denoiser, image: Tensor, noise: Tensor | None, tiles: list[_Tile]):
+        self.denoiser, self.image, self.noise, self.tiles = denoiser, image, noise, tiles
+        self.energy: float | None = None
+        """Mean over all tiles; known after `outputs`."""
+        self.num_forward = 0
+
+    def outputs(self) -> Iterator[tuple[_Tile, Tensor]]:
+        """Yield each tile with its weighted output (3, h, w)."""
+        energies: list[float] = []
+        for start in range(0, len(self.tiles), TILES_AT_ONCE):
+            group = self.tiles[start : start + TILES_AT_ONCE]
+            shown = torch.cat([self._cut(tile) for tile in group])
+            result = self.denoiser.denoise_whole(shown, DenoiseOptions(num_steps=1, final_energy=False))
+            self.num_forward += int(result.num_forward.sum())
+            energies += [] if result.energies is None else result.energies[0].tolist()
+            for tile, clean in zip(group, result.image, strict=True):
+                above, beside = tile.mirrored
+                yield tile, tile.weight.to(clean) * clean[:, above:, beside:]
+        self.energy = sum(energies) / len(energies) if energies else None
+
+    def _cut(self, tile: _Tile) -> Tensor:
+        shown = self.image[..., tile.rows, tile.columns]
+        if self.noise is not None:
+            shown = shown + self.noise[..., tile.rows, tile.columns].to(shown)
+        above, beside = tile.mirrored
+        return F.pad(shown, (beside, 0, above, 0), mode="reflect") if above or beside else shown
 
 
 class TiledEnergy:

@@ -61,9 +61,10 @@ def _restore_holes(
         return whole
 
     def listen(step: RestoreStep) -> object:
-        return None if callback is None else callback(replace(step, image=put_back(step.image)))
+        assert callback is not None
+        return callback(replace(step, image=put_back(step.image)))
 
-    result = _run(part, Mask(~hole), options, denoiser, listen, hole)
+    result = _run(part, Mask(~hole), options, denoiser, None if callback is None else listen, hole)
     return result.with_images(put_back)
 
 

@@ -11,8 +11,9 @@ Descent: thinking.think on the sum of energy and weighted likelihood (Romano et 
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,8 @@ from ebt_vision.restoration.prior import Prior, TiledEnergy
 
 NOISE_STREAM = 2
 """Stream of random numbers, beside those of denoising.networks."""
+NOISE_BLOCK = 512
+"""Side in pixels of the blocks in which the noise of holes is drawn."""
 LEAST_NOISE = 0.255
 """The noise, in 0..255 units, that a proximal step assumes where there is less: what DPIR takes for no noise."""
 DESCENT_STEP = 0.5
@@ -100,8 +103,9 @@ def noise_levels(options: RestoreOptions) -> list[float]:
 def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
     """Splitting and renoising on (1, 3, h, w): the network, then the likelihood's proximal step, once per noise level."""
     assert options.noise is not None and options.prior_weight is not None
+    if isinstance(likelihood, Mask) and options.noise == 0:
+        return fill(prior, observed, options, record)
     x = likelihood.start(observed)
-    exact = isinstance(likelihood, Mask) and options.noise == 0
     noise = max(options.noise, LEAST_NOISE) / 255.0
     generators = sample_generators(options.seed, [0], NOISE_STREAM)
     for step, level in enumerate(noise_levels(options)):
@@ -110,7 +114,7 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
             fresh = torch.randn(x.shape, generator=generators[0], dtype=torch.float32)
             shown = x + level * fresh.to(x)
         denoised = prior.denoise(shown, step)
-        weight = 0.0 if exact else options.prior_weight * (noise / level) ** 2
+        weight = options.prior_weight * (noise / level) ** 2
         x = likelihood.prox(denoised.image.to(x), observed, weight)
         record.num_forward += denoised.num_forward
         value = float(likelihood.value(x, observed).sum())
@@ -118,6 +122,41 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
         if record.add(show, denoised.energy, value / observed.numel(), _per_patch(value, x, prior)):
             break
     return x
+
+
+def fill(prior: Prior, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
+    """`alternate` where pixels are missing and the others have no noise, which therefore stay as they are."""
+    assert prior.region is not None
+    x = observed.clone()
+    noise = BlockNoise(options.seed, x.shape[-2:], prior.region, reach=prior.tile)
+    for step, level in enumerate(noise_levels(options)):
+        filled = prior.fill(x, step, noise.draw(level) if options.solver == "renoising" else None)
+        record.num_forward += filled.num_forward
+        if record.add(lambda: x, filled.energy, 0.0, 0.0):
+            break
+    return x
+
+
+class BlockNoise:
+    """White noise on (1, 3, H, W), drawn for each step anew in those blocks alone that a region comes within `reach` of."""
+
+    def __init__(self, seed: int, size: Sequence[int], region: Tensor, *, reach: int):
+        rows, columns = ([slice(at, at + NOISE_BLOCK) for at in range(0, side, NOISE_BLOCK)] for side in size)
+        blocks = list(itertools.product(rows, columns))
+        self.blocks = {
+            index: block
+            for index, block in enumerate(blocks)
+            if bool(region[tuple(slice(max(part.start - reach, 0), part.stop + reach) for part in block)].any())
+        }
+        self._generators = sample_generators(seed, list(self.blocks), NOISE_STREAM)
+        self._values = torch.empty(1, 3, *size)
+
+    def draw(self, level: float) -> Tensor:
+        """Noise of standard deviation `level`, in memory that the next call uses again; undefined in all other blocks."""
+        for (rows, columns), generator in zip(self.blocks.values(), self._generators, strict=True):
+            place = self._values[..., rows, columns]
+            place.copy_(torch.randn(place.shape, generator=generator)).mul_(level)
+        return self._values
 
 
 def descend(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
