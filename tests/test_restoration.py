@@ -1,5 +1,6 @@
 """restore(): solvers, tiles, what is reported, what is refused; and the command."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,8 +199,33 @@ def test_options_are_filled_in_and_the_noise_of_a_blurred_image_is_estimated() -
     filled = complete(RestoreOptions(), blur, noisy)
     assert filled.solver == "renoising" and filled.noise == pytest.approx(4.0, rel=0.15)
     assert complete(RestoreOptions(num_steps=3), holes(), image()).noise == 0.0
-    levels = noise_levels(RestoreOptions(num_steps=3, first_sigma=51, last_sigma=2.04))
+    levels = noise_levels(RestoreOptions(num_steps=3, num_averaged=1, first_sigma=51, last_sigma=2.04))
     assert levels == pytest.approx([0.2, 0.04, 0.008])
+    levels = noise_levels(RestoreOptions(num_steps=5, num_averaged=3, first_sigma=51, last_sigma=2.04))
+    assert levels == pytest.approx([0.2, 0.04, 0.008, 0.008, 0.008])
+    assert complete(RestoreOptions(num_steps=13), holes(), image()).num_averaged == 8  # the suggested share of the steps
+    assert complete(RestoreOptions(solver="splitting"), holes(), image()).num_averaged == 1
+    with pytest.raises(ValueError, match="num_averaged=4 .*use 1 to num_steps"):
+        RestoreOptions(num_steps=3, num_averaged=4)
+
+
+@pytest.mark.parametrize("likelihood", ["holes", "down"])
+def test_the_last_images_are_averaged(likelihood: str) -> None:
+    damage = holes() if likelihood == "holes" else Downsampling(2)
+    observed = image() if likelihood == "holes" else damage.apply(image(32, 32))
+    options = RestoreOptions(num_steps=5, num_averaged=3, keep_trajectory=True)
+    averaged = restore(observed, damage, options, denoiser=tiny_ebt())
+    assert averaged.trajectory is not None
+    single = restore(observed, damage, replace(options, num_averaged=1, first_sigma=40.0, last_sigma=40.0), denoiser=tiny_ebt())
+    again = restore(observed, damage, replace(options, first_sigma=40.0, last_sigma=40.0), denoiser=tiny_ebt())
+    assert single.trajectory is not None and again.trajectory is not None
+    x, m = [step.double() for step in single.trajectory], [step.double() for step in again.trajectory]
+    for step in range(3):
+        torch.testing.assert_close(m[step], x[step], atol=1e-6, rtol=0)
+    inside = ((torch.stack(x[2:]) > 0) & (torch.stack(x[2:]) < 1)).all(0)  # clamping does not commute with means
+    torch.testing.assert_close(m[3][inside], ((x[2] + x[3]) / 2)[inside], atol=1e-6, rtol=0)
+    torch.testing.assert_close(m[4][inside], ((x[2] + x[3] + x[4]) / 3)[inside], atol=1e-6, rtol=0)
+    assert torch.equal(averaged.image, averaged.trajectory[-1])
 
 
 def test_a_callback_sees_whole_images_and_ends_the_work() -> None:

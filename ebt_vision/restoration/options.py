@@ -22,6 +22,8 @@ class RestoreOptions:
     """Times that the network sees each tile; of the descent, updates."""
     noise: float | None = None
     """Standard deviation of the observation's own noise, in 0..255 units; None estimates it where the damage is a blur."""
+    num_averaged: int | None = None
+    """Number of last steps whose images are averaged, all at last_sigma; 1 returns the last image. Not for the descent."""
     first_sigma: float | None = None
     """Noise level of the first step, in 0..255 units; the levels fall in equal ratios. Not for the descent."""
     last_sigma: float | None = None
@@ -43,6 +45,10 @@ class RestoreOptions:
         if self.num_steps is not None:
             check_whole("num_steps", self.num_steps)
             check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
+        if self.num_averaged is not None:
+            check_whole("num_averaged", self.num_averaged)
+            limit = self.num_steps or self.num_averaged
+            check(1 <= self.num_averaged <= limit, "num_averaged", self.num_averaged, "use 1 to num_steps")
         for name in ("noise", "first_sigma", "last_sigma", "prior_weight"):
             value = getattr(self, name)
             if value is not None:

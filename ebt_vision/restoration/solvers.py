@@ -37,13 +37,17 @@ DESCENT_STEP = 0.5
 """Step size of the descent in units of the network, over (1 + weight): the curvature of a likelihood here is 1 at most."""
 
 SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
-    Mask: RestoreOptions(solver="renoising", num_steps=20, first_sigma=40.0, last_sigma=2.0, noise=0.0, prior_weight=1.0),
-    Convolution: RestoreOptions(solver="renoising", num_steps=8, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23),
+    Mask: RestoreOptions(
+        solver="renoising", num_steps=26, num_averaged=16, first_sigma=40.0, last_sigma=15.0, noise=0.0, prior_weight=1.0
+    ),
+    Convolution: RestoreOptions(
+        solver="renoising", num_steps=8, num_averaged=1, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23
+    ),
     Downsampling: RestoreOptions(
-        solver="renoising", num_steps=8, first_sigma=20.0, last_sigma=2.0, noise=0.0, prior_weight=0.23
+        solver="renoising", num_steps=20, num_averaged=16, first_sigma=20.0, last_sigma=15.0, noise=0.0, prior_weight=0.23
     ),
     JpegIntervals: RestoreOptions(
-        solver="splitting", num_steps=5, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
+        solver="splitting", num_steps=5, num_averaged=1, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
     ),
 }
 """What suits each damage. A noise of None is estimated from the image."""
@@ -52,8 +56,13 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
 def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) -> RestoreOptions:
     """The options with what is None filled in, for an observation (1, 3, h, w)."""
     suggested = next((SUGGESTED[c] for c in type(likelihood).__mro__ if c in SUGGESTED), SUGGESTED[Convolution])
-    names = ("solver", "num_steps", "first_sigma", "last_sigma", "noise", "prior_weight")
+    names = ("solver", "num_steps", "num_averaged", "first_sigma", "last_sigma", "noise", "prior_weight")
     filled = {name: getattr(suggested, name) for name in names if getattr(options, name) is None}
+    if options.num_averaged is None:  # the suggested share of other numbers of steps; 1 for another solver
+        assert suggested.num_steps is not None and suggested.num_averaged is not None
+        steps = options.num_steps or suggested.num_steps
+        same = options.solver in (None, suggested.solver)
+        filled["num_averaged"] = max(round(steps * suggested.num_averaged / suggested.num_steps), 1) if same else 1
     options = replace(options, **filled)
     if options.noise is None:
         options = replace(options, noise=min(estimate_sigma(observed)[0], 255.0))
@@ -92,12 +101,34 @@ class Record:
 
 
 def noise_levels(options: RestoreOptions) -> list[float]:
-    """The level of each step on [0, 1], from the first to the last in equal ratios."""
-    assert options.num_steps is not None and options.first_sigma is not None and options.last_sigma is not None
-    first, last, count = options.first_sigma / 255.0, options.last_sigma / 255.0, options.num_steps
-    if count == 1:
-        return [last]
-    return [first * (last / first) ** (i / (count - 1)) for i in range(count)]
+    """The level of each step on [0, 1]: from the first to the last in equal ratios, then the last for all averaged steps."""
+    assert options.num_steps is not None and options.num_averaged is not None
+    assert options.first_sigma is not None and options.last_sigma is not None
+    first, last = options.first_sigma / 255.0, options.last_sigma / 255.0
+    falling = options.num_steps - options.num_averaged  # steps before the last level
+    return [first * (last / first) ** (i / falling) for i in range(falling)] + [last] * options.num_averaged
+
+
+class Average:
+    """Mean of the images of the last `num_averaged` steps; before them, the image itself.
+
+    An image of renoising is close to one draw from all images that explain the observation. The mean of several draws has a
+    smaller squared error than each of them.
+    """
+
+    def __init__(self, options: RestoreOptions):
+        assert options.num_steps is not None and options.num_averaged is not None
+        self.first = options.num_steps - options.num_averaged
+        self.total: Tensor | None = None
+
+    def add(self, values: Tensor, step: int) -> Tensor:
+        """Return the mean so far, with the values of this step, in any shape."""
+        if step <= self.first:
+            self.total = values.clone() if step == self.first else None
+            return values
+        assert self.total is not None
+        self.total = self.total + values
+        return self.total / (step - self.first + 1)
 
 
 def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
@@ -105,7 +136,8 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
     assert options.noise is not None and options.prior_weight is not None
     if isinstance(likelihood, Mask) and options.noise == 0:
         return fill(prior, observed, options, record)
-    x = likelihood.start(observed)
+    x = mean = likelihood.start(observed)
+    average = Average(options)
     noise = max(options.noise, LEAST_NOISE) / 255.0
     generators = sample_generators(options.seed, [0], NOISE_STREAM)
     for step, level in enumerate(noise_levels(options)):
@@ -116,24 +148,34 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
         denoised = prior.denoise(shown, step)
         weight = options.prior_weight * (noise / level) ** 2
         x = likelihood.prox(denoised.image.to(x), observed, weight)
+        mean = average.add(x, step)
         record.num_forward += denoised.num_forward
-        value = float(likelihood.value(x, observed).sum())
-        show = functools.partial(likelihood.finish, x, observed)
-        if record.add(show, denoised.energy, value / observed.numel(), _per_patch(value, x, prior)):
+        value = float(likelihood.value(mean, observed).sum())
+        show = functools.partial(likelihood.finish, mean, observed)
+        if record.add(show, denoised.energy, value / observed.numel(), _per_patch(value, mean, prior)):
             break
-    return x
+    return mean
 
 
 def fill(prior: Prior, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
     """`alternate` where pixels are missing and the others have no noise, which therefore stay as they are."""
     assert prior.region is not None
-    x = observed.clone()
+    x, hole = observed.clone(), prior.region.to(observed.device)
     noise = BlockNoise(options.seed, x.shape[-2:], prior.region, reach=prior.tile)
+    average, means = Average(options), x[..., hole]
+
+    def show() -> Tensor:
+        image = x.clone()
+        image[..., hole] = means
+        return image
+
     for step, level in enumerate(noise_levels(options)):
         filled = prior.fill(x, step, noise.draw(level) if options.solver == "renoising" else None)
         record.num_forward += filled.num_forward
-        if record.add(lambda: x, filled.energy, 0.0, 0.0):
+        means = average.add(x[..., hole], step)
+        if record.add(show, filled.energy, 0.0, 0.0):
             break
+    x[..., hole] = means
     return x
 
 
