@@ -24,7 +24,7 @@ from apps.repair_page import repair_tab
 from apps.sent_image import SentImage
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.sources import MAX_BYTES
-from ebt_vision.core.thinking import ToleranceOf
+from ebt_vision.core.thinking_config import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.options import MAX_STRENGTH

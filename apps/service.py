@@ -20,7 +20,8 @@ from apps.background import free_memory
 from apps.comparing import compare
 from apps.sources import Request, estimate, noise_seen
 from apps.thinking_aloud import Answer, Update, think_aloud
-from ebt_vision.core.thinking import ThinkingError, ToleranceOf
+from ebt_vision.core.thinking_config import ToleranceOf
+from ebt_vision.core.thinking_results import ThinkingError
 from ebt_vision.data.image_files import without_suffix, write_image
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import is_of_library

@@ -7,7 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebt_vision.core.thinking import ThinkingConfig, ThinkingResult, ThinkingStep, best_of, think
+    from ebt_vision.core.best_of import best_of
+    from ebt_vision.core.thinking import think
+    from ebt_vision.core.thinking_config import ThinkingConfig
+    from ebt_vision.core.thinking_results import ThinkingResult, ThinkingStep
     from ebt_vision.denoising.base import Denoiser
     from ebt_vision.denoising.load import load_denoiser
     from ebt_vision.denoising.options import DenoiseOptions
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from ebt_vision.models.dit_config import DiTConfig
     from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
     from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-    from ebt_vision.probing.features import load_extractor
+    from ebt_vision.probing.load import load_extractor
     from ebt_vision.restoration.options import RestoreOptions, RestoreResult
     from ebt_vision.restoration.restore import restore
     from ebt_vision.training.config import load_config
@@ -41,15 +44,15 @@ _MODULE_OF = {
     "PatchRegressorConfig": "models.regressor",
     "RestoreOptions": "restoration.options",
     "RestoreResult": "restoration.options",
-    "ThinkingConfig": "core.thinking",
-    "ThinkingResult": "core.thinking",
-    "ThinkingStep": "core.thinking",
-    "best_of": "core.thinking",
+    "ThinkingConfig": "core.thinking_config",
+    "ThinkingResult": "core.thinking_results",
+    "ThinkingStep": "core.thinking_results",
+    "best_of": "core.best_of",
     "denoise_tiled": "denoising.tiling",
     "list_pretrained": "models.checkpoint",
     "load_config": "training.config",
     "load_denoiser": "denoising.load",
-    "load_extractor": "probing.features",
+    "load_extractor": "probing.load",
     "load_pretrained": "models.checkpoint",
     "restore": "restoration.restore",
     "think": "core.thinking",

@@ -44,7 +44,7 @@ from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.names import file_name
 from ebt_vision.core.provenance import provenance
 from ebt_vision.core.sharing import Share
-from ebt_vision.core.thinking import ToleranceOf
+from ebt_vision.core.thinking_config import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import is_of_library, load_denoiser
 from ebt_vision.models.checkpoint import checkpoint_hash, program_device

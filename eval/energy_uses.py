@@ -40,7 +40,7 @@ from ebt_vision.data.graphics import draw_graphic
 from ebt_vision.data.images import DataConfig, load_image_set
 from ebt_vision.denoising.base import for_vp_images
 from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.networks import ModelDenoiser
+from ebt_vision.denoising.network import ModelDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.checkpoint import checkpoint_hash, program_device
 from ebt_vision.noise import processes

@@ -30,15 +30,17 @@ from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.core.arguments import named_path, number, one_of, positive
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.provenance import provenance
-from ebt_vision.core.thinking import ThinkingError
+from ebt_vision.core.thinking_results import ThinkingError
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.lazy_images import LazyImages
 from ebt_vision.data.sources import HUB_PREFIX, DataError, MissingSplitError
 from ebt_vision.models.checkpoint import program_device
 from ebt_vision.probing.extraction import FeatureMaker
-from ebt_vision.probing.features import FeatureCondition, FeatureExtractor, check_feature, choose_layers, load_extractor
+from ebt_vision.probing.extractors import FeatureExtractor
+from ebt_vision.probing.features import FeatureCondition, check_feature, choose_layers
 from ebt_vision.probing.heads import Head, KnnHead, LogisticHead
 from ebt_vision.probing.labels import align_labels
+from ebt_vision.probing.load import load_extractor
 from ebt_vision.probing.report import draw_sweep, report, write_classes
 from ebt_vision.probing.selection import (
     Candidate,

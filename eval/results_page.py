@@ -27,7 +27,7 @@ from ebt_vision.benchmark.tables import markdown
 from ebt_vision.core.arguments import named_path
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.models.checkpoint import checkpoint_hash, list_pretrained
-from ebt_vision.probing.features import load_extractor
+from ebt_vision.probing.load import load_extractor
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 EBT, DIT, REGRESSOR, BM3D = "tiny_imagenet_ebt", "tiny_imagenet_dit", "tiny_imagenet_regressor", "bm3d"

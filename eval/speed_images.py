@@ -19,8 +19,10 @@ from torch import Tensor
 from ebt_vision.benchmark.timing import Version
 from ebt_vision.core.rng import sample_generators
 from ebt_vision.denoising.base import Denoiser
-from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+from ebt_vision.denoising.dit import DiTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.models import blocks
 from ebt_vision.models.trunk_config import TrunkConfig
 from ebt_vision.objectives.image import ImageBatch

@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebt_vision.benchmark.timing import Version
 from ebt_vision.core.rng import sample_generators
-from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.data.tokenizer import ByteTokenizer
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformer, CausalTransformerConfig

@@ -27,7 +27,8 @@ from ebt_vision.core.energies import auto_likelihood_weight, likelihood_context,
 from ebt_vision.core.metrics import psnr
 from ebt_vision.core.provenance import provenance
 from ebt_vision.core.step_rules import STEP_RULES, AnyStepRule, BarzilaiBorwein, find_step_rule
-from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.models.checkpoint import checkpoint_hash, load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT, num_patches
 from ebt_vision.models.regressor import PatchRegressor

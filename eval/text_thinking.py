@@ -76,8 +76,8 @@ def run(settings: Any) -> None:
     for label, path in labels:
         model = load_pretrained(path, device=device)
         make_reader(model)  # refuse other kinds of models
-        if model.config.vocab_size != ByteTokenizer.vocab_size:  # type: ignore[union-attr]
-            raise ValueError(f"{path} has {model.config.vocab_size} tokens; the problems are bytes, which need 257")  # type: ignore[union-attr]
+        if model.config.vocab_size != ByteTokenizer.vocab_size:
+            raise ValueError(f"{path} has {model.config.vocab_size} tokens; the problems are bytes, which need 257")
         print(f"{label}: {path}", file=sys.stderr, flush=True)
 
         def score(task: TaskSizes, seed: int, model: Any = model) -> AnswerScores:

@@ -17,8 +17,8 @@ from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.rows import Row, prepare
 from ebt_vision.core.arguments import number
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.networks import EBTDenoiser
 from ebt_vision.models.checkpoint import program_device
 
 

@@ -19,8 +19,9 @@ from apps import denoise as app
 from apps import recipes, service
 from ebt_vision import cli
 from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.dit import DiTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser
 from ebt_vision.models.dit import DiT
 from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig

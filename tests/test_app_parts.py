@@ -20,8 +20,8 @@ from apps.thinking_aloud import Answer, Update, think_aloud
 from ebt_vision import cli
 from ebt_vision.data.image_files import read_image, write_image
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser, for_photographs
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.networks import EBTDenoiser
 from ebt_vision.denoising.tiling import num_tiles
 from ebt_vision.noise.named import Noise
 

@@ -16,8 +16,9 @@ from ebt_vision.benchmark.statistics import auroc, bootstrap_means, intervals, m
 from ebt_vision.benchmark.tables import latex, markdown
 from ebt_vision.core.arguments import number
 from ebt_vision.denoising.classical import NonLocalMeansDenoiser
-from ebt_vision.denoising.networks import EBTDenoiser, RegressorDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, think
+from ebt_vision.core.energy_functions import CompiledEnergy
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.models import blocks, blockwise_attention
 from ebt_vision.models.blockwise_attention import blockwise_attention as attend
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig

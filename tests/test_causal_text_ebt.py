@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, think
+from ebt_vision.core.energy_functions import CompiledEnergy
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.models.blocks import apply_rope
 from ebt_vision.models.causal_blocks import rope_1d
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig

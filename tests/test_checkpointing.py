@@ -7,7 +7,7 @@ import torch
 
 from ebt_vision.benchmark.training_cost import held_bytes
 from ebt_vision.core.rng import sample_generators
-from ebt_vision.core.thinking import ThinkingConfig
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.objectives.image import EBTObjective, ImageBatch, ObjectiveConfig

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebt_vision.core.thinking import CompiledEnergy, think
+from ebt_vision.core.energy_functions import CompiledEnergy
+from ebt_vision.core.thinking import think
 from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig, energy_of
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig

@@ -13,9 +13,10 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from ebt_vision.core.rng import generators_on, sample_generators
-from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.data.tokenizer import ByteTokenizer
-from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
@@ -26,7 +27,8 @@ from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
-from ebt_vision.probing.features import Feature, FeatureCondition, extract, load_extractor
+from ebt_vision.probing.features import Feature, FeatureCondition, extract
+from ebt_vision.probing.load import load_extractor
 from ebt_vision.text.generation import GenerateOptions, generate, make_reader, predict_all
 from ebt_vision.training.config import build_config
 from ebt_vision.training.loop import Trainer

@@ -14,13 +14,16 @@ from torch import nn
 from ebt_vision.core.checks import MissingExtraError
 from ebt_vision.core.metrics import psnr
 from ebt_vision.core.step_rules import Momentum
-from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.denoising.base import IdentityDenoiser, for_photographs, for_vp_images
 from ebt_vision.denoising.classical import BM3DDenoiser, NonLocalMeansDenoiser, estimate_sigma
+from ebt_vision.denoising.dit import DiTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.inputs import crop, pad_to_multiple
 from ebt_vision.denoising.load import denoiser_for, load_denoiser
-from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models.dit import DiT
 from ebt_vision.models.dit_config import DiTConfig

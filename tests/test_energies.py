@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ebt_vision.core.best_of import best_of
 from ebt_vision.core.energies import (
     EnergySum,
     Term,
@@ -14,8 +15,10 @@ from ebt_vision.core.energies import (
     likelihood_context,
     with_likelihood,
 )
-from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, best_of, think
-from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.core.energy_functions import CompiledEnergy
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.noise.processes import to_model_range

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ebt_vision.core.thinking import ThinkingConfig
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.objectives.energy_order import energy_as_error, energy_order_loss
 from ebt_vision.objectives.image import EBTObjective, ImageBatch, ObjectiveConfig

@@ -6,7 +6,8 @@ import torch
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.rows import RowSettings, kind_of, rows_of
 from ebt_vision.core.rng import sample_generators
-from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.denoising.equilibrium import EqMDenoiser
 from ebt_vision.denoising.load import denoiser_for
 from ebt_vision.denoising.options import DenoiseOptions

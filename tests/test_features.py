@@ -15,15 +15,9 @@ from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise import processes
-from ebt_vision.probing.features import (
-    Feature,
-    FeatureCondition,
-    TrunkExtractor,
-    choose_layers,
-    extract,
-    load_extractor,
-    pool_tokens,
-)
+from ebt_vision.probing.extractors import TrunkExtractor
+from ebt_vision.probing.features import Feature, FeatureCondition, choose_layers, extract, pool_tokens
+from ebt_vision.probing.load import load_extractor
 
 SIZE = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 

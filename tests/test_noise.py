@@ -7,7 +7,7 @@ import torch
 
 from ebt_vision.core.rng import make_generator
 from ebt_vision.denoising.base import adapt_to_noise
-from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.noise.named import NOISE_KINDS, Noise
 from ebt_vision.noise.processes import add_gaussian_noise, signal_and_noise_scale

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, think
+from ebt_vision.core.energy_functions import CompiledEnergy
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.patches import patchify, unpatchify

@@ -5,7 +5,7 @@ import torch
 
 from ebt_vision.core.thinking import think
 from ebt_vision.denoising.base import IdentityDenoiser, noise_from_energy
-from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import DenoiseStep
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig

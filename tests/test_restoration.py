@@ -13,7 +13,7 @@ from ebt_vision.cli import main
 from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.decoded import TurnedImage, _orient
 from ebt_vision.denoising.base import IdentityDenoiser, for_photographs
-from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.restoration.jpeg import JpegIntervals, JpegTables
 from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask, UserOperator, gaussian_kernel

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ebt_vision.core.best_of import best_of
+from ebt_vision.core.energy_functions import CompiledEnergy
 from ebt_vision.core.rng import sample_generators
 from ebt_vision.core.step_rules import STEP_RULES, Backtracking, BarzilaiBorwein, Fixed, Momentum, find_step_rule
-from ebt_vision.core.thinking import CompiledEnergy, ThinkingConfig, best_of, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 
 RULES = list(STEP_RULES)
 

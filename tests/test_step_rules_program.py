@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebt_vision.core.thinking import ThinkingConfig, think
-from ebt_vision.denoising.networks import RegressorDenoiser
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise.processes import to_image_range

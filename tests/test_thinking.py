@@ -6,16 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ebt_vision.core.best_of import best_of
+from ebt_vision.core.energy_functions import CompiledEnergy
 from ebt_vision.core.rng import sample_generators
-from ebt_vision.core.thinking import (
-    CompiledEnergy,
-    NonFiniteGradientError,
-    ThinkingConfig,
-    ThinkingError,
-    ThinkingStep,
-    best_of,
-    think,
-)
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
+from ebt_vision.core.thinking_results import NonFiniteGradientError, ThinkingError, ThinkingStep
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
 from ebt_vision.denoising.classical import NonLocalMeansDenoiser
-from ebt_vision.denoising.networks import EBTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import no_network_result
 from ebt_vision.denoising.tiling import denoise_tiled, energy_map_tiled, tile_starts, tile_weights

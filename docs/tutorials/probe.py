@@ -8,7 +8,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.probing.features import Feature, FeatureCondition, extract, load_extractor
+from ebt_vision.probing.features import Feature, FeatureCondition, extract
+from ebt_vision.probing.load import load_extractor
 
 model, train_folder, test_folder = sys.argv[1:]
 

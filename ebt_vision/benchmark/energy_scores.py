@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ebt_vision.benchmark.statistics import auroc_of
 from ebt_vision.core.rng import randn_like, sample_generators
-from ebt_vision.denoising.networks import DiTDenoiser, ModelDenoiser, signal_scale_of
+from ebt_vision.denoising.dit import DiTDenoiser
+from ebt_vision.denoising.network import ModelDenoiser, signal_scale_of
 from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patches import patchify

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ebt_vision.benchmark.rows import Row
 from ebt_vision.denoising.base import Denoiser
-from ebt_vision.denoising.networks import DiTDenoiser
+from ebt_vision.denoising.dit import DiTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 
 

@@ -8,11 +8,13 @@ from typing import Literal
 from torch import Tensor
 
 from ebt_vision.benchmark.protocols import Condition
-from ebt_vision.core.thinking import ToleranceOf
+from ebt_vision.core.thinking_config import ToleranceOf
 from ebt_vision.denoising.base import TRAINING_LEVEL, Denoiser, IdentityDenoiser, for_photographs, for_vp_images
+from ebt_vision.denoising.dit import DiTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.equilibrium import EqMDenoiser
-from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.noise import processes
 
 Kind = Literal["ebt", "dit", "regressor", "eqm", "identity", "classical", "blind"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.core.rng import make_generator, randn_like, sample_generators
-from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.data.text import IGNORED, TextSet, TokenBatch
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.objectives.text import token_losses

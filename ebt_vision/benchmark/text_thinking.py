@@ -66,9 +66,7 @@ class AnswerScores:
     def answers(self, num_candidates: int) -> np.ndarray:
         """Return which answers are right after each step, bool (T, P)."""
         right = self.of(self.is_right, num_candidates)
-        wrong = np.zeros((len(right), int(self.problem.max()) + 1), np.int64)
-        np.add.at(wrong, (slice(None), self.problem), ~right)
-        return wrong == 0
+        return np.stack([np.bincount(self.problem, weights=~step) == 0 for step in right])
 
     def rows(self, num_candidates: int) -> list[dict[str, Any]]:
         """Return one row per number of steps: accuracies, bits per byte, perplexity, and the gain over one step from one start.
@@ -158,8 +156,8 @@ def score_answers(
     """
     if len(group) < 2:
         raise ValueError(f"{len(group)} problems have no interval; use 2 or more")
-    parts, problem, tempered, num_tokens = [], [], 0.0, 0
-    flops = np.zeros(1)
+    parts, problem, num_tokens = [], [], 0
+    tempered, flops = np.zeros(1), np.zeros(1)
     for first in range(0, len(group), batch_size):
         batch = answer_batch(group[first : first + batch_size])
         if batch.tokens.shape[1] > model.config.context_length:  # type: ignore[union-attr, operator]
@@ -183,7 +181,7 @@ def score_answers(
         losses=losses,
         is_right=is_right,
         energies=energies,
-        tempered=np.asarray(tempered) / num_tokens,
+        tempered=tempered / num_tokens,
         problem=np.concatenate(problem),
         num_bytes=sum(len(each.answer.encode()) for each in group),
         flops=flops,

@@ -41,7 +41,7 @@ def one_line(error: BaseException) -> str:
 
 def is_users(error: Exception) -> bool:
     """Whether an error concerns only this input and is not a bug, so that the command can continue with other images."""
-    from ebt_vision.core.thinking import ThinkingError
+    from ebt_vision.core.thinking_results import ThinkingError
 
     return isinstance(error, ValueError | OSError | ThinkingError) or _out_of_memory(error)
 

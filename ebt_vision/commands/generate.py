@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ebt_vision.core.thinking import ThinkingError
+    from ebt_vision.core.thinking_results import ThinkingError
     from ebt_vision.data.tokenizer import load_tokenizer
     from ebt_vision.models.checkpoint import default_pretrained, load_pretrained, program_device
     from ebt_vision.text.generation import GenerateOptions, generate

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebt_vision.core.checks import check
-from ebt_vision.core.thinking import EnergyFunction, SteppedEnergy
+from ebt_vision.core.energy_functions import EnergyFunction, SteppedEnergy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,222 +1,36 @@
 """Thinking: predict by gradient descent on an energy (Gladstone et al. 2025, arXiv 2507.02092, sec. 3).
 
-This file has the only thinking loop of the project. It takes an energy function, not a model. Training and inference, images
-and text differ only in arguments:
+This file has the only thinking loop of the project. It takes an energy function (energy_functions.py), not a model. Training
+and inference, images and text differ only in arguments:
 
    y <- y - step_size * dE(y, context)/dy        once per thinking step
 
-Other rules for the step are in step_rules.py.
-
-The energy function takes `(candidate, *context)`, all batch first, and returns one energy per element, lower is better:
-(B,) for images, (B, S) for text. Elements must not depend on one another, so that the gradient of the sum is the gradient
-of each.
+Other rules for the step are in step_rules.py, the rules for stopping in tolerance.py.
 """
 
 import contextlib
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebt_vision.core.checks import check
+from ebt_vision.core.energy_functions import EnergyFunction, EnergyWithGradient, SteppedEnergy
 from ebt_vision.core.rng import Generators, rand_like, randn_like
-from ebt_vision.core.step_rules import AnyStepRule, BarzilaiBorwein, Memory, Step, StepRuleName, find_step_rule
+from ebt_vision.core.step_rules import AnyStepRule, BarzilaiBorwein, Memory, Step, find_step_rule
+from ebt_vision.core.thinking_config import ThinkingConfig
+from ebt_vision.core.thinking_results import (
+    Callback,
+    NonFiniteGradientError,
+    ThinkingError,
+    ThinkingResult,
+    ThinkingStep,
+)
+from ebt_vision.core.tolerance import continues, gain
 
-
-class EnergyFunction(Protocol):
-    """`(candidate (B, ...), *context) -> energies (B,) or (B, S)`; lower is better."""
-
-    def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class SteppedEnergy(Protocol):
-    """An energy that changes with the thinking step: update t + 1 uses the gradient of `at_step(t)`.
-
-    After the last of T updates the energy is `at_step(T)`.
-    """
-
-    def at_step(self, step: int) -> EnergyFunction: ...
-
-
-@runtime_checkable
-class EnergyWithGradient(Protocol):
-    """An energy function that gives its direction of ascent itself, so that think() does not differentiate it."""
-
-    def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class CompiledEnergy:
-    """An energy function whose value and gradient come from one graph of torch.compile, for long training.
-
-    Candidate (B, ...) and context (B, ...) -> energies (B,) or (B, S).
-
-    torch.compile cannot differentiate a compiled forward pass twice. It can compile the gradient (torch.func.grad) as a
-    function; the backward pass of this function is the second order. Values agree up to rounding. A CPU needs a C++ compiler.
-    If compiling fails, a warning is given once and the energy runs without compiling.
-    """
-
-    def __init__(self, energy_fn: EnergyFunction, *, backend: str | Callable[..., Any] = "inductor"):
-        self.energy_fn = energy_fn
-        self._eager = functools.partial(_functional_gradient, energy_fn)
-        self._energy_and_gradient = torch.compile(self._eager, backend=backend)
-
-    def __call__(self, candidate: Tensor, *context: Tensor) -> Tensor:
-        return self.energy_fn(candidate, *context)
-
-    def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (energies (B,) or (B, S), gradient (B, ...) of their sum); both are in the graph if one is recorded."""
-        try:
-            gradient, energy = self._energy_and_gradient(candidate, *context)
-        except torch._dynamo.exc.TorchDynamoException as error:  # for example without a C++ compiler
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(f"the energy's gradient cannot be compiled ({reason}); continuing without compiling", stacklevel=2)
-            self._energy_and_gradient = self._eager
-            gradient, energy = self._eager(candidate, *context)
-        return energy, gradient
-
-
-def _functional_gradient(energy_fn: EnergyFunction, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-    def total(candidate: Tensor) -> tuple[Tensor, Tensor]:
-        energy = energy_fn(candidate, *context)
-        return energy.sum(), energy
-
-    return torch.func.grad(total, has_aux=True)(candidate)
-
-
-class ThinkingError(RuntimeError):
-    """Thinking is impossible; the message gives the reason and the remedy."""
-
-
-class NonFiniteGradientError(ThinkingError):
-    """An energy or its gradient became infinite or NaN; `step` is the thinking step, `samples` the batch positions."""
-
-    def __init__(self, step: int, samples: Sequence[int]):
-        self.step, self.samples = step, list(samples)
-        super().__init__(
-            f"the energy or its gradient is not finite at thinking step {step} for samples {self.samples}; "
-            "check the input for NaN, or use a smaller step size"
-        )
-
-
-ToleranceOf = Literal["first", "previous", "training", "observation"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ThinkingConfig:
-    """Options of thinking; the defaults are plain deterministic descent for inference."""
-
-    num_steps: int = 1
-    """Number of updates of the candidate; the maximum if the number is random or there is a tolerance."""
-    min_num_steps: int | None = None
-    """If set, each call draws its number of steps uniformly from min_num_steps..num_steps (regularises the landscape)."""
-    step_size: float = 1.0
-    """The paper's alpha, in candidate units squared per energy unit; the learned step size of a model replaces it."""
-    step_size_factor: float = 1.0
-    """Each sample's step size is drawn uniformly from [step_size / factor, step_size * factor]; 1 draws nothing."""
-    step_rule: StepRuleName | AnyStepRule = "fixed"
-    """How far a step goes along the gradient: the name of a rule of step_rules.py, or the rule itself with its settings."""
-    langevin_std: float | tuple[float, ...] = 0.0
-    """Standard deviation, in candidate units, of the noise added to the candidate before each gradient: one, or one a step."""
-    detach_between_steps: bool = True
-    """Cut the graph before every step, so that a loss on step t trains only step t."""
-    backprop_steps: int | None = None
-    """If set, only this number of last steps is in the graph (truncation); None keeps all steps."""
-    tolerance: float | None = None
-    """If set, a sample stops after step k when its gain g_k = E_(k-1) - E_k is at most `tolerance` times a reference; see
-    tolerance_of."""
-    tolerance_of: ToleranceOf = "first"
-    """When a sample stops after step k. E_k is the energy after step k, g_k = E_(k-1) - E_k the gain, t the tolerance:
-
-    - first: g_k <= t * g_1, relative to the first gain
-    - previous: g_k <= t * g_(k-1), relative to the previous gain
-    - training: g_k <= t * G^2 / g_1, where G is training_gain; stronger noise has a larger g_1 and so a lower threshold
-    - observation: E_k <= t * E_observation (see think()); this rule can stop before the first step
-
-    Under every rule a step that raises the energy is undone, and the sample stops."""
-    training_gain: float | None = None
-    """G of the rule `training`: the mean gain of a first step on inputs with the training noise."""
-
-    def __post_init__(self) -> None:
-        check(self.num_steps >= 0, "num_steps", self.num_steps, "use 1 or more, or 0 to return the start")
-        low = self.min_num_steps
-        check(low is None or 0 <= low <= self.num_steps, "min_num_steps", low, f"use 0..{self.num_steps}")
-        check(self.step_size > 0, "step_size", self.step_size, "use a positive number")
-        check(self.step_size_factor >= 1, "step_size_factor", self.step_size_factor, "use 1 (off) or more")
-        find_step_rule(self.step_rule)
-        self._check_langevin_std()
-        check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
-        check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
-        check(
-            self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, f"use one of {get_args(ToleranceOf)}"
-        )
-        gain = self.training_gain
-        check(gain is None or gain > 0, "training_gain", gain, "use a positive number")
-        if self.tolerance is not None and self.tolerance_of == "training" and gain is None:
-            raise ValueError("tolerance_of='training': the model has no training_gain; use 'first' or 'previous'")
-
-    @property
-    def has_langevin_noise(self) -> bool:
-        """Whether noise is added at any step."""
-        return any(std > 0 for std in self._langevin_stds)
-
-    def langevin_std_at(self, step: int) -> float:
-        """Standard deviation of the noise before gradient `step` (0, 1, ...)."""
-        return self.langevin_std[step] if isinstance(self.langevin_std, tuple) else self.langevin_std
-
-    @property
-    def _langevin_stds(self) -> tuple[float, ...]:
-        return self.langevin_std if isinstance(self.langevin_std, tuple) else (self.langevin_std,)
-
-    def _check_langevin_std(self) -> None:
-        for std in self._langevin_stds:
-            check(std >= 0, "langevin_std", self.langevin_std, "use 0 (off) or more")
-        self.check_schedule(self.num_steps)
-
-    def check_schedule(self, num_steps: int) -> None:
-        """ValueError unless a langevin_std for each step is there for `num_steps` steps."""
-        if isinstance(self.langevin_std, tuple):
-            given = len(self.langevin_std)
-            remedy = f"give one for each of the {num_steps} steps"
-            check(given >= num_steps, "langevin_std", f"{self.langevin_std} ({given} values)", remedy)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ThinkingStep:
-    """The input of a callback: the candidate before the first update (index 0) or after update `index`, and its energy."""
-
-    index: int
-    candidate: Tensor  # (B, ...)
-    energies: Tensor  # (B,) or (B, S)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ThinkingResult:
-    """The result of thinking. T is the number of steps; E is (B,) for images, (B, S) for text."""
-
-    final: Tensor
-    """The last candidate of every sample, (B, ...)."""
-    predictions: tuple[Tensor, ...]
-    """The candidate after each update, T of (B, ...), part of the graph if create_graph; empty if not kept."""
-    energies: Tensor
-    """Energy before the first and after every update, (T + 1, *E); a stopped sample repeats its last energy. The last row is
-    NaN with evaluate_final=False."""
-    gradient_norms: Tensor
-    """Norm of each element's energy gradient at each update, (T, *E); 0 for stopped samples."""
-    num_steps: Tensor
-    """Number of updates of each sample's final candidate, int64 (B,)."""
-    num_forward: Tensor
-    """Energy evaluations for each sample, including the last one without a gradient, int64 (B,)."""
-    finite: Tensor
-    """Whether all energies and gradients were finite, bool (), on the candidates' device; True unless check_finite=False."""
-
-
-Callback = Callable[[ThinkingStep], object]
 Projection = Callable[[Tensor], Tensor]
 """Candidates (B, ...) to the nearest ones that meet a constraint, same shape, each sample by itself."""
 
@@ -414,45 +228,17 @@ class _Descent:
         if self.config.tolerance is None:
             return None
         index = self._index()
-        moving = torch.ones(len(index), dtype=torch.bool, device=index.device)
+        moving = continues(self.config, self.energies, self.observation_energy)[index]
         if previous is not None and step >= 1:
-            gain = self._gain(step)[index]
-            rose = index[gain < 0]
+            rose = index[gain(self.energies, step)[index] < 0]
             if len(rose):  # the update raised the energy: undo it
                 self.y = self.y.index_copy(0, rose, previous[rose])
                 self.energies[-1] = self.energies[-1].index_copy(0, rose, self.energies[-2][rose])
                 used[rose] -= 1
-            moving = gain >= 0
-            if self.config.tolerance_of != "observation":
-                moving = gain > self.config.tolerance * self._yardstick(step)[index]
-        if self.config.tolerance_of == "observation":
-            moving = moving & (self._total(step) > self.config.tolerance * self._observed())[index]
         if moving.all():
             return None
         self.active = index[moving]
         return moving
-
-    def _gain(self, step: int) -> Tensor:
-        """Return the gain of update `step` (1, 2, ...): the decrease of each sample's energy, summed over its elements,
-        (B,)."""
-        return self._total(step - 1) - self._total(step)
-
-    def _total(self, step: int) -> Tensor:
-        """Return the energy of each sample after update `step`, summed over its elements, (B,)."""
-        return self.energies[step].reshape(len(self.energies[step]), -1).sum(1)
-
-    def _observed(self) -> Tensor:
-        """Return the energy of the observation, (B,)."""
-        return self._total(0) if self.observation_energy is None else self.observation_energy
-
-    def _yardstick(self, step: int) -> Tensor:
-        """Return the reference of the tolerance after update `step`, (B,)."""
-        of = self.config.tolerance_of
-        gain = self._gain(max(1, step - 1) if of == "previous" else 1).clamp(min=0)
-        if of == "training":
-            assert self.config.training_gain is not None  # checked by ThinkingConfig
-            return self.config.training_gain**2 / gain.clamp(min=torch.finfo(gain.dtype).tiny)
-        return gain
 
     def _update(self, candidate: Tensor) -> None:
         self.y = self._spread(self._projected(candidate), self.y)
@@ -555,68 +341,3 @@ def _draw_step_sizes(
 def _double_backward_attention(create_graph: bool) -> contextlib.AbstractContextManager[None]:
     """PyTorch's fused attention kernels have no second derivative; its math path has (see models/blocks.py)."""
     return sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BestOfResult:
-    """The candidate of lowest energy among N (self-verification), and all tried candidates."""
-
-    final: Tensor
-    """The candidate of lowest energy of each element, (B, ...)."""
-    energies: Tensor
-    """Final energy of every candidate, (N, *E)."""
-    chosen: Tensor
-    """Index of the winning candidate, int64, shape E."""
-    results: tuple[ThinkingResult, ...]
-    """The thinking result of each of the N candidates, without trajectories."""
-
-    @property
-    def candidates(self) -> Tensor:
-        """Every candidate, (N, B, ...)."""
-        return torch.stack([result.final for result in self.results])
-
-    @property
-    def num_forward(self) -> Tensor:
-        """Energy evaluations over all candidates, int64 (B,)."""
-        return torch.stack([result.num_forward for result in self.results]).sum(0)
-
-
-def best_of(
-    energy_fn: EnergyFunction | SteppedEnergy,
-    starts: Tensor | Iterator[Tensor] | Sequence[Tensor],
-    config: ThinkingConfig | None = None,
-    *,
-    context: tuple[Tensor, ...] = (),
-    step_size: Tensor | float | None = None,
-    observation_energy: Tensor | None = None,
-    project: Projection | None = None,
-    generator: Generators | None = None,
-    callback: Callback | None = None,
-) -> BestOfResult:
-    """Think from each of N starts, each (B, ...), one after another, and keep the candidate of lowest energy per element.
-
-    All candidates draw from the same generator in turn, so Langevin noise and random step sizes differ between them. With equal
-    energies the earlier candidate wins. Raises ValueError without a start, and the errors of think().
-    """
-    results = tuple(
-        think(
-            energy_fn,
-            start,
-            config,
-            context=context,
-            step_size=step_size,
-            observation_energy=observation_energy,
-            project=project,
-            generator=generator,
-            callback=callback,
-            keep_predictions=False,
-        )
-        for start in starts
-    )
-    if not results:
-        raise ValueError("best_of needs at least one start")
-    energies = torch.stack([result.energies[-1] for result in results])  # (N, *E)
-    finals = torch.stack([result.final for result in results])  # (N, B, ...)
-    chosen = energies.argmin(0)
-    index = chosen.reshape(1, *chosen.shape, *[1] * (finals.ndim - 1 - chosen.ndim)).expand(1, *finals.shape[1:])
-    return BestOfResult(final=finals.gather(0, index)[0], energies=energies, chosen=chosen, results=results)

@@ -5,7 +5,7 @@ from typing import get_args
 
 from ebt_vision.core.checks import check, check_number, check_whole
 from ebt_vision.core.step_rules import AnyStepRule, StepRuleName, find_step_rule
-from ebt_vision.core.thinking import ThinkingConfig, ToleranceOf
+from ebt_vision.core.thinking_config import ThinkingConfig, ToleranceOf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_vision.core.checks import check
-from ebt_vision.core.thinking import ToleranceOf
+from ebt_vision.core.thinking_config import ToleranceOf
 from ebt_vision.denoising.inputs import check_images, checked_ids, pad_to_multiple, working
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import (

@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from ebt_vision.core.precision import Precision
-from ebt_vision.core.thinking import ThinkingStep, think
-from ebt_vision.denoising.networks import ModelDenoiser, repeat_last
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_results import ThinkingStep
+from ebt_vision.denoising.network import ModelDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
-from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep
+from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep, repeat_last
 from ebt_vision.models.equilibrium import EquilibriumEnergy, PatchEqM
 from ebt_vision.models.patch_ebt import patch_energy_mean
 from ebt_vision.noise.processes import to_image_range, to_model_range

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebt_vision.core.checks import MissingExtraError
-from ebt_vision.denoising.networks import signal_scale_of
+from ebt_vision.denoising.network import signal_scale_of
 from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.regressor import PatchRegressor

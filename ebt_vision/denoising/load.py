@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, cast
 from ebt_vision.core.precision import Precision
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
 from ebt_vision.denoising.classical import CLASSICAL_DENOISERS
+from ebt_vision.denoising.dit import DiTDenoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.equilibrium import EqMDenoiser
-from ebt_vision.denoising.networks import DiTDenoiser, EBTDenoiser, RegressorDenoiser
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT

@@ -153,6 +153,11 @@ def join_results(results: Sequence[DenoiseResult]) -> DenoiseResult:
     )
 
 
+def repeat_last(energies: Tensor, count: int) -> Tensor:
+    """Energies (T + 1, B) of a run that may have ended early, with the last row repeated up to `count` rows."""
+    return torch.cat([energies, energies[-1:].expand(count - len(energies), -1)])
+
+
 def no_network_result(image: Tensor, noisy: Tensor, options: DenoiseOptions) -> DenoiseResult:
     """Return the result (B, 3, H, W) of a one-step method without a network or an energy."""
     ones = torch.ones(len(noisy), dtype=torch.int64, device=noisy.device)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ebt_vision.core.thinking import EnergyFunction
+from ebt_vision.core.energy_functions import EnergyFunction
 from ebt_vision.models.causal_trunk import Cache, CausalTrunk, CausalTrunkConfig
 from ebt_vision.models.energy_model import EnergyModel, check_energies
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ebt_vision.core.thinking import ThinkingResult
+from ebt_vision.core.thinking_results import ThinkingResult
 
 
 class Objective(nn.Module):

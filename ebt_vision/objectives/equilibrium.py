@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ebt_vision.core.thinking import ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.models.equilibrium import EquilibriumEnergy, PatchEqM
 from ebt_vision.objectives.image import ImageBatch, ImageObjective, Prediction
 

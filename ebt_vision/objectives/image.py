@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebt_vision.core.energies import likelihood_context, with_likelihood
-from ebt_vision.core.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, ThinkingResult, think
+from ebt_vision.core.energy_functions import CompiledEnergy, EnergyFunction
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
+from ebt_vision.core.thinking_results import ThinkingResult
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.models.trunk_config import noise_process_of

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ebt_vision.core.energy_functions import CompiledEnergy, EnergyFunction
 from ebt_vision.core.rng import Generators, rand_like, randn_like
-from ebt_vision.core.thinking import CompiledEnergy, EnergyFunction, ThinkingConfig, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.data.text import IGNORED
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.models.causal_transformer import CausalTransformer

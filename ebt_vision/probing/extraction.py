@@ -11,8 +11,9 @@ import torch
 
 from ebt_vision.data.lazy_images import LazyImages
 from ebt_vision.data.sources import HUB_PREFIX
+from ebt_vision.probing.extractors import FeatureExtractor
 from ebt_vision.probing.feature_cache import READABLE, FeatureCache, FeatureRows
-from ebt_vision.probing.features import Feature, FeatureExtractor, extract
+from ebt_vision.probing.features import Feature, extract
 
 _SECONDS_BETWEEN_LINES = 20.0
 

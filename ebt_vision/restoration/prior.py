@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_vision.core.thinking import EnergyFunction
+from ebt_vision.core.energy_functions import EnergyFunction
 from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.inputs import MIN_SIDE
-from ebt_vision.denoising.networks import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import tile_starts, tile_weights
 from ebt_vision.models.patch_ebt import num_patches

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from ebt_vision.core.rng import sample_generators
-from ebt_vision.core.thinking import ThinkingConfig, ThinkingStep, think
+from ebt_vision.core.thinking import think
+from ebt_vision.core.thinking_config import ThinkingConfig
+from ebt_vision.core.thinking_results import ThinkingStep
 from ebt_vision.denoising.classical import estimate_sigma
 from ebt_vision.restoration.jpeg import JpegIntervals
 from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Likelihood, Mask
@@ -28,7 +30,7 @@ from ebt_vision.restoration.options import Callback, RestoreOptions, RestoreStep
 from ebt_vision.restoration.prior import Prior, TiledEnergy
 
 NOISE_STREAM = 2
-"""Stream of random numbers, beside those of denoising.networks."""
+"""Stream of random numbers, beside those of denoising.ebt."""
 NOISE_BLOCK = 512
 """Side in pixels of the blocks in which the noise of holes is drawn."""
 LEAST_NOISE = 0.255

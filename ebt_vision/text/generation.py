@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ebt_vision.core.best_of import best_of
 from ebt_vision.core.checks import check, check_whole
 from ebt_vision.core.rng import make_generator
-from ebt_vision.core.thinking import ThinkingStep, best_of
 from ebt_vision.core.thinking_options import ThinkingOptions
+from ebt_vision.core.thinking_results import ThinkingStep
 from ebt_vision.data.tokenizer import Tokenizer
 from ebt_vision.models.causal_text_ebt import CausalTextEBT
 from ebt_vision.models.causal_transformer import CausalTransformer

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from ebt_vision.core.rng import generators_on, make_generator
-from ebt_vision.core.thinking import NonFiniteGradientError
+from ebt_vision.core.thinking_results import NonFiniteGradientError
 from ebt_vision.data.order import BatchIndices, BatchStream
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.objectives.base import Objective
