@@ -11,7 +11,8 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,25 +21,32 @@ from torch import Tensor
 
 from ebt_vision.benchmark.images import load_images
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.benchmark.restoration import CLASSICAL, TASKS, Method, choose, damage
+from ebt_vision.benchmark.restoration import BLUR_NOISE, CLASSICAL, TASKS, Method, choose, damage
+from ebt_vision.benchmark.restoration_deepinv import dpir
 from ebt_vision.benchmark.statistics import bootstrap_means, intervals
 from ebt_vision.core.arguments import count, named_path, number, whole_number
 from ebt_vision.core.atomic_files import write_text
-from ebt_vision.core.metrics import psnr, ssim
+from ebt_vision.core.metrics import MissingBackboneError, PerceptualDistance, psnr, ssim
 from ebt_vision.core.provenance import provenance
-from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.base import Denoiser, for_photographs
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.interop.deepinv import import_deepinv
 from ebt_vision.models.checkpoint import program_device
+from ebt_vision.restoration.likelihoods import Convolution
 from ebt_vision.restoration.options import RestoreOptions
 from ebt_vision.restoration.restore import restore
+from ebt_vision.restoration.solvers import SOLVERS
 
 Restorer = Callable[[Any], tuple[Tensor, int]]
 """A damaged image to (the restored one, passes through a network)."""
 
 
-def measure(task: str, images: list[Tensor], method: Restorer, *, seed: int) -> dict[str, Any]:
+def measure(
+    task: str, images: list[Tensor], method: Restorer, *, seed: int, lpips: PerceptualDistance | None = None
+) -> dict[str, Any]:
     """Run one method on all images: figures of each image, their means and 95 % intervals over images."""
-    psnrs, ssims, passes, seconds = [], [], [], []
+    psnrs, ssims, distances, passes, seconds = [], [], [], [], []
     for index, clean in enumerate(images):
         damaged = damage(task, clean, seed=seed, number=index)
         begin = time.perf_counter()
@@ -47,29 +55,48 @@ def measure(task: str, images: list[Tensor], method: Restorer, *, seed: int) -> 
         restored = (restored.clamp(0, 1) * 255.0).round() / 255.0
         psnrs.append(float(psnr(restored, clean, data_range=1.0)))
         ssims.append(float(ssim(restored, clean, data_range=1.0)))
+        if lpips is not None:
+            distances.append(float(lpips(restored, clean)))
         passes.append(num_forward)
     low, high = intervals(bootstrap_means(np.array(psnrs)[:, None], seed=seed))[:, 0]
     return {
         "psnr": float(np.mean(psnrs)),
         "psnr_interval": [float(low), float(high)],
         "ssim": float(np.mean(ssims)),
+        "lpips": float(np.mean(distances)) if distances else None,
         "num_forward": float(np.mean(passes)),
         "seconds": float(np.median(seconds)),
         "psnrs": psnrs,
     }
 
 
+def differences(rows: list[dict[str, Any]], *, seed: int) -> None:
+    """Add to each row with a network its PSNR minus that of the best classical method, with a paired 95 % interval."""
+    classical = [row for row in rows if not row["is_network"]]
+    if not classical:
+        return
+    best = max(classical, key=lambda row: float(row["psnr"]))
+    for row in rows:
+        if row["is_network"]:
+            gains = np.array(row["psnrs"]) - np.array(best["psnrs"])
+            low, high = intervals(bootstrap_means(gains[:, None], seed=seed))[:, 0]
+            row["against"] = best["method"]
+            row["gain"], row["gain_interval"] = float(gains.mean()), [float(low), float(high)]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| task | method | parameter | PSNR (95 % of images' means) | SSIM | passes | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| task | method | parameter | PSNR (95 % of images' means) | minus best classical | SSIM | LPIPS | passes | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["psnr_interval"]
+        gain = "{:+.2f} ({:+.2f} to {:+.2f})".format(row["gain"], *row["gain_interval"]) if "gain" in row else ""
+        lpips = "" if row["lpips"] is None else f"{row['lpips']:.3f}"
         lines.append(
-            f"| {row['task']} | {row['method']} | {row['parameter']} | {row['psnr']:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{row['ssim']:.4f} | {row['num_forward']:.0f} | {row['seconds']:.2f} |"
+            f"| {row['task']} | {row['method']} | {row['parameter']} | {row['psnr']:.2f} ({low:.2f} to {high:.2f}) | {gain} | "
+            f"{row['ssim']:.4f} | {lpips} | {row['num_forward']:.0f} | {row['seconds']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -84,6 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
         denoisers = {name: load_denoiser(name, device=device) for name in settings.models}
         images = _load(settings.data, settings.size, settings.images)
         others = _load(settings.choose_on, settings.size, settings.choose_images) if settings.choose_on else []
+        if settings.dpir:
+            import_deepinv()
+        lpips = _lpips(settings.lpips_backbone, device)
     except (ValueError, OSError) as error:
         print(f"restoration: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -97,30 +127,69 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": [],
     }
     for task in settings.tasks:
-        methods: list[tuple[str, object, Restorer]] = []
-        for name, (method, _) in CLASSICAL[task].items():
-            if name in settings.skip:
-                continue
-            value = choose(task, name, others, seed=settings.seed + 1)
-            methods.append((name, value or "", functools.partial(_classical, method, value)))
-        for name, denoiser in denoisers.items():
-            methods.append((name, "", functools.partial(_ours, denoiser, settings.seed)))
-        for name, parameter, run in methods:
-            row = measure(task, images, run, seed=settings.seed)
-            results["rows"].append({"task": task, "method": name, "parameter": parameter, **row})
-            print(table(results["rows"][-1:]).splitlines()[-1], flush=True)
-            write_text(settings.output / "results.json", json.dumps(results, indent=1) + "\n")
+        rows = []
+        for method in _methods(task, settings, denoisers, others):
+            row = measure(task, images, method.run, seed=settings.seed, lpips=lpips)
+            rows.append(
+                {"task": task, "method": method.name, "parameter": method.parameter, "is_network": method.is_network} | row
+            )
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+        differences(rows, seed=settings.seed)
+        results["rows"] += rows
+        write_text(settings.output / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(settings.output / "report.md", table(results["rows"]))
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class NamedMethod:
+    """A row of the table."""
+
+    name: str
+    parameter: object
+    run: Restorer
+    is_network: bool = False
+
+
+def _methods(task: str, settings: Any, denoisers: dict[str, Denoiser], others: list[Tensor]) -> Iterator[NamedMethod]:
+    """The classical methods, then for each denoiser: restore(), the other solvers, deepinv's DPIR."""
+    for name, (method, _) in CLASSICAL[task].items():
+        if name not in settings.skip:
+            value = choose(task, name, others, seed=settings.seed + 1)
+            yield NamedMethod(name, value or "", functools.partial(_classical, method, value))
+    for name, denoiser in denoisers.items():
+        for solver in (None, *settings.solvers):
+            if solver == "descent" and not isinstance(denoiser, EBTDenoiser):
+                continue
+            options = RestoreOptions(seed=settings.seed, solver=solver)
+            yield NamedMethod(name, solver or "", functools.partial(_ours, denoiser, options), is_network=True)
+        if settings.dpir and task != "jpeg":
+            yield NamedMethod(name, "deepinv DPIR", functools.partial(_dpir, for_photographs(denoiser)), is_network=True)
 
 
 def _classical(method: Method, value: float, damaged: Any) -> tuple[Tensor, int]:
     return method(damaged, value), 0
 
 
-def _ours(denoiser: Denoiser, seed: int, damaged: Any) -> tuple[Tensor, int]:
-    result = restore(damaged.observed, damaged.likelihood, RestoreOptions(seed=seed), denoiser=denoiser)
+def _ours(denoiser: Denoiser, options: RestoreOptions, damaged: Any) -> tuple[Tensor, int]:
+    result = restore(damaged.observed, damaged.likelihood, options, denoiser=denoiser)
     return result.image, result.num_forward
+
+
+def _dpir(denoiser: Denoiser, damaged: Any) -> tuple[Tensor, int]:
+    noise = BLUR_NOISE if isinstance(damaged.likelihood, Convolution) else 0.0
+    return dpir(damaged.observed, damaged.likelihood, denoiser, noise=noise)
+
+
+def _lpips(backbone: str | None, device: str) -> PerceptualDistance | None:
+    """LPIPS if its backbone is at hand; without one, and without asking for one, the column stays empty."""
+    try:
+        return PerceptualDistance(backbone, device=device)
+    except MissingBackboneError as error:
+        if backbone:
+            raise
+        print(error, file=sys.stderr)
+        return None
 
 
 def _load(path: str, size: int, limit: int) -> list[Tensor]:
@@ -142,6 +211,9 @@ def _parser() -> OneLineParser:
     parser.add_argument("--choose-on", help="training images, on which classical parameters are chosen; first value without")
     parser.add_argument("--models", nargs="*", default=["photographs_ebt"], help="priors: any denoiser, bm3d too")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--solvers", nargs="*", choices=SOLVERS, default=[], help="rows of these solvers as well")
+    parser.add_argument("--dpir", action="store_true", help="rows of deepinv's DPIR with each model as well")
+    parser.add_argument("--lpips-backbone", metavar="FILE", help="torchvision's AlexNet weights, or 'download'")
     parser.add_argument("--skip", nargs="*", default=[], metavar="METHOD", help="classical methods to leave out, say BM3D")
     parser.add_argument("--images", type=count, default=20)
     parser.add_argument("--choose-images", type=count, default=4)

@@ -84,3 +84,41 @@ def test_the_program_writes_rows_and_a_table(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "out" / "report.md").read_text().count("\n") == 4
     assert restoration.main([*command, "--size", "64", "--output", str(tmp_path / "out")]) == 2
     assert "use a --size of 48 or less" in capsys.readouterr().err
+
+
+def test_differences_are_paired_and_against_the_best_classical_method() -> None:
+    def row(method: str, psnrs: list[float], is_network: bool) -> dict:
+        return {"method": method, "psnr": float(np.mean(psnrs)), "psnrs": psnrs, "is_network": is_network}
+
+    rows = [row("start", [10.0, 30.0], False), row("TV", [20.0, 31.0], False), row("ebt", [20.5, 31.5], True)]
+    restoration.differences(rows, seed=0)
+    assert rows[2]["against"] == "TV" and rows[2]["gain"] == 0.5
+    assert rows[2]["gain_interval"] == [0.5, 0.5]  # the same on every image, though the images differ by 11 dB
+    assert "gain" not in rows[1]
+
+
+def test_dpir_of_deepinv_runs_on_our_operators_and_denoisers() -> None:
+    pytest.importorskip("deepinv")
+    from ebt_vision.benchmark.restoration_deepinv import ITERATIONS, dpir
+    from ebt_vision.denoising.base import IdentityDenoiser
+
+    damaged = damage("upscale2", waves(), seed=0, number=0)
+    image, passes = dpir(damaged.observed, damaged.likelihood, IdentityDenoiser(), noise=0.0)
+    assert passes == ITERATIONS and image.shape == waves().shape
+    # With a denoiser that changes nothing, only the observation counts: the image explains it.
+    assert float(damaged.likelihood.value(image, damaged.observed)) / damaged.observed.numel() < 1e-5
+    with pytest.raises(ValueError, match="DPIR needs a linear damage, not JpegIntervals"):
+        broken = damage("jpeg", waves(), seed=0, number=0)
+        dpir(broken.observed, broken.likelihood, IdentityDenoiser(), noise=0.0)
+
+
+def test_more_solvers_and_dpir_are_rows_of_their_own(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    pytest.importorskip("deepinv")
+    Image.fromarray((waves(64)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(tmp_path / "a.png")
+    command = ["--data", str(tmp_path), "--models", str(tiny_checkpoint), "--tasks", "upscale2", "jpeg", "--images", "1"]
+    command += ["--solvers", "descent", "--dpir", "--skip", "TV", "BM3D", "back-projection", "--size", "32"]
+    assert restoration.main([*command, "--output", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["parameter"] for row in rows] == ["", "", "descent", "deepinv DPIR", "", "", "descent"]  # JPEG is not linear
+    assert [row["is_network"] for row in rows] == [False, True, True, True, False, True, True]
+    assert all(row["against"] == "bicubic" for row in rows[1:4])
