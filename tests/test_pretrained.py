@@ -22,6 +22,7 @@ from ebt_vision.noise import processes
 NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]
 PHOTO_NAME = "photographs_ebt"
 TEXT_NAMES = ["text_shakespeare_ebt", "text_shakespeare_transformer"]
+TASK_NAMES = ["text_tasks_ebt", "text_tasks_transformer"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -43,7 +44,7 @@ def psnr(images: Tensor, clean: Tensor) -> float:
 
 
 def test_they_are_there_small_and_of_equal_size():
-    assert list_pretrained() == sorted([*NAMES, PHOTO_NAME, *TEXT_NAMES])
+    assert list_pretrained() == sorted([*NAMES, PHOTO_NAME, *TEXT_NAMES, *TASK_NAMES])
     assert default_pretrained() == PHOTO_NAME and default_pretrained("causal_text_ebt") == "text_shakespeare_ebt"
     files = [path for path in PRETRAINED_DIR.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60e6
@@ -55,7 +56,7 @@ def test_they_are_there_small_and_of_equal_size():
     assert ebt == transformer + 1 + 128  # the step size, the gate
 
 
-@pytest.mark.parametrize("name", [*NAMES, PHOTO_NAME, *TEXT_NAMES])
+@pytest.mark.parametrize("name", [*NAMES, PHOTO_NAME, *TEXT_NAMES, *TASK_NAMES])
 def test_each_card_says_how_it_came_about(name: str):
     card = (PRETRAINED_DIR / name / "README.md").read_text()
     config = f"{name}_cpu.yaml" if name in NAMES else f"{name}.yaml"

@@ -32,7 +32,9 @@ from ebt_vision.restoration.prior import Prior, TiledEnergy
 NOISE_STREAM = 2
 """Stream of random numbers, beside those of denoising.ebt."""
 NOISE_BLOCK = 512
-"""Side in pixels of the blocks in which the noise of holes is drawn."""
+"""Side in pixels of the blocks in which the noise of holes is drawn, and their first image made."""
+START_MARGIN = 128
+"""Pixels around a block from which the first image of its holes is made."""
 LEAST_NOISE = 0.255
 """The noise, in 0..255 units, that a proximal step assumes where there is less: what DPIR takes for no noise."""
 DESCENT_STEP = 0.5
@@ -162,7 +164,8 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
 def fill(prior: Prior, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
     """`alternate` where pixels are missing and the others have no noise, which therefore stay as they are."""
     assert prior.region is not None
-    x, hole = observed.clone(), prior.region.to(observed.device)
+    hole = prior.region.to(observed.device)
+    x = start_holes(observed, hole)
     noise = BlockNoise(options.seed, x.shape[-2:], prior.region, reach=prior.tile)
     average, means = Average(options), x[..., hole]
 
@@ -181,15 +184,35 @@ def fill(prior: Prior, observed: Tensor, options: RestoreOptions, record: Record
     return x
 
 
+def start_holes(observed: Tensor, region: Tensor) -> Tensor:
+    """Return a copy of (1, 3, H, W) with Mask.start in the missing pixels `region` (H, W), computed only near them."""
+    x = observed.clone()
+    for rows, columns in _blocks(region.shape):
+        if not bool(region[rows, columns].any()):
+            continue
+        wide = [slice(max(part.start - START_MARGIN, 0), part.stop + START_MARGIN) for part in (rows, columns)]
+        missing = region[wide[0], wide[1]]
+        if bool(missing.all()):  # a hole larger than the block and its surroundings
+            return Mask(~region).start(observed)
+        part = Mask(~missing).start(observed[..., wide[0], wide[1]])
+        top, left = rows.start - wide[0].start, columns.start - wide[1].start
+        target = x[..., rows, columns]
+        target.copy_(part[..., top : top + target.shape[-2], left : left + target.shape[-1]])
+    return x
+
+
+def _blocks(size: Sequence[int]) -> list[tuple[slice, slice]]:
+    rows, columns = ([slice(at, at + NOISE_BLOCK) for at in range(0, side, NOISE_BLOCK)] for side in size)
+    return list(itertools.product(rows, columns))
+
+
 class BlockNoise:
     """White noise on (1, 3, H, W), drawn for each step anew in those blocks alone that a region comes within `reach` of."""
 
     def __init__(self, seed: int, size: Sequence[int], region: Tensor, *, reach: int):
-        rows, columns = ([slice(at, at + NOISE_BLOCK) for at in range(0, side, NOISE_BLOCK)] for side in size)
-        blocks = list(itertools.product(rows, columns))
         self.blocks = {
             index: block
-            for index, block in enumerate(blocks)
+            for index, block in enumerate(_blocks(size))
             if bool(region[tuple(slice(max(part.start - reach, 0), part.stop + reach) for part in block)].any())
         }
         self._generators = sample_generators(seed, list(self.blocks), NOISE_STREAM)
