@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from ebt_vision.benchmark.text import score_text
+from ebt_vision.benchmark.text_thinking import score_answers, task_problems
 from ebt_vision.core import metrics
 from ebt_vision.data.image_files import read_image
 from ebt_vision.data.text import TextDataConfig, load_text_set
+from ebt_vision.data.text_tasks import TaskSizes
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.tiling import denoise_tiled
@@ -60,7 +62,11 @@ def test_they_are_there_small_and_of_equal_size():
 def test_each_card_says_how_it_came_about(name: str):
     card = (PRETRAINED_DIR / name / "README.md").read_text()
     config = f"{name}_cpu.yaml" if name in NAMES else f"{name}.yaml"
-    data = ("public domain", "bits per byte") if name in TEXT_NAMES else ("research use only", "PSNR")
+    data = ("research use only", "PSNR")
+    if name in TEXT_NAMES:
+        data = ("public domain", "bits per byte")
+    elif name in TASK_NAMES:
+        data = ("generated problems", "bits per byte")
     assert (CONFIGS / config).is_file()
     for word in ("command", "commit", "hardware", config, *data):
         assert word in card, f"{name}: the card does not state: {word}"
@@ -78,6 +84,15 @@ def test_the_text_models_know_shakespeare_from_noise(name: str, tmp_path: Path):
         scores = score_text(load_pretrained(name), samples, num_steps=2, num_candidates=1)
         bits.append(scores.summary(1)[-1]["bits_per_byte"])
     assert bits[0] < 3.5 < bits[1]
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_the_task_models_solve_problems_of_their_sizes(name: str):
+    for task in ("copy", "reverse", "dyck"):
+        scores = score_answers(
+            load_pretrained(name), task_problems(TaskSizes(task, 1, 6), 20, seed=9), num_steps=2, num_candidates=1
+        )
+        assert scores.rows(1)[-1]["answer_accuracy"] >= 0.95, task
 
 
 def test_the_ebt_denoises_and_thinking_longer_helps_at_noise_it_never_saw(clean: Tensor):
