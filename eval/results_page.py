@@ -14,45 +14,39 @@ A figure is "n/a" if its file is missing or if its weights are no longer shipped
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ebt_vision.benchmark.results import read_results
+from ebt_vision.benchmark.headline import (
+    BM3D,
+    DIT,
+    EBT,
+    LEVELS,
+    LINES,
+    PHOTOGRAPHS,
+    REGRESSOR,
+    SIGMA,
+    Evidence,
+    Line,
+    best,
+    has_true_sigma,
+    is_applied,
+    is_stopped_by_rule,
+    is_thinking,
+    read_evidence,
+    row_for,
+    rows_of,
+)
 from ebt_vision.benchmark.tables import markdown
 from ebt_vision.core.arguments import named_path
 from ebt_vision.core.atomic_files import write_text
-from ebt_vision.models.checkpoint import checkpoint_hash, list_pretrained
-from ebt_vision.probing.load import load_extractor
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
-EBT, DIT, REGRESSOR, BM3D = "tiny_imagenet_ebt", "tiny_imagenet_dit", "tiny_imagenet_regressor", "bm3d"
-PHOTOGRAPHS = "photographs_ebt"
-LEVELS, SIGMA = (0.1, 0.2), 25.0
 MISSING = "n/a"
 MARKS = ("<!-- headline -->", "<!-- end -->")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence:
-    """The figures of the shipped weights from the committed files; a missing file is empty."""
-
-    paper: Sequence[Mapping]
-    """Rows of paper.json."""
-    photographs: Sequence[Mapping]
-    """Rows of photographs.json."""
-    probes: Mapping[str, Mapping]
-    """Model -> its best row by logistic regression."""
-    rates: Mapping[str, float]
-    """Row of speed.json -> images a second."""
-    sources: Mapping[str, Mapping]
-    """File -> its provenance."""
-    left_out: Sequence[str]
-    """Figures of weights that are no longer shipped."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,156 +68,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(settings.output / "index.md")
     return 0
-
-
-def read_evidence(folder: Path) -> Evidence:
-    """Read the existing files. Raises ValueError for a file that is not a results.json."""
-    sources: dict[str, Mapping] = {}
-    left_out: list[str] = []
-    tables: dict[str, list[Mapping]] = {"paper": [], "photographs": []}
-    for name in tables:
-        for path in [p for p in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json"))) if p.exists()]:
-            results = read_results(path)
-            sources[path.name] = results["about"] | {"images": results["protocol"]["num_images"]}
-            rows = [row for row in results["rows"] if not row["sweep"]]
-            shipped = {model: _is_shipped(model, weights) for model, weights in {(r["model"], r["hash"]) for r in rows}}
-            tables[name] += [row for row in rows if shipped[row["model"]]]
-            left_out += [f"{model} in {path.name}" for model, same in sorted(shipped.items()) if not same]
-        _check_one_rule(f"{name}.json", tables[name])
-        _check_same_images(f"{name}.json", tables[name])
-    probes: dict[str, Mapping] = {}
-    for path in sorted(folder.glob("probe-*.json")):
-        results = _read_json(path, "about", "validation")
-        model = results["about"]["model"]
-        if load_extractor(model).identity != results["about"]["weights"]:
-            left_out.append(f"{model} in {path.name}")
-            continue
-        sources[path.name] = results["about"] | {"images": results["about"]["num_val"]}
-        logistic = [row for row in results["validation"] if row["head"] == "logistic"]
-        probes[model] = max(logistic, key=lambda row: row["held_out_top1"])
-    rates: dict[str, float] = {}
-    if (folder / "speed.json").exists():
-        results = _read_json(folder / "speed.json", "about", "parts")
-        sources["speed.json"] = results["about"]
-        rates = {row["name"]: row["rate"] for row in results["parts"].get("inference", {}).get("rows", [])}
-    return Evidence(
-        paper=tables["paper"],
-        photographs=tables["photographs"],
-        probes=probes,
-        rates=rates,
-        sources=sources,
-        left_out=left_out,
-    )
-
-
-def _check_one_rule(file: str, rows: Sequence[Mapping]) -> None:
-    """Raise ValueError if a model has more than one stopping rule; the page does not choose among rules."""
-    rules: dict[str, set[str]] = {}
-    for row in rows:
-        if _ruled(row["method"]):
-            rules.setdefault(row["model"], set()).add(row["method"])
-    for model, methods in rules.items():
-        if len(methods) > 1:
-            raise ValueError(
-                f"{file} has {len(methods)} stopping rules of {model}; run it with only the model's suggested tolerance"
-            )
-
-
-def _check_same_images(file: str, rows: Sequence[Mapping]) -> None:
-    """Raise ValueError if the rows of one noise were not measured on the same noisy images."""
-    seen: dict[str, set[tuple]] = {}
-    for row in rows:
-        seen.setdefault(str(row.get("condition")), set()).add((row.get("images"), row.get("noise")))
-    for condition, measured in seen.items():
-        if len(measured) > 1:
-            raise ValueError(
-                f"{file} and its further files have other images or noise at {condition}; measure them on the same"
-            )
-
-
-def _read_json(path: Path, *fields: str) -> dict:
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON; copy the program's results.json again") from error
-    if missing := [name for name in fields if name not in results]:
-        raise ValueError(f"{path} has no {', '.join(missing)}: another program wrote it; copy the right results.json")
-    return results
-
-
-def _is_shipped(model: str, weights: str | None) -> bool:
-    """Whether these weights are shipped; always true for methods without weights."""
-    return weights is None or (model in list_pretrained() and checkpoint_hash(model) == weights)
-
-
-def rows_of(rows: Sequence[Mapping], model: str, strength: float, method: Callable[[str], bool]) -> list[Mapping]:
-    """The rows of a model at one noise strength whose method is accepted, sorted by number of steps."""
-    found = [r for r in rows if r["model"] == model and r["strength"] == strength and method(r["method"])]
-    return sorted(found, key=lambda row: row["steps"])
-
-
-def best(rows: Sequence[Mapping]) -> Mapping | None:
-    """The row of highest PSNR, or None."""
-    return max(rows, key=lambda row: row["psnr_image"], default=None)
-
-
-def _thinking(method: str) -> bool:
-    return method == "thinking"
-
-
-def _ruled(method: str) -> bool:
-    return method.startswith("thinking, tolerance")
-
-
-def _sampled(method: str) -> bool:
-    return method in ("x0", "ddim")
-
-
-def _applied(method: str) -> bool:
-    return method == "applied"
-
-
-def _told(method: str) -> bool:
-    return method == "told sigma"
-
-
-def _noisy(method: str) -> bool:
-    return method == "noisy input"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """A line of the table: a model and the rows that it may use."""
-
-    title: str
-    model: str
-    method: Callable[[str], bool]
-    steps: int | None = None
-    """Use only this number of steps; None uses the best number for each noise."""
-    probed: str | None = None
-    rate: str | None = None
-    """The row of speed.json."""
-    photographs: str | None = None
-    """The model for the photographs column."""
-
-
-LINES = (
-    Line(title="**EBT, stops by itself**", model=EBT, method=_ruled, probed=EBT, photographs=PHOTOGRAPHS),
-    Line(title="EBT, 1 step", model=EBT, method=_thinking, steps=1, rate="EBT, 1 step", photographs=PHOTOGRAPHS),
-    Line(title="EBT, best of 1 to 10 steps", model=EBT, method=_thinking, photographs=PHOTOGRAPHS),
-    Line(title="DiT, DDIM, 100 passes", model=DIT, method=_sampled, steps=100, probed=DIT, rate="DiT, DDIM, 100 passes"),
-    Line(title="DiT, best number of passes", model=DIT, method=_sampled),
-    Line(title="regressor, once", model=REGRESSOR, method=_applied, steps=1, probed=REGRESSOR, rate="regressor, once"),
-    Line(title="regressor, best number of times", model=REGRESSOR, method=_applied),
-    Line(title="BM3D, true noise level", model=BM3D, method=_told, photographs=BM3D),
-    Line(title="noisy input", model="identity", method=_noisy, photographs="identity"),
-)
-
-
-def row_for(rows: Sequence[Mapping], line: Line, strength: float, model: str) -> Mapping | None:
-    """The row for a line of the table, or None."""
-    found = rows_of(rows, model, strength, line.method)
-    return best([row for row in found if line.steps in (None, row["steps"])])
 
 
 def table(evidence: Evidence, *, short: bool = False) -> str:
@@ -396,13 +240,13 @@ def draw(evidence: Evidence, path: Path) -> None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
     for axis, level in zip(axes, LEVELS, strict=True):
-        series = (("EBT", EBT, _thinking), ("regressor", REGRESSOR, _applied), ("DiT, DDIM", DIT, lambda m: m == "ddim"))
+        series = (("EBT", EBT, is_thinking), ("regressor", REGRESSOR, is_applied), ("DiT, DDIM", DIT, lambda m: m == "ddim"))
         for label, model, method in series:
             rows = rows_of(evidence.paper, model, level, method)
             axis.plot([r["steps"] for r in rows], [r["psnr_image"] for r in rows], marker="o", markersize=3, label=label)
-        if ruled := best(rows_of(evidence.paper, EBT, level, _ruled)):
+        if ruled := best(rows_of(evidence.paper, EBT, level, is_stopped_by_rule)):
             axis.plot(ruled["steps_used"], ruled["psnr_image"], "*", color="black", markersize=10, label="EBT, stopping rule")
-        if bm3d := best(rows_of(evidence.paper, BM3D, level, _told)):
+        if bm3d := best(rows_of(evidence.paper, BM3D, level, has_true_sigma)):
             axis.axhline(bm3d["psnr_image"], color="gray", linestyle="--", linewidth=1, label="BM3D, true noise level")
         axis.set(xscale="log", xlabel="steps, applications or passes", title=f"level {level:g}")
     axes[0].set_ylabel("PSNR, dB")

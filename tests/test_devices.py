@@ -14,6 +14,7 @@ from ebt_vision.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path.stem for path in (ROOT / "eval").glob("*.py") if '"--device"' in path.read_text())
+PROGRAMS = sorted([*PROGRAMS, "denoising"])  # its options are in benchmark/denoising_options.py
 NEEDED = {
     "denoising": ["--models", "identity", "--data", "photos"],
     "energy_uses": ["--models", "some", "--data", "photos", "--tune-data", "photos"],
@@ -43,7 +44,10 @@ def programs_can_be_imported(monkeypatch: pytest.MonkeyPatch):
 def test_without_the_option_a_program_names_no_device(program: str):
     """pick_device then selects the fastest one."""
     module = importlib.import_module(program)
-    parse = module._parse if program == "linear_probe" else module._parser().parse
+    if program == "linear_probe":
+        parse = module._parse
+    else:
+        parse = (module.denoising_parser() if program == "denoising" else module._parser()).parse
     assert parse(NEEDED[program]).device is None
 
 

@@ -232,12 +232,12 @@ def test_the_benchmark_s_config_is_understood(tmp_path: Path, monkeypatch: pytes
     denoising = importlib.import_module("denoising")
     (text,) = code_blocks(ROOT / "docs" / "benchmark.md", "yaml")
     (tmp_path / "benchmark.yaml").write_text(text)
-    parser = denoising._parser()
+    parser = denoising.denoising_parser()
     settings = parser.parse(["--config", str(tmp_path / "benchmark.yaml")])
     given = yaml.safe_load(text)
     assert config_to_arguments(tmp_path / "benchmark.yaml", parser)
     assert settings.models == given["models"] and settings.seeds == given["seeds"] and settings.data == given["data"]
-    assert denoising._groups(settings.group) == given["group"]
+    assert denoising.groups_of(settings.group) == given["group"]
     assert sys.modules["denoising"] is denoising
 
 

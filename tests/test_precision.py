@@ -5,7 +5,7 @@ import torch
 
 from ebt_vision.core.metrics import psnr
 from ebt_vision.core.precision import autocast, has_fast_bfloat16
-from ebt_vision.denoising import networks
+from ebt_vision.denoising import network as network_module
 from ebt_vision.denoising.load import denoiser_for, load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
@@ -43,7 +43,7 @@ def test_bfloat16_is_close_to_float32_and_results_stay_float32(kind: str):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_auto_is_bfloat16_where_it_is_fast_and_the_network_adds_to_its_input(fast: bool, monkeypatch, tmp_path):
-    monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(network_module, "has_fast_bfloat16", lambda device: fast)
     network("ebt", **STEM).save_pretrained(tmp_path / "conv")
     network("ebt").save_pretrained(tmp_path / "plain")
     assert load_denoiser(str(tmp_path / "conv")).uses_bfloat16 is fast

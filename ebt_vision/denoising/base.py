@@ -1,7 +1,7 @@
 """One interface for all denoisers: EBT, DiT, the regressor, classical methods.
 
 Images are float RGB (B, 3, H, W) in [0, 1]. Noise may carry them outside this range; only the output is clipped.
-Implementations are in networks.py and classical.py; `load.load_denoiser` finds them by name.
+ebt.py, regressor.py, dit.py, equilibrium.py and classical.py implement it; `load.load_denoiser` finds them by name.
 """
 
 import contextlib
