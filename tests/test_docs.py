@@ -40,6 +40,7 @@ NEEDS_TIME = (
     "python eval/speed.py",
     "python eval/scale.py",
     "python eval/scaling.py",
+    "python eval/text_thinking.py",
     "python -m pytest",
     "ebt-vision train",
     "make ",
