@@ -210,7 +210,7 @@ def _legend(evidence: Evidence) -> str:
         f"| ID | Tiny ImageNet at 64 px{number}; VP noise of level 0.1, on which all models were trained |",
         "| OOD | the same images at level 0.2, on which no model was trained |",
         f"| photographs | CBSD68, Gaussian noise of sigma {SIGMA:g}; the EBT is `{PHOTOGRAPHS}` |",
-        f"| probe | top-1 accuracy of logistic regression on frozen features, 200 classes of Tiny ImageNet{_fitted_on(evidence)} |",
+        f"| probe | top-1, logistic regression on frozen features, 200 classes of Tiny ImageNet{_fitted_on(evidence)} |",
         "| GFLOPs | matrix products and convolutions for one image of 64 px at level 0.1 |",
         "| images/s | throughput on an idle machine, from speed.json |",
         "| best | the best number of steps for each noise, selected on these test images: an upper bound |",

@@ -189,7 +189,9 @@ def inference(settings: argparse.Namespace) -> dict:
     print(f"speed: EBT {ebt.num_parameters:,} parameters, DiT {dit.num_parameters:,}", file=sys.stderr)
     runs: list[tuple[str, Denoiser, int]]
     runs = [(f"DiT, DDIM, {settings.dit_passes} passes", dit, settings.dit_passes)]
-    runs += [(f"EBT, {steps} steps", ebt, steps) for steps in (1, 2, 4, 8)] + [("regressor, once", regressor, 1)]
+    runs += [(f"EBT, {steps} step{'s' * (steps > 1)}", ebt, steps) for steps in (1, 2, 4, 8)] + [
+        ("regressor, once", regressor, 1)
+    ]
     versions = []
     for name, denoiser, steps in runs:
         options = DenoiseOptions(num_steps=steps, noise_level=0.1)
