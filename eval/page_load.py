@@ -116,9 +116,9 @@ def many_visitors(options: Sequence[str], photo: Path, size: tuple[int, int], co
             visits.append(pool.submit(visitor.wait))
         try:
             visitors[count].ask(images[count])
-            told = ""
+            message = ""
         except PageError as error:
-            told = str(error)
+            message = str(error)
         found, problems = [], []
         for visit in visits:
             try:
@@ -133,7 +133,7 @@ def many_visitors(options: Sequence[str], photo: Path, size: tuple[int, int], co
         "count": count,
         "done": len(found),
         "problems": problems,
-        "one_more_was_told": told,
+        "message_to_one_more": message,
         "seconds": seconds,
         "median_wait": median(served_at) if served_at else None,
         "longest_wait": max(served_at, default=None),
@@ -166,8 +166,8 @@ def report(results: dict[str, Any]) -> str:
             lines.append(f"| {width}x{height} ({width * height / 1e6:.1f} MP) | {number_of} | {seconds} | {memory} |")
     several = results["visitors"]
     if several:
-        told = several["one_more_was_told"]
-        one_more = f'one more got the message "{told}"' if told else "one more was accepted"
+        message = several["message_to_one_more"]
+        one_more = f'one more got the message "{message}"' if message else "one more was accepted"
         lines += ["", f"{several['count']} visitors at once, {several['size'][0]}x{several['size'][1]} each: "]
         lines[-1] += (
             f"{several['done']} served in {_number(several['seconds'])} s, {len(several['problems'])} failed, {one_more}. "

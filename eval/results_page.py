@@ -203,10 +203,10 @@ def with_headline(text: str, evidence: Evidence) -> str:
 
 
 def _legend(evidence: Evidence) -> str:
-    told = ["| entry | meaning |", "|---|---|"]
+    lines = ["| entry | meaning |", "|---|---|"]
     images = evidence.sources.get("paper.json", {}).get("images")
     number = f", {images:,} validation images" if images else ""
-    told += [
+    lines += [
         f"| ID | Tiny ImageNet at 64 px{number}; VP noise of level 0.1, on which all models were trained |",
         "| OOD | the same images at level 0.2, on which no model was trained |",
         f"| photographs | CBSD68, Gaussian noise of sigma {SIGMA:g}; the EBT is `{PHOTOGRAPHS}` |",
@@ -218,8 +218,8 @@ def _legend(evidence: Evidence) -> str:
     ]
     if row := row_for(evidence.paper, LINES[0], LEVELS[0], EBT):
         low, high = row["psnr_image_ci95"]
-        told.append(f"| interval | 95 % over images: {low:.2f} to {high:.2f} dB for the first ID figure |")
-    return "\n".join(told) + "\n"
+        lines.append(f"| interval | 95 % over images: {low:.2f} to {high:.2f} dB for the first ID figure |")
+    return "\n".join(lines) + "\n"
 
 
 def _fitted_on(evidence: Evidence) -> str:

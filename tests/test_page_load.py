@@ -22,7 +22,7 @@ def test_a_size_and_twenty_visitors_are_measured(tiny_checkpoint: Path, tmp_path
         assert 0 < found["first_preview"] <= found["total"] and "in 4 steps" in found["facts"]
         assert found["peak"] is None or found["peak"] >= row["memory_at_rest"]
     assert (several["count"], several["done"], several["problems"]) == (20, 20, [])
-    told = several["one_more_was_told"]  # nothing where such small images were done before it came: see test_app.py
+    told = several["message_to_one_more"]  # nothing where such small images were done before it came: see test_app.py
     assert told == "" or "full" in told
     report = (tmp_path / "report.md").read_text()
     assert report in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""Energies that are sums: what a model holds to be likely, and how well a candidate explains what was observed.
+"""Sums of energies: the energy of a model plus a likelihood of the observation.
 
 By Bayes' rule -log p(y | x) = -log p(y) - log p(x | y) up to a constant, so a prior energy E(y) and a likelihood add up to the
-energy E(x, y) of a candidate y for an observation x. `think()` takes the sum as it takes any other energy.
+energy E(x, y) of a candidate y for an observation x. `think()` accepts the sum like any other energy.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from ebt_vision.core.energy_functions import EnergyFunction, SteppedEnergy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Term:
-    """One energy of a sum, with its share of the context."""
+    """One energy of a sum, and its part of the context."""
 
     energy_fn: Callable[..., Tensor]
     """Any energy, a model or a function; see thinking.EnergyFunction."""
     weight: float = 1.0
     num_context: int = 0
-    """It takes so many of the context tensors, those after the terms before it."""
+    """Number of context tensors of this term; they follow those of the terms before it."""
 
 
 class EnergySum:
-    """Candidate (B, ...) and the context of all terms, one after the other -> the weighted sum of their energies."""
+    """Maps a candidate (B, ...) and the context of all terms, in order, to the weighted sum of their energies."""
 
     def __init__(self, *terms: Term):
         if not terms:
@@ -40,7 +40,7 @@ class EnergySum:
         return first
 
     def parts(self, candidate: Tensor, *context: Tensor) -> list[Tensor]:
-        """The weighted energy of each term, (B,) or (B, S); ValueError for another number of context tensors."""
+        """Return the weighted energy of each term, (B,) or (B, S). Raises ValueError for another number of context tensors."""
         wanted = sum(term.num_context for term in self.terms)
         if len(context) != wanted:
             raise ValueError(f"the terms of this sum take {wanted} context tensors, got {len(context)}")
@@ -52,7 +52,7 @@ class EnergySum:
         return energies
 
     def at_step(self, step: int) -> "EnergySum":
-        """The sum at a thinking step, for terms that change with it (see thinking.SteppedEnergy)."""
+        """Return the sum at a thinking step, for terms that depend on the step (see SteppedEnergy)."""
         fns = [t.energy_fn.at_step(step) if isinstance(t.energy_fn, SteppedEnergy) else t.energy_fn for t in self.terms]
         return EnergySum(*(replace(term, energy_fn=fn) for term, fn in zip(self.terms, fns, strict=True)))
 
@@ -68,30 +68,30 @@ def gaussian_likelihood(candidate: Tensor, *context: Tensor) -> Tensor:
 
 
 def with_likelihood(prior: EnergyFunction, num_context: int = 0) -> EnergySum:
-    """The sum of a prior and a Gaussian likelihood; its context is the prior's `num_context` tensors and likelihood_context."""
+    """Return the sum of a prior, with `num_context` context tensors, and a Gaussian likelihood (see likelihood_context)."""
     return EnergySum(Term(energy_fn=prior, num_context=num_context), Term(energy_fn=gaussian_likelihood, num_context=2))
 
 
 def likelihood_context(observation: Tensor, weight: Tensor | float, step_size: Tensor | float) -> tuple[Tensor, Tensor]:
     """Context of the likelihood in with_likelihood: the observation (B, ...) and the precision weight / step_size, (B,).
 
-    `weight`, a number or (B,), is the share of the way back to the observation that one step of `step_size` goes: the gradient
-    of weight / (2 step_size) |y - x|^2, times the step size, is weight (y - x). A step size that is learned cancels there.
+    `weight`, a number or (B,), is the fraction of the way back to the observation in one step of `step_size`: the gradient of
+    weight / (2 step_size) |y - x|^2, times the step size, is weight (y - x). A learned step size cancels.
     """
     precision = torch.as_tensor(weight, dtype=observation.dtype, device=observation.device) / step_size
     return observation, precision.expand(len(observation))
 
 
 AUTO_LIKELIHOOD_WEIGHT = 0.05
-"""likelihood_weight="auto" of an observation whose energy is what a first step gains at the training's noise."""
+"""likelihood_weight="auto" for an observation whose energy equals the gain of a first step at the noise of training."""
 MAX_LIKELIHOOD_WEIGHT = 0.5
 
 
 def auto_likelihood_weight(energy: Tensor, training_gain: float) -> Tensor:
-    """The likelihood's weight for observations of this energy, (B,): 0.05 * training_gain / energy, 0.5 at most.
+    """Return the weight of the likelihood for observations of this energy, (B,): 0.05 * training_gain / energy, at most 0.5.
 
-    The energy of an observation grows with the variance of its noise, so this is the precision of Gaussian noise but for one
-    constant. That one was chosen on training images: docs/results/step_rules.md. Both arguments are of the same unit, sums or
+    The energy of an observation grows with the variance of its noise, so this is the precision of Gaussian noise up to a
+    constant. The constant was chosen on training images: docs/results/step_rules.md. Both arguments have the same unit, sums or
     means over patches.
     """
     check(training_gain > 0, "training_gain", training_gain, "use the model's: see eval/training_gain.py")

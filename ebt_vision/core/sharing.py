@@ -1,4 +1,4 @@
-"""Several processes at one job: which of them this one is, and claims on parts of it by lock files."""
+"""Several processes share one job: the rank of this process, and lock files that claim parts of the job."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if sys.platform != "win32":
 
 Part = TypeVar("Part")
 CLAIMS = ".claims"
-"""The folder of lock files inside an output; it is removed at the end."""
+"""Folder of lock files inside an output folder; it is removed at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """Which of several processes this is, and on this machine."""
+    """The rank of this process among all processes, and on this machine."""
 
     index: int = 0
     count: int = 1
@@ -30,16 +30,16 @@ class Share:
 
     @classmethod
     def of_environment(cls) -> Share:
-        """As RANK, WORLD_SIZE and LOCAL_RANK say, which accelerate launch and torchrun set; one process without them."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, which accelerate launch and torchrun set; without them there is one process."""
         names = {"index": "RANK", "count": "WORLD_SIZE", "local_index": "LOCAL_RANK"}
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
     def of(self, parts: Sequence[Part]) -> list[Part]:
-        """This process's parts: every count-th one."""
+        """Return the parts of this process: every count-th part."""
         return list(parts[self.index :: self.count])
 
     def device(self, name: str) -> str:
-        """The device of this process: of several, each has a GPU of its own where "cuda" is wanted."""
+        """Return the device of this process; with "cuda", each of several processes gets its own GPU."""
         return f"cuda:{self.local_index}" if name == "cuda" and self.count > 1 else name
 
 
@@ -61,7 +61,7 @@ def shared_folder(folder: Path) -> Iterator[None]:
 
 
 def _enter(folder: Path) -> int | None:
-    """A descriptor of the folder that holds a shared lock on it; None where it cannot be made or locked."""
+    """Open the folder with a shared lock and return its descriptor; None if it cannot be created or locked."""
     if sys.platform == "win32":
         return None
     while True:
@@ -83,7 +83,7 @@ def _enter(folder: Path) -> int | None:
 
 
 def claim_part(folder: Path, name: str) -> BaseFileLock | None:
-    """The claim on a part, to be given back by `release`; None while another process has it. A killed process has none."""
+    """Claim a part until `release`; None while another process holds it. A killed process holds no claims."""
     lock = FileLock(folder / f"{name}.lock", thread_local=False)
     try:
         lock.acquire(timeout=0)
@@ -93,7 +93,7 @@ def claim_part(folder: Path, name: str) -> BaseFileLock | None:
 
 
 def release(claim: BaseFileLock | None) -> None:
-    """Give a claim back, and remove its file."""
+    """Release a claim and remove its file."""
     if claim is not None:
         with contextlib.suppress(OSError):
             os.unlink(claim.lock_file)

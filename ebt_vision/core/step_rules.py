@@ -17,12 +17,12 @@ from torch import Tensor
 from ebt_vision.core.checks import check
 
 Memory = tuple[Tensor, ...]
-"""What a rule keeps for its next step, each (b, ...); empty before the first step."""
+"""Tensors (b, ...) that a rule stores for its next step; empty before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """A thinking step as a rule sees it: the b samples that still move. E is (b,) for images, (b, S) for text."""
+    """The input of a rule at a thinking step: the b samples that still move. E is (b,) for images, (b, S) for text."""
 
     candidate: Tensor
     """Where energy and gradient were taken, (b, ...)."""
@@ -40,12 +40,12 @@ class Step:
 
 
 class StepRule(Protocol):
-    """How the candidate moves, once the gradient is known."""
+    """A rule for the next candidate, given the gradient."""
 
     name: str
 
     def move(self, step: Step) -> tuple[Tensor, Memory]:
-        """The next candidates (b, ...), before any projection, and what to remember."""
+        """Return the next candidates (b, ...), before any projection, and the memory for the next step."""
         ...
 
 
@@ -61,10 +61,10 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BarzilaiBorwein:
-    """y <- y - a g with a = <dy, dy> / <dy, dg> of the last step, kept within multiples of alpha; the first step is alpha's.
+    """y <- y - a g with a = <dy, dy> / <dy, dg> of the last step, clamped to multiples of alpha; the first step is alpha.
 
-    Barzilai & Borwein 1988, eq. 5, with the safeguard of Birgin, Martinez & Raydan 2000 (SPG, step 3): where the energy curves
-    down, <dy, dg> <= 0, the step is the longest one. The multiples are constants to the graph of training.
+    Barzilai & Borwein 1988, eq. 5, with the safeguard of Birgin, Martinez & Raydan 2000 (SPG, step 3): if the energy has
+    negative curvature, <dy, dg> <= 0, the step is the longest one. No gradient flows through the multiples in training.
     """
 
     name: Literal["barzilai-borwein"] = "barzilai-borwein"
@@ -93,9 +93,9 @@ class BarzilaiBorwein:
 class Momentum:
     """Nesterov's accelerated gradient: v <- m v - alpha g, y <- y - alpha g + m v, with v = 0 after the first step.
 
-    Nesterov 1983, in the form of Bengio et al. 2012 (arXiv 1212.0901, eq. 7), whose y are the look-ahead points: where energies
-    and gradients are taken. The first step is alpha's alone, as in FISTA, whose momentum starts at 0 (Beck & Teboulle 2009, eq.
-    4.2): a model's learned step size is made for that step.
+    Nesterov 1983, in the form of Bengio et al. 2012 (arXiv 1212.0901, eq. 7), where y are the look-ahead points at which
+    energies and gradients are evaluated. The first step has no momentum, as in FISTA (Beck & Teboulle 2009, eq. 4.2), because
+    the learned step size of a model fits this step.
     """
 
     name: Literal["momentum"] = "momentum"
@@ -118,7 +118,7 @@ class Backtracking:
     """y <- y - a g with the first a of alpha * (first, first * shrink, ...) that lowers the energy enough, or no step.
 
     Armijo 1966; with a projection P the condition of Bertsekas 1976: E(P(y - a g)) <= E(y) - share / a * |P(y - a g) - y|^2.
-    So no energy ever rises. Every trial costs a forward pass, of the samples alone that are still without a step.
+    No energy ever rises. Every trial costs a forward pass for the samples that do not have a step yet.
     """
 
     name: Literal["backtracking"] = "backtracking"
@@ -127,9 +127,9 @@ class Backtracking:
     shrink: float = 0.5
     """Factor from one trial to the next, in (0, 1)."""
     share: float = 1e-4
-    """Share of the fall that the gradient promises which has to come true, in (0, 1)."""
+    """Required fraction of the decrease that the gradient predicts, in (0, 1)."""
     num_trials: int = 5
-    """After so many trials the sample stays where it is."""
+    """Maximum number of trials; after them the sample does not move."""
 
     def __post_init__(self) -> None:
         check(self.first > 0, "step_rule.first", self.first, "use a positive number, say 1")
@@ -143,7 +143,7 @@ class Backtracking:
 
     @torch.no_grad()
     def _accepted(self, step: Step) -> Tensor:
-        """The multiple of the step size that each element takes, of shape E; 0 where none will do."""
+        """Return the multiple of the step size for each element, of shape E; 0 if no trial is accepted."""
         accepted = torch.zeros_like(step.energy)
         multiple = self.first
         for _ in range(self.num_trials):
@@ -172,7 +172,7 @@ STEP_RULES: dict[str, type[AnyStepRule]] = {
 
 
 def find_step_rule(rule: StepRuleName | AnyStepRule) -> AnyStepRule:
-    """A rule by its name, with its defaults, or the rule itself; ValueError for anything else."""
+    """Return the rule of this name with its defaults, or the rule itself. Raises ValueError for anything else."""
     if isinstance(rule, AnyStepRule):
         return rule
     if not isinstance(rule, str) or rule not in STEP_RULES:

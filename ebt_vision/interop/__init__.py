@@ -1,1 +1,1 @@
-"""Networks of other restoration libraries as denoisers, and denoisers as theirs."""
+"""Networks of other restoration libraries as Denoisers, and our Denoisers in these libraries."""

@@ -19,17 +19,17 @@ from ebt_vision.models.checkpoint import file_hash
 from ebt_vision.models.pretrained_model import CheckpointError
 
 RANDOM = "random"
-"""In place of a file: weights of seed 0."""
+"""Used instead of a file: random weights of seed 0."""
 ONLINE = ("Client", "DiffusersDenoiserWrapper")
-"""Denoisers that need the network."""
+"""Denoisers that need internet access."""
 SIDE_MULTIPLE = 16
-"""Of a network's input: the deepest of deepinv's U-shaped networks halve it four times."""
+"""The sides of the input are padded to a multiple of this; the deepest U-shaped networks of deepinv halve it four times."""
 _CHANNELS = ("in_channels", "out_channels", "img_channels", "channels", "in_nc", "in_chans")
 _WRAPPED = ("state_dict", "params_ema", "params")
 
 
 def load(text: str, *, device: str = "cpu", precision: Precision = "auto") -> PeerDenoiser:
-    """The denoiser of "deepinv:NAME", "deepinv:NAME:FILE" or "deepinv:NAME(depth=5, nf=16):FILE", for RGB images.
+    """Load "deepinv:NAME", "deepinv:NAME:FILE" or "deepinv:NAME(depth=5, nf=16):FILE", for RGB images.
 
     NAME is a class of deepinv.models, the brackets hold what its constructor takes. FILE is a .safetensors, or a file of
     torch.save that holds tensors alone; a network without one is refused, unless FILE is "random". Raises MissingExtraError
@@ -67,7 +67,7 @@ def load(text: str, *, device: str = "cpu", precision: Precision = "auto") -> Pe
 
 
 def import_deepinv() -> Any:
-    """deepinv.models; MissingExtraError where it is not installed."""
+    """Return deepinv.models. Raises MissingExtraError if deepinv is not installed."""
     try:
         import deepinv.models
     except ImportError:
@@ -76,7 +76,7 @@ def import_deepinv() -> Any:
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any], str]:
-    """(NAME, {option: value}, FILE) of "NAME(option=value):FILE"; FILE is empty where none is named."""
+    """Split "NAME(option=value):FILE" into (NAME, {option: value}, FILE); FILE may be empty."""
     found = re.fullmatch(r"(\w+)(\(.*?\))?(?::(.+))?", text)
     if not found:
         raise CheckpointError(f"deepinv:{text} is not of the form deepinv:NAME, deepinv:NAME:FILE or deepinv:NAME(nf=16):FILE")
@@ -132,7 +132,7 @@ def _load_weights(network: nn.Module, name: str, path: Path) -> None:
 
 
 def _sigma_argument(network: nn.Module) -> str | None:
-    """The argument of `forward` that says how strong the noise is; None where it is not there or not read.
+    """Return the name of the argument of `forward` for the noise level; None if there is none or it is not used.
 
     deepinv gives `sigma` the default None in networks that ignore it, RAM aside, which takes the physics before it.
     """

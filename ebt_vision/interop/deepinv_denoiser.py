@@ -1,4 +1,4 @@
-"""A Denoiser as deepinv's: for its plug-and-play algorithms, physics and trainers.
+"""A Denoiser as a denoiser of deepinv, for its plug-and-play algorithms, physics and trainers.
 
     from ebt_vision import load_denoiser
     from ebt_vision.interop.deepinv_denoiser import DeepinvDenoiser
@@ -22,7 +22,7 @@ _Base: Any = import_deepinv().Denoiser
 
 
 class DeepinvDenoiser(_Base):
-    """deepinv.models.Denoiser around one of ours: `denoiser(x, sigma)`.
+    """A deepinv.models.Denoiser that uses one of our denoisers: `denoiser(x, sigma)`.
 
     `options` default to the denoiser's suggested ones. It keeps no graph: the output never gets a gradient, so deepinv can
     use it in plug-and-play iterations but not train it, nor unfold through it.
@@ -34,7 +34,7 @@ class DeepinvDenoiser(_Base):
         self.options = denoiser.options_or_suggested(options)
 
     def forward(self, x: Tensor, sigma: float | Tensor | list[float] | None = None, **kwargs: object) -> Tensor:
-        """Denoise x (B, 3, H, W), about [0, 1], or (B, 1, H, W), which is shown as grey RGB and averaged back.
+        """Denoise x (B, 3, H, W), about [0, 1], or (B, 1, H, W), which is denoised as grey RGB and averaged.
 
         `sigma` is the noise's standard deviation on [0, 1]: a number, or one for each image in any shape of B values. Methods
         that take none ignore it; with None those that take one estimate it. Raises ValueError for what Denoiser.denoise does.

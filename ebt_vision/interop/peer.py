@@ -22,7 +22,7 @@ _FLOATS_PER_CHANNEL = 16
 
 
 class PeerDenoiser(Denoiser):
-    """A network that another library wrote: one pass, told the noise's standard deviation or not.
+    """A network of another library: one pass, with or without the standard deviation of the noise as input.
 
     `call` runs `network`. With `takes_sigma` it gets options.sigma, or an estimate for each image. `patch_size` is what the
     sides of its input must be multiples of. The images of the VP process are brought to full signal first (Denoiser.scale_for).
@@ -94,7 +94,7 @@ class PeerDenoiser(Denoiser):
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Return 12 hex digits of the SHA-256 of weights (any shapes) that are in no file."""
+    """Return the first 12 hex digits of the SHA-256 of weights that were not read from a file."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().double().contiguous().numpy().tobytes())

@@ -1,7 +1,7 @@
-"""Restoration networks that the spandrel library knows, from a file of their weights.
+"""Restoration networks of the spandrel library, loaded from a file of weights.
 
-Spandrel tells the architecture and its sizes from the names and shapes of the weights: SCUNet, NAFNet, SwinIR, DRUNet, DnCNN
-and others. Restormer and MIRNet are in spandrel_extra_arches, which is used where it is installed.
+Spandrel recognises the architecture and its sizes by the names and shapes of the weights: SCUNet, NAFNet, SwinIR, DRUNet, DnCNN
+and others. Restormer and MIRNet are in spandrel_extra_arches, which is used if it is installed.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from ebt_vision.models.pretrained_model import CheckpointError
 
 SUFFIXES = (".safetensors", ".pth")
 NOISE_MAP_ARCHITECTURES = ("DRUNet", "DnCNN")
-"""Those that spandrel gives a noise map of 15 / 255 where their first layer has a channel for one."""
+"""Networks that get a noise map of 15 / 255 from spandrel if their first layer has a channel for it."""
 
 
 def load(file: str, *, device: str = "cpu", precision: Precision = "auto") -> PeerDenoiser:
-    """The denoiser of "spandrel:FILE", FILE a .safetensors, or a .pth that spandrel's restricted unpickler takes.
+    """Load "spandrel:FILE". FILE is a .safetensors, or a .pth that the restricted unpickler of spandrel accepts.
 
     Raises MissingExtraError without spandrel; CheckpointError, in one line, for a file that is missing, of another kind, of no
     network that spandrel knows, or of one that does not restore RGB images at their own size.
@@ -44,7 +44,7 @@ def load(file: str, *, device: str = "cpu", precision: Precision = "auto") -> Pe
 
 
 def _descriptor(path: Path, device: str) -> Any:
-    """Spandrel's ImageModelDescriptor of a restoration network for RGB images."""
+    """Return the ImageModelDescriptor of spandrel for a restoration network on RGB images."""
     try:
         import spandrel
     except ImportError:
@@ -80,7 +80,7 @@ def _takes_noise_map(descriptor: Any) -> bool:
 
 
 def _one_by_one(descriptor: Any) -> Call:
-    """Spandrel's contract is a batch of one."""
+    """Run image by image: spandrel guarantees only a batch of one."""
     return lambda images, sigma: torch.cat([descriptor(image[None]) for image in images])
 
 

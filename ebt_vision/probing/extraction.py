@@ -28,7 +28,7 @@ class FeatureMaker:
         self._root, self._dtype, self._batch_size = root, dtype, batch_size
         self.identity = [extractor.identity, seed, dtype]
         """Everything that features depend on, except the images and the requested features."""
-        self._told: set[Path] = set()
+        self._reported: set[Path] = set()
         self._shapes: dict[Feature, tuple[int, ...]] = {}
         self.num_made, self.seconds = 0, 0.0
         """Number of images that this process has read and passed through the network, and the seconds."""
@@ -49,8 +49,8 @@ class FeatureMaker:
         extract."""
         by_name = {feature.name: feature for feature in features}
         cache = self._cache(images, split, view)
-        for folder in set(cache.stale()) - self._told:
-            self._told.add(folder)
+        for folder in set(cache.stale()) - self._reported:
+            self._reported.add(folder)
             self._say(f"stale cache: {folder} was made from other weights or files and is not used; delete it to free space")
         shapes = self.shapes(features)
         row_bytes = {feature.name: math.prod(shape) * cache.dtype.itemsize for feature, shape in shapes.items()}
@@ -110,15 +110,15 @@ class _Progress:
     def __init__(self, title: str, total: int, say: Callable[[str], None]) -> None:
         self._title, self._total, self._say = title, total, say
         self._first: int | None = None
-        self._begin = self._told = time.perf_counter()
+        self._begin = self._last_report = time.perf_counter()
 
     def __call__(self, done: int) -> None:
         now = time.perf_counter()
         if self._first is None:
-            self._first, self._begin, self._told = done, now, now
+            self._first, self._begin, self._last_report = done, now, now
             if done < self._total:
                 self._say(f"{self._title}: {done} of {self._total} shards exist")
-        elif done < self._total and now - self._told > _SECONDS_BETWEEN_LINES:
+        elif done < self._total and now - self._last_report > _SECONDS_BETWEEN_LINES:
             left = (now - self._begin) / (done - self._first) * (self._total - done)
             self._say(f"{self._title}: {done} of {self._total} shards, about {left / 60:.1f} min left")
-            self._told = now
+            self._last_report = now

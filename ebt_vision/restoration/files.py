@@ -1,4 +1,4 @@
-"""What restore() needs of image files, and how its result becomes one: masks, transparency, JPEG tables."""
+"""Image files for restore() and back: masks, transparency, JPEG tables."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

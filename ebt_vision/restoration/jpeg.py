@@ -1,7 +1,7 @@
-"""JPEG as a likelihood: each coefficient of the original lies in the interval that was rounded to the one in the file.
+"""JPEG as a likelihood: each coefficient of the original lies in the interval that is rounded to the coefficient in the file.
 
 The intervals are those of the 8x8 cosine transform of Y, Cb and Cr (ITU-T T.81 and T.871), the latter on a grid 1 or 2 times
-coarser. Files are not parsed for coefficients: those of the decoded pixels are rounded to multiples of the table's step.
+coarser. The coefficients are not read from the file. They are computed from the decoded pixels and rounded to the steps.
 That is exact for Y but for clipped pixels; sub-sampled chroma is what the decoder's interpolation leaves of it.
 """
 
@@ -18,7 +18,7 @@ from ebt_vision.restoration.likelihoods import Likelihood
 
 BLOCK = 8
 MAX_ROUNDS, CLOSE_ENOUGH = 30, 1e-4
-"""Projections in turn end after so many, or where no value is farther than this from [0, 1]."""
+"""Alternating projections stop after this number of rounds, or if no value is farther than this from [0, 1]."""
 
 # T.871, sec. 7: RGB to Y, Cb, Cr, without the offset of chroma.
 _TO_YCC = torch.tensor(
@@ -28,14 +28,14 @@ _TO_YCC = torch.tensor(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JpegTables:
-    """How a JPEG file was quantised."""
+    """The quantisation of a JPEG file."""
 
     luma: tuple[int, ...]
     """64 steps of Y, row by row, in 0..255 units of the orthonormal transform."""
     chroma: tuple[int, ...]
     """64 steps of Cb and Cr."""
     subsampling: tuple[int, int] = (1, 1)
-    """How many rows and columns share one chroma sample: (1, 1), (1, 2), (2, 1) or (2, 2)."""
+    """Number of rows and columns per chroma sample: (1, 1), (1, 2), (2, 1) or (2, 2)."""
     is_grey: bool = False
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class JpegTables:
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str] | BinaryIO) -> "JpegTables":
-        """The tables that a JPEG file holds; ValueError for another file, and for CMYK."""
+        """Read the tables of a JPEG file. Raises ValueError for any other file and for CMYK."""
         from PIL import Image, UnidentifiedImageError
 
         try:
@@ -74,8 +74,8 @@ class JpegTables:
 class JpegIntervals(Likelihood):
     """The value is half the squared distance of the coefficients to their intervals, in units of [0, 1].
 
-    The proximal step is the projection on the intervals, in the metric of Y, Cb, Cr, whatever the weight: an interval
-    has no noise. Blocks that the image's right or lower border cuts meet theirs about: what lay beyond is not known.
+    The proximal step is the projection on the intervals in the metric of Y, Cb, Cr, for any weight, because an interval has no
+    noise. Blocks that the right or lower border cuts are only approximately inside, because the pixels beyond are not known.
     """
 
     def __init__(self, tables: JpegTables):
@@ -102,7 +102,7 @@ class JpegIntervals(Likelihood):
         return z - torch.einsum("cd,bdhw->bchw", torch.linalg.inv(_TO_YCC).to(z), change)
 
     def finish(self, x: Tensor, observed: Tensor) -> Tensor:
-        """An image (B, 3, H, W) near x that is in [0, 1] and in the intervals, by projections in turn (Bregman 1965)."""
+        """Return an image (B, 3, H, W) near x, in [0, 1] and in the intervals, by alternating projections (Bregman 1965)."""
         for _ in range(MAX_ROUNDS):
             clamped = x.clamp(0, 1)
             if float((clamped - x).abs().amax()) < CLOSE_ENOUGH:
@@ -111,7 +111,7 @@ class JpegIntervals(Likelihood):
         return x
 
     def _fold_back(self, planes: list[Tensor], x: Tensor) -> list[Tensor]:
-        """The adjoint of the padding: what lies beyond the border is added to the last row and column."""
+        """The adjoint of the padding: values beyond the border are added to the last row and column."""
         height, width = x.shape[-2:]
         folded = []
         for plane in planes:
@@ -122,7 +122,7 @@ class JpegIntervals(Likelihood):
         return folded
 
     def _excesses(self, x: Tensor, observed: Tensor) -> list[Tensor]:
-        """By how much the coefficients of Y (and Cb, Cr) of x are beyond their intervals, each (B, rows, columns, 8, 8)."""
+        """Return how far the coefficients of Y (and Cb, Cr) of x are outside their intervals, each (B, rows, columns, 8, 8)."""
         return [
             mine - mine.clamp(theirs - step / 2, theirs + step / 2)
             for mine, theirs, step in zip(self._coefficients(x), self._quantised(observed), self._steps(x), strict=True)
@@ -153,7 +153,7 @@ class JpegIntervals(Likelihood):
         return math.prod(self._cell_sides(channel))
 
     def _spread(self, plane: Tensor, channel: int) -> Tensor:
-        """(B, h, w) to the pixels that share each sample."""
+        """Repeat each sample of (B, h, w) over its pixels."""
         rows, columns = self._cell_sides(channel)
         return plane.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 

@@ -1,13 +1,13 @@
-"""Likelihoods: how far an image x is from explaining an observation y of it that was damaged in a known way.
+"""Likelihoods: the distance between an observation y and an image x after a known damage.
 
-Most damages are linear, y = A x + noise, and the value is |A x - y|^2 / 2, without the noise's variance: solvers weigh it.
+Most damages are linear, y = A x + noise, and the value is |A x - y|^2 / 2. Solvers divide it by the variance of the noise.
 Images are RGB (B, 3, H, W) in [0, 1]; x may be larger than y (down-sampling, a blur with unknown borders). The proximal
 step is
 
     prox(z) = argmin_x |A x - y|^2 / 2 + weight / 2 * |x - z|^2
 
-(Parikh & Boyd 2014, sec. 1.1), in closed form where there is one and by conjugate gradients elsewhere. Weight 0 asks for the
-nearest image that explains y exactly, where that has a meaning.
+(Parikh & Boyd 2014, sec. 1.1), in closed form if there is one, otherwise by conjugate gradients. Weight 0 gives the nearest
+image that explains y exactly, if there is one.
 """
 
 from abc import ABC, abstractmethod
@@ -19,38 +19,38 @@ from torch import Tensor
 from ebt_vision.core.checks import check
 
 CG_STEPS = 40
-"""The most steps of conjugate gradients in one proximal step."""
+"""Maximum number of conjugate gradient steps in one proximal step."""
 CG_TOLERANCE = 1e-5
-"""They end where the residual is no more than this share of the right-hand side."""
+"""They stop if the residual is at most this fraction of the right-hand side."""
 
 LinearMap = Callable[[Tensor], Tensor]
 
 
 class Likelihood(ABC):
-    """What is known of the damage. The observation y (B, 3, h, w) is an argument of every method."""
+    """A known damage. The observation y (B, 3, h, w) is an argument of every method."""
 
     @abstractmethod
     def value(self, x: Tensor, observed: Tensor) -> Tensor:
-        """(B,): 0 where x explains the observation."""
+        """Return (B,): 0 if x explains the observation."""
 
     @abstractmethod
     def gradient(self, x: Tensor, observed: Tensor) -> Tensor:
-        """The gradient of `value` with respect to x, (B, 3, H, W)."""
+        """Return the gradient of `value` with respect to x, (B, 3, H, W)."""
 
     @abstractmethod
     def prox(self, z: Tensor, observed: Tensor, weight: float) -> Tensor:
-        """The proximal step from z (B, 3, H, W); see the top of this file."""
+        """Return the proximal step from z (B, 3, H, W); see the top of this file."""
 
     def start(self, observed: Tensor) -> Tensor:
-        """A first image x for an observation."""
+        """Return a first image x for an observation."""
         return observed.clone()
 
     def finish(self, x: Tensor, observed: Tensor) -> Tensor:
-        """The image to give back, of x."""
+        """Convert x to the image to return."""
         return x
 
     def check_observed(self, observed: Tensor) -> None:  # noqa: B027 - most damages have nothing to check
-        """ValueError, in one line, for an observation (B, 3, h, w) that cannot have this damage."""
+        """Raise a one-line ValueError for an observation (B, 3, h, w) that cannot have this damage."""
 
 
 class LinearLikelihood(Likelihood):
@@ -80,14 +80,14 @@ class LinearLikelihood(Likelihood):
         return z + change
 
     def precondition(self, residual: Tensor, weight: float) -> Tensor:
-        """About (A^T A + weight)^-1 of the residual (B, 3, H, W); the identity unless a likelihood knows better."""
+        """Return approximately (A^T A + weight)^-1 of the residual (B, 3, H, W); by default the residual itself."""
         return residual
 
 
 def conjugate_gradients(
     operator: LinearMap, target: Tensor, *, precondition: LinearMap = lambda r: r, num_steps: int = CG_STEPS
 ) -> Tensor:
-    """Solve operator(d) = target for a symmetric positive definite operator, each sample (B, ...) by itself.
+    """Solve operator(d) = target for a symmetric positive definite operator, separately for each sample (B, ...).
 
     Preconditioned conjugate gradients from d = 0 (Hestenes & Stiefel 1952; Saad 2003, algorithm 9.1).
     """
@@ -113,12 +113,12 @@ def conjugate_gradients(
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, 0 where a sample is solved already."""
+    """Return above / below, and 0 for a sample that is already solved."""
     return torch.where(below.abs() > 0, above / below.where(below.abs() > 0, torch.ones_like(below)), torch.zeros_like(above))
 
 
 class Mask(LinearLikelihood):
-    """Some pixels of (B, 3, H, W) are known, the others are not: y = m x."""
+    """Some pixels of (B, 3, H, W) are known and the others are missing: y = m x."""
 
     def __init__(self, known: Tensor):
         """`known`: bool, (H, W) or (B, 1, H, W); True where the pixel is known. ValueError where none or all of them are."""
@@ -148,7 +148,7 @@ class Mask(LinearLikelihood):
         return torch.where(self.known, known.to(z), z)
 
     def start(self, observed: Tensor) -> Tensor:
-        """Each missing pixel gets the mean of the known ones about it, from the nearest ring that has any."""
+        """Fill each missing pixel with the mean of the known pixels in the smallest square around it that has any."""
         weight = self.known.expand(len(observed), -1, -1, -1).to(observed)
         image, size = observed * weight, 1
         filled = torch.where(self.known, observed, torch.zeros_like(observed))

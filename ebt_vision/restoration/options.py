@@ -1,4 +1,4 @@
-"""What to do with an image to be restored, and what comes back."""
+"""Options and result of restore()."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,15 +13,15 @@ SolverName = Literal["splitting", "renoising", "descent"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoreOptions:
-    """How to restore; None stands for what suits the likelihood (see solvers.SUGGESTED)."""
+    """How to restore. None selects the default for the likelihood (see solvers.SUGGESTED)."""
 
     solver: SolverName | None = None
-    """splitting: half-quadratic splitting. renoising: denoise, put the observation in, add less noise than before. descent:
+    """splitting: half-quadratic splitting. renoising: denoise, apply the observation, add less noise than before. descent:
     think on the energy plus the weighted likelihood."""
     num_steps: int | None = None
-    """Times that the network sees each tile; of the descent, updates."""
+    """Number of passes per tile; for the descent, number of updates."""
     noise: float | None = None
-    """Standard deviation of the observation's own noise, in 0..255 units; None estimates it where the damage is a blur."""
+    """Standard deviation of the noise of the observation, in 0..255 units; None estimates it if the damage is a blur."""
     num_averaged: int | None = None
     """Number of last steps whose images are averaged, all at last_sigma; 1 returns the last image. Not for the descent."""
     first_sigma: float | None = None
@@ -29,11 +29,11 @@ class RestoreOptions:
     last_sigma: float | None = None
     """Noise level of the last step, 0.1 or more."""
     prior_weight: float | None = None
-    """How much the prior counts against the likelihood, above 0; 1 is what the noise levels say."""
+    """Weight of the prior relative to the likelihood, above 0; 1 follows from the noise levels."""
     moving_tiles: bool = True
-    """Let the grid of tiles move from step to step. Off, seams may show."""
+    """Move the grid of tiles from step to step. Without it seams can be visible."""
     seed: int = 0
-    """Of the noise of renoising."""
+    """Seed of the noise of renoising."""
     tile_size: int | None = None
     """Side of the tiles in pixels; None: the network's own."""
     keep_trajectory: bool = False
@@ -65,25 +65,25 @@ class RestoreOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoreStep:
-    """What a callback sees after each step."""
+    """The input of a callback after each step."""
 
     index: int
     num_steps: int
     image: Tensor
     """(1, 3, H, W) in [0, 1]."""
     energy: float | None
-    """Of what the network was shown, mean over patches; None for a method without an energy."""
+    """Energy of the input of the network, mean over patches; None for a method without an energy."""
     likelihood: float
     """Half the squared distance to the observation, mean over its values."""
 
 
 Callback = Callable[[RestoreStep], object]
-"""Returning True ends the work there."""
+"""Called after each step; returning True stops the work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoreResult:
-    """A restored image and how it came about. T is the number of steps."""
+    """A restored image and its history. T is the number of steps."""
 
     image: Tensor
     """(1, 3, H, W) in [0, 1]."""
@@ -92,12 +92,12 @@ class RestoreResult:
     likelihoods: tuple[float, ...]
     """Half the squared distance of each step's image to the observation, mean over its values (T)."""
     sums: tuple[float | None, ...]
-    """What each step descends, in model units, mean over patches (T): the energy plus the weighted likelihood."""
+    """The energy plus the weighted likelihood at each step, in model units, mean over patches (T)."""
     num_forward: int
     """Passes through the network, over all tiles."""
     solver: SolverName
     noise: float | None
-    """The noise of the observation that was assumed, given or estimated, in 0..255 units."""
+    """The noise of the observation, given or estimated, in 0..255 units."""
     trajectory: tuple[Tensor, ...] | None = None
     """With keep_trajectory: the image after each step, like `image`."""
 

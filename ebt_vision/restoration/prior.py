@@ -1,4 +1,4 @@
-"""A denoiser as the prior of a restoration: images in tiles whose grid moves from step to step.
+"""A denoiser as the prior of a restoration. It works on tiles, and the grid of tiles moves from step to step.
 
 On a grid that stays, errors at the tiles' borders add up over the steps; on one that moves they even out.
 """
@@ -20,24 +20,24 @@ from ebt_vision.models.patch_ebt import num_patches
 from ebt_vision.noise.processes import to_model_range
 
 GOLDEN = (0.7548776662466927, 0.5698402909980532)
-"""The steps of a low-discrepancy sequence in two dimensions (Roberts 2018): the grids of few steps are far from one another."""
+"""Increments of a low-discrepancy sequence in two dimensions (Roberts 2018), so that the grids of a few steps differ much."""
 
 TILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Denoised:
-    """What the prior makes of an image."""
+    """The result of one denoising pass of the prior."""
 
     image: Tensor
     """(B, 3, H, W) in [0, 1]."""
     energy: float | None
-    """Of the image that it was shown, mean over the patches of all tiles; None for a method without an energy."""
+    """Energy of the input of the network, mean over the patches of all tiles; None for a method without an energy."""
     num_forward: int
 
 
 class Prior:
-    """Denoises an image (1, 3, H, W) at a step; only tiles that touch `region` (H, W), bool, where there is one.
+    """Denoise an image (1, 3, H, W) in tiles. With `region`, bool (H, W), only tiles that touch the region are denoised.
 
     Pixels of other tiles stay as they are.
     """
@@ -63,7 +63,7 @@ class Prior:
         return Denoised(image=output.clamp(0, 1), energy=found.energy, num_forward=found.num_forward)
 
     def fill(self, image: Tensor, step: int, noise: Tensor | None = None) -> Denoised:
-        """Replace the pixels of the region in `image` by what the denoiser makes of image + noise, in place.
+        """Replace the pixels of the region in `image`, in place, by the denoised image + noise.
 
         No pixel outside the tiles that touch the region is read or written, so a thin scratch costs little in a large image.
         """
@@ -84,9 +84,9 @@ class Prior:
         return _Work(self.denoiser, image, noise, self._tiles(image.shape[-2:], self.shift(step, image)))
 
     def shift(self, step: int, image: Tensor) -> tuple[int, int]:
-        """By how many pixels this step's grid lies above and to the left of the image: below a quarter of a tile.
+        """Return how many pixels the grid of this step begins above and to the left of the image, below a quarter of a tile.
 
-        A side of a single tile stays a single tile, and moves by less than a patch.
+        If one tile covers a side, it still covers it, and the shift is less than a patch.
         """
         if not self.moving:
             return 0, 0
@@ -97,7 +97,7 @@ class Prior:
         return top, left
 
     def _tiles(self, size: Sequence[int], shift: tuple[int, int]) -> list["_Tile"]:
-        """The tiles that are worked on, of an image of this size (H, W)."""
+        """Return the tiles to denoise, for an image of this size (H, W)."""
         sides = [side + add for side, add in zip(size, shift, strict=True)]
         tile = [total if side <= self.tile else self.tile for total, side in zip(sides, size, strict=True)]
         starts = [tile_starts(side, length, self.overlap) for side, length in zip(sides, tile, strict=True)]
@@ -118,12 +118,12 @@ class Prior:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tile:
-    """A tile of an image. Where the grid begins outside of the image, the network is shown mirrored pixels."""
+    """A tile of an image. If the grid begins outside the image, the input of the network is mirrored there."""
 
     rows: slice
     columns: slice
     mirrored: tuple[int, int]
-    """How many rows above and columns to the left are mirrored."""
+    """Number of mirrored rows above and mirrored columns to the left."""
     weight: Tensor
     """(h, w), of the pixels inside the image."""
 
@@ -166,7 +166,7 @@ class TiledEnergy:
     """
 
     def __init__(self, prior: Prior, term: Callable[[Tensor], Tensor], weight: float):
-        """`term`: images (B, 3, H, W) in [0, 1] to (B,). The sum is E(y) + weight * 4 * term(y): 4 makes it of model units."""
+        """`term` maps images (B, 3, H, W) in [0, 1] to (B,). The sum is E(y) + 4 * weight * term(y); 4 is for model units."""
         if not isinstance(prior.denoiser, EBTDenoiser):
             raise ValueError(f"{prior.denoiser.name} has no energy to descend; use solver='splitting', or an EBT")
         self.prior, self.term, self.weight = prior, term, weight
@@ -182,7 +182,7 @@ class TiledEnergy:
         return lambda candidate, *context: self.energy(candidate, step) + self.weight * 4.0 * self.term(candidate)
 
     def energy(self, image: Tensor, step: int) -> Tensor:
-        """E alone, (B,), in units of the network: the sum over all patches of the grid."""
+        """Return only E, (B,), in units of the network: the sum over all patches of the grid."""
         patch = self.model.config.patch_size
         tile = self.prior.tile // patch * patch
         top, left = self.prior.shift(step, image)
@@ -197,13 +197,13 @@ class TiledEnergy:
         return total
 
     def num_patches(self, image: Tensor) -> int:
-        """Patches of the image itself, for a mean."""
+        """Return the number of patches of the image itself."""
         patch = self.model.config.patch_size
         return max(num_patches(image.shape, patch), 1)
 
 
 def _mirror(image: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-    """Mirror by (left, right, top, bottom) pixels, which may be more than the image has."""
+    """Mirror by (left, right, top, bottom) pixels; these numbers may exceed the sides of the image."""
     left, right, top, bottom = pads
     columns = _mirrored(torch.arange(-left, image.shape[-1] + right), image.shape[-1]).to(image.device)
     rows = _mirrored(torch.arange(-top, image.shape[-2] + bottom), image.shape[-2]).to(image.device)
@@ -211,6 +211,6 @@ def _mirror(image: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
 
 
 def _mirrored(index: Tensor, length: int) -> Tensor:
-    """Positions on a line of `length` that is mirrored at its ends again and again (half-sample symmetric)."""
+    """Return positions on a line of `length` that is mirrored at its ends repeatedly (half-sample symmetric)."""
     folded = index % (2 * length)
     return torch.minimum(folded, 2 * length - 1 - folded)

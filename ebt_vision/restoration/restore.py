@@ -1,4 +1,4 @@
-"""restore(): an image with a known damage, by the energy of a denoiser and the damage's likelihood."""
+"""restore(): restore an image with a known damage, by the energy of a denoiser and a likelihood of the damage."""
 
 from dataclasses import replace
 
@@ -23,11 +23,11 @@ def restore(
     denoiser: Denoiser | None = None,
     callback: Callback | None = None,
 ) -> RestoreResult:
-    """Restore one image (3, H, W) or (1, 3, H, W), float RGB in [0, 1], whose damage `likelihood` describes.
+    """Restore one image (3, H, W) or (1, 3, H, W), float RGB in [0, 1]. `likelihood` describes its damage.
 
     `denoiser` is the prior: any of load_denoiser, the shipped photograph EBT by default; the descent needs an EBT. Where pixels
-    are missing, only tiles that touch them are worked on, and known pixels are given back bit for bit unless options.noise is
-    above 0. The callback hears of every step. Raises ValueError for an image or an option that cannot be used.
+    are missing, only tiles that touch them are computed, and known pixels are returned bit for bit unless options.noise is
+    above 0. The callback is called after every step. Raises ValueError for an invalid image or option.
     """
     image = image[None] if image.ndim == 3 else image
     check_images(image)
@@ -46,7 +46,7 @@ def restore(
 def _restore_holes(
     observed: Tensor, mask: Mask, options: RestoreOptions, denoiser: Denoiser, callback: Callback | None
 ) -> RestoreResult:
-    """Work on the part of the image that holds the missing pixels, with a tile's width around it."""
+    """Restore the part of the image around the missing pixels, with a margin of one tile."""
     missing = ~mask.known[0, 0]
     margin = denoiser.tile_size if options.tile_size is None else options.tile_size
     window = tuple(

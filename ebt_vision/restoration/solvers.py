@@ -1,10 +1,10 @@
-"""Ways to make the energy and the likelihood small together.
+"""Solvers: methods that minimise the energy and the likelihood together.
 
 Splitting: half-quadratic splitting with a denoiser for the prior's step (Geman & Yang 1995; DPIR, Zhang et al. 2021, alg. 1).
-The network is blind: it finds out by itself how much noise an image has.
+The network is blind: it estimates the noise of an image itself.
 
-Renoising: each step adds noise, of a level that falls, to the image before the network sees it. So the network, which is blind,
-removes as much as the level says, and holes are filled with structure first and detail later (DiffPIR, Zhu et al. 2023,
+Renoising: each step adds noise to the image before the network denoises it. The noise level falls from step to step. The blind
+network then removes noise of this level, and holes get structure first and detail later (DiffPIR, Zhu et al. 2023,
 algorithm 1, with zeta = 1 and noise that does not shrink the signal; Lugmayr et al. 2022 for holes).
 
 Descent: thinking.think on the sum of energy and weighted likelihood (Romano et al. 2017, sec. 3; Hurault et al. 2022).
@@ -30,13 +30,13 @@ from ebt_vision.restoration.options import Callback, RestoreOptions, RestoreStep
 from ebt_vision.restoration.prior import Prior, TiledEnergy
 
 NOISE_STREAM = 2
-"""Stream of random numbers, beside those of denoising.ebt."""
+"""Stream of random numbers, in addition to those of denoising.ebt."""
 NOISE_BLOCK = 512
-"""Side in pixels of the blocks in which the noise of holes is drawn, and their first image made."""
+"""Side in pixels of the blocks for the noise and the first image of holes."""
 START_MARGIN = 128
-"""Pixels around a block from which the first image of its holes is made."""
+"""Width in pixels of the surroundings of a block that its first image depends on."""
 LEAST_NOISE = 0.255
-"""The noise, in 0..255 units, that a proximal step assumes where there is less: what DPIR takes for no noise."""
+"""Minimum noise, in 0..255 units, that a proximal step assumes; DPIR uses this value for images without noise."""
 DESCENT_STEP = 0.5
 """Step size of the descent in units of the network, over (1 + weight): the curvature of a likelihood here is 1 at most."""
 
@@ -54,11 +54,11 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
         solver="splitting", num_steps=5, num_averaged=1, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
     ),
 }
-"""What suits each damage. A noise of None is estimated from the image."""
+"""Default options for each damage. A noise of None is estimated from the image."""
 
 
 def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) -> RestoreOptions:
-    """The options with what is None filled in, for an observation (1, 3, h, w)."""
+    """Return the options for an observation (1, 3, h, w), with defaults in place of None."""
     suggested = next((SUGGESTED[c] for c in type(likelihood).__mro__ if c in SUGGESTED), SUGGESTED[Convolution])
     names = ("solver", "num_steps", "num_averaged", "first_sigma", "last_sigma", "noise", "prior_weight")
     filled = {name: getattr(suggested, name) for name in names if getattr(options, name) is None}
@@ -75,7 +75,7 @@ def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) 
 
 @dataclass(slots=True)
 class Record:
-    """What a solver reports of its steps."""
+    """The report of a solver about its steps."""
 
     num_steps: int
     callback: Callback | None
@@ -87,7 +87,7 @@ class Record:
     num_forward: int = 0
 
     def add(self, show: Callable[[], Tensor], energy: float | None, likelihood: float, weighted: float) -> bool:
-        """Note a step; True where the callback ends the work. `weighted` is what the likelihood adds to the energy."""
+        """Record a step; return True if the callback stops the work. `weighted` is the likelihood term of the sum."""
         self.energies.append(energy)
         self.likelihoods.append(likelihood)
         self.sums.append(None if energy is None else energy + weighted)
@@ -105,7 +105,7 @@ class Record:
 
 
 def noise_levels(options: RestoreOptions) -> list[float]:
-    """The level of each step on [0, 1]: from the first to the last in equal ratios, then the last for all averaged steps."""
+    """Return the noise level of each step on [0, 1]: it falls in equal ratios, then stays for the averaged steps."""
     assert options.num_steps is not None and options.num_averaged is not None
     assert options.first_sigma is not None and options.last_sigma is not None
     first, last = options.first_sigma / 255.0, options.last_sigma / 255.0
@@ -136,7 +136,7 @@ class Average:
 
 
 def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
-    """Splitting and renoising on (1, 3, h, w): the network, then the likelihood's proximal step, once per noise level."""
+    """Splitting and renoising on (1, 3, h, w): at each noise level the network, then the proximal step of the likelihood."""
     assert options.noise is not None and options.prior_weight is not None
     if isinstance(likelihood, Mask) and options.noise == 0:
         return fill(prior, observed, options, record)
@@ -162,7 +162,7 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
 
 
 def fill(prior: Prior, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
-    """`alternate` where pixels are missing and the others have no noise, which therefore stay as they are."""
+    """Like `alternate`, for images with missing pixels. The known pixels have no noise and do not change."""
     assert prior.region is not None
     hole = prior.region.to(observed.device)
     x = start_holes(observed, hole)
@@ -207,7 +207,7 @@ def _blocks(size: Sequence[int]) -> list[tuple[slice, slice]]:
 
 
 class BlockNoise:
-    """White noise on (1, 3, H, W), drawn for each step anew in those blocks alone that a region comes within `reach` of."""
+    """White noise on (1, 3, H, W), new in each step, drawn only in blocks within `reach` of a region."""
 
     def __init__(self, seed: int, size: Sequence[int], region: Tensor, *, reach: int):
         self.blocks = {
@@ -219,7 +219,7 @@ class BlockNoise:
         self._values = torch.empty(1, 3, *size)
 
     def draw(self, level: float) -> Tensor:
-        """Noise of standard deviation `level`, in memory that the next call uses again; undefined in all other blocks."""
+        """Return noise of standard deviation `level`; the next call overwrites it. Other blocks are undefined."""
         for (rows, columns), generator in zip(self.blocks.values(), self._generators, strict=True):
             place = self._values[..., rows, columns]
             place.copy_(torch.randn(place.shape, generator=generator)).mul_(level)
@@ -259,7 +259,7 @@ def descend(prior: Prior, likelihood: Likelihood, observed: Tensor, options: Res
 
 
 def _per_patch(value: float, x: Tensor, prior: Prior) -> float:
-    """A likelihood's value in units of the network, mean over patches."""
+    """Return the value of a likelihood in units of the network, mean over patches."""
     patch = prior.denoiser.patch_size
     return 4.0 * value / max(x.shape[-2] // patch * (x.shape[-1] // patch), 1)
 
