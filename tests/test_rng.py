@@ -10,7 +10,7 @@ from ebt_vision.core.rng import generators_on, make_generator, sample_generators
 from ebt_vision.data.order import BatchStream
 from ebt_vision.data.text import TextDataConfig, load_text_set
 from ebt_vision.data.tokenizer import ByteTokenizer
-from ebt_vision.denoising import base, networks
+from ebt_vision.denoising import base, ebt
 from ebt_vision.models.causal_text_ebt import CausalTextEBT, CausalTextEBTConfig
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.objectives.text import TextBatch
@@ -73,7 +73,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
 
         return made
 
-    for module, name in ((generation, "make_generator"), (text, "sample_generators"), (networks, "sample_generators")):
+    for module, name in ((generation, "make_generator"), (text, "sample_generators"), (ebt, "sample_generators")):
         monkeypatch.setattr(module, name, spy(getattr(rng, name)))
     return devices
 
@@ -99,5 +99,5 @@ def test_image_candidates_are_drawn_where_the_images_are(asked: list):
     torch.manual_seed(0)
     model = PatchEBT(PatchEBTConfig(img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=2)).eval()
     options = base.DenoiseOptions(num_steps=1, num_candidates=3, langevin_std=0.1)
-    networks.EBTDenoiser(model).denoise(torch.rand(1, 3, 16, 16), options)
+    ebt.EBTDenoiser(model).denoise(torch.rand(1, 3, 16, 16), options)
     assert asked == [torch.device("cpu")] * 3  # Langevin noise, and the starts of the second and third candidate
