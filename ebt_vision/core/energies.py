@@ -19,7 +19,7 @@ class Term:
     """One energy of a sum, and its part of the context."""
 
     energy_fn: Callable[..., Tensor]
-    """Any energy, a model or a function; see thinking.EnergyFunction."""
+    """Any energy, a model or a function; see energy_functions.EnergyFunction."""
     weight: float = 1.0
     num_context: int = 0
     """Number of context tensors of this term; they follow those of the terms before it."""

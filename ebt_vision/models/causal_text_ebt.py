@@ -81,7 +81,7 @@ class CausalTextEBT(EnergyModel):
         return check_energies(output.sum(-1), tuple(candidate.shape[:2]))
 
     def at_step(self, step: int) -> EnergyFunction:
-        """Return the energy of thinking step `step` (see thinking.SteppedEnergy)."""
+        """Return the energy of thinking step `step` (see energy_functions.SteppedEnergy)."""
         if self.config.num_landscapes == 1:
             return self
         return functools.partial(self, landscape=min(step, self.config.num_landscapes - 1))

@@ -29,7 +29,7 @@ class PatchEBTConfig(TrunkConfig):
     suggested_steps: int = 4
     """Default number of thinking steps. It is stored with the weights, because they determine when overthinking starts."""
     suggested_tolerance: float | None = None
-    """Default tolerance together with suggested_steps (see thinking.ThinkingConfig); None: no tolerance."""
+    """Default tolerance together with suggested_steps (see thinking_config.ThinkingConfig); None: no tolerance."""
     suggested_tolerance_of: Literal["training", "observation"] = "training"
     """Reference of suggested_tolerance."""
     training_gain: float | None = None
