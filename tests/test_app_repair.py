@@ -19,7 +19,10 @@ from apps.repair import Progress, Repaired, RepairRequest, damaged_file, enlarge
 from ebt_vision import cli
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
 from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.restoration.likelihoods import Downsampling, Mask
+from ebt_vision.restoration.solvers import SUGGESTED
 
+STEPS = {damage: options.num_steps for damage, options in SUGGESTED.items()}
 EXAMPLE = Path(__file__).parent.parent / "apps" / "examples" / "coffee.png"
 
 
@@ -292,7 +295,7 @@ def test_repair_in_a_browser(address: str, photo: Path, width: int, height: int,
         box = canvas.bounding_box()
         paint(page, (box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]), touch)
         page.click("#repair")
-        page.wait_for_function("document.querySelectorAll('#repair-film img').length == 20")
+        page.wait_for_function(f"document.querySelectorAll('#repair-film img').length == {STEPS[Mask]}")
         page.wait_for_function("[...document.querySelectorAll('#repaired img')].filter(i => i.naturalWidth == 96).length == 2")
         before, after = np.asarray(Image.open(photo)), download(page)
         changed = np.argwhere((after != before).any(-1))
@@ -310,8 +313,8 @@ def test_repair_in_a_browser(address: str, photo: Path, width: int, height: int,
         page.wait_for_selector("#paint", state="hidden")
         page.click("#repair")
         page.wait_for_function("[...document.querySelectorAll('#repaired img')].filter(i => i.naturalWidth == 192).length == 2")
-        page.wait_for_function("document.querySelectorAll('#repair-film img').length == 8")
-        assert page.locator("#repair-chart .curve-likelihood circle").count() == 8
+        page.wait_for_function(f"document.querySelectorAll('#repair-film img').length == {STEPS[Downsampling]}")
+        assert page.locator("#repair-chart .curve-likelihood circle").count() == STEPS[Downsampling]
         assert download(page).shape == (128, 192, 3)
 
         # A PNG has no JPEG tables.
