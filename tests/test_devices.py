@@ -28,6 +28,7 @@ NEEDED = {
     "stopping": ["--model", "some", "--data", "photos"],
     "training_gain": ["--model", "some", "--data", "photos"],
     "text_perplexity": ["--models", "some", "--data", "book.txt"],
+    "text_thinking": ["--models", "some"],
 }
 
 

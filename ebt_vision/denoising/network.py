@@ -87,6 +87,7 @@ class SampleWatch:
         self.images: list[Tensor] = []
 
     def __call__(self, index: int, sample: Tensor) -> bool:
+        """Record the sample (B, 3, H, W) on [-1, 1] after step `index`; return whether the callback stops the work."""
         self.index, image = index, to_image_range(sample)
         if self.options.keep_trajectory:
             self.images.append(image)

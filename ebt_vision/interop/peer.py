@@ -94,7 +94,7 @@ class PeerDenoiser(Denoiser):
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Return the first 12 hex digits of the SHA-256 of weights that were not read from a file."""
+    """Return the first 12 hex digits of the SHA-256 of weights, of any shapes, that were not read from a file."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().double().contiguous().numpy().tobytes())

@@ -162,7 +162,7 @@ def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: R
 
 
 def fill(prior: Prior, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
-    """Like `alternate`, for images with missing pixels. The known pixels have no noise and do not change."""
+    """Like `alternate`, for (1, 3, H, W) with missing pixels. The known pixels have no noise and do not change."""
     assert prior.region is not None
     hole = prior.region.to(observed.device)
     x = start_holes(observed, hole)
