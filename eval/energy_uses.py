@@ -1,4 +1,4 @@
-"""What an energy is good for beside denoising: detection, quality without a reference, uncertainty.
+"""Uses of an energy in addition to denoising: detection, quality without a reference, uncertainty.
 
     python eval/energy_uses.py --models tiny_imagenet_ebt tiny_imagenet_regressor tiny_imagenet_dit \
         --data "data/tiny-imagenet-200/validation-*.parquet" --tune-data "data/tiny-imagenet-200/train-*.parquet" \
@@ -52,7 +52,7 @@ _BINS = 10
 
 
 def damaged(images: Tensor, seed: int) -> dict[str, Tensor]:
-    """Copies of the images (B, 3, H, W) in [0, 1] with one damage each, clipped: name -> images."""
+    """Return name -> copies of the images (B, 3, H, W) in [0, 1], each with one damage, clipped."""
     from torchvision.transforms.functional import gaussian_blur
 
     generators = sample_generators(seed, range(len(images)))
@@ -85,7 +85,7 @@ def detect(scorer: Scorer, images: Tensor, others: dict[str, Tensor], centre: fl
 
 
 def choose_timestep(denoiser: ModelDenoiser, images: Tensor, seed: int) -> int:
-    """The DiT's timestep with the highest mean AUROC against damaged copies of the images (B, 3, H, W)."""
+    """Return the timestep of the DiT with the highest mean AUROC against damaged copies of the images (B, 3, H, W)."""
     others = damaged(images, seed)
     means = {t: np.mean(list(detect(Scorer(denoiser, timestep=t, seed=seed), images, others).values())) for t in TIMESTEPS}
     return max(means, key=lambda t: means[t])
@@ -119,7 +119,7 @@ def patch_uncertainty(scorer: Scorer, denoised: Tensor, images: Tensor) -> tuple
 
 
 def denoise(denoiser: ModelDenoiser, images: Tensor, seed: int) -> Tensor:
-    """The images (B, 3, H, W) with VP noise of DENOISED_LEVEL, denoised by the network's own defaults."""
+    """Add VP noise of DENOISED_LEVEL to the images (B, 3, H, W) and denoise them with the defaults of the network."""
     generators = sample_generators(seed, range(len(images)), 100)
     noisy = processes.to_image_range(processes.add_vp_noise(processes.to_model_range(images), DENOISED_LEVEL, generators))
     adapted = for_vp_images(denoiser, DENOISED_LEVEL)
@@ -130,7 +130,7 @@ def denoise(denoiser: ModelDenoiser, images: Tensor, seed: int) -> Tensor:
 def measure(
     name: str, device: str, settings, images: Tensor, tune: Tensor, others: dict[str, Tensor], say: Callable[[str], object]
 ) -> dict:
-    """All figures of one model, as plain data."""
+    """Return all figures of one model as plain data."""
     denoiser = load_denoiser(name, device=device, precision="float32")
     if not isinstance(denoiser, ModelDenoiser):
         raise ValueError(f"{name} has no network; name an EBT, a regressor or a DiT")
@@ -152,7 +152,7 @@ def measure(
 
 
 def report(results: dict) -> str:
-    """The three tables as Markdown."""
+    """Return the three tables as Markdown."""
     models = results["models"]
     head = ["| | " + " | ".join(m["model"] for m in models) + " |", "| --- |" + " ---: |" * len(models)]
     lines = ["# What an energy is good for", "", f"{results['num_images']} images."]
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _load(path: str, settings) -> Tensor:
-    """Images (B, 3, S, S) in [0, 1], S = --img-size: squares from the middle of each image."""
+    """Return images (B, 3, S, S) in [0, 1], S = --img-size: the central square of each image."""
     data = DataConfig(path=path, img_size=settings.img_size, limit=settings.limit)
     images = load_image_set(data)
     return images.images(range(len(images))).float() / 255.0

@@ -3,7 +3,7 @@
     python eval/restoration.py --data data/cbsd68 --choose-on "data/imagenet-photos/train-*.parquet" \
         --images 20 --size 160 --output out/restoration
 
-The parameters of the classical methods are chosen by PSNR on --choose-on, the training images, and so were the defaults of
+The parameters of the classical methods are chosen by PSNR on the training images of --choose-on, like the defaults of
 restore(). results.json is written after every task, and report.md at the end.
 """
 
@@ -39,13 +39,13 @@ from ebt_vision.restoration.restore import restore
 from ebt_vision.restoration.solvers import SOLVERS
 
 Restorer = Callable[[Any], tuple[Tensor, int]]
-"""A damaged image to (the restored one, passes through a network)."""
+"""Damaged image -> (restored image, passes through a network)."""
 
 
 def measure(
     task: str, images: list[Tensor], method: Restorer, *, seed: int, lpips: PerceptualDistance | None = None
 ) -> dict[str, Any]:
-    """Run one method on all images: figures of each image, their means and 95 % intervals over images."""
+    """Run one method on all images; return the figures of each image, their means and 95 % intervals."""
     psnrs, ssims, distances, passes, seconds = [], [], [], [], []
     for index, clean in enumerate(images):
         damaged = damage(task, clean, seed=seed, number=index)
@@ -85,7 +85,7 @@ def differences(rows: list[dict[str, Any]], *, seed: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| task | method | parameter | PSNR (95 % of images' means) | minus best classical | SSIM | LPIPS | passes | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -182,7 +182,7 @@ def _dpir(denoiser: Denoiser, damaged: Any) -> tuple[Tensor, int]:
 
 
 def _lpips(backbone: str | None, device: str) -> PerceptualDistance | None:
-    """LPIPS if its backbone is at hand; without one, and without asking for one, the column stays empty."""
+    """Return LPIPS if its backbone is available; None, and an empty column, if it is not and none was requested."""
     try:
         return PerceptualDistance(backbone, device=device)
     except MissingBackboneError as error:
@@ -193,7 +193,7 @@ def _lpips(backbone: str | None, device: str) -> PerceptualDistance | None:
 
 
 def _load(path: str, size: int, limit: int) -> list[Tensor]:
-    """Squares from the centres of images at their own scale, (1, 3, size, size)."""
+    """Return the central squares of the images without resizing, (1, 3, size, size)."""
     source = load_images(path, img_size=None, limit=limit)
     squares = []
     for pixels, name in zip(source.images(range(len(source))), source.names, strict=True):

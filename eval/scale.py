@@ -21,7 +21,7 @@ BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 bad input."""
+    """Return the exit status: 0 success, 2 bad input."""
     settings = _parser().parse(arguments)
     try:
         config = load_config(settings.config, settings.overrides)
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(settings: argparse.Namespace, config: ExperimentConfig, cost: TrainingCost) -> str:
-    """The counted figures and a table of predicted ones, as Markdown; ValueError for a batch the GPUs cannot share."""
+    """Return counted figures and a table of predictions as Markdown. Raises ValueError if the GPUs cannot share the batch."""
     train = config.train
     images = train.batch_size * train.num_updates
     lines = [

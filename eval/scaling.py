@@ -38,7 +38,7 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line; return the exit status: 0 success, 2 bad input, 130 interrupted."""
     settings = _parser().parse(arguments)
     settings.command = list(sys.argv[1:] if arguments is None else arguments)
     share = Share.of_environment()
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(settings: argparse.Namespace, share: Share) -> None:
-    """Train what is missing, fit, and write everything into settings.output; the first process writes."""
+    """Train the missing runs, fit, and write all results into settings.output; only the first process writes."""
     device = share.device(program_device(settings.device))
     recipe, grid = _recipe(settings), _grid(settings)
     untuned = replace(grid, lr_of=dict.fromkeys(grid.families, grid.lrs[0]))
@@ -101,7 +101,7 @@ def run(settings: argparse.Namespace, share: Share) -> None:
 
 
 def _best_lr(family: str, tuned: dict[Point, dict], grid: Grid) -> float:
-    """The learning rate of the least error; ValueError where a family diverged at all of them."""
+    """Return the learning rate with the lowest error. Raises ValueError if a family diverged at all of them."""
     if not tuned:
         return grid.lrs[0]
     errors = {p.lr: r["error"] for p, r in tuned.items() if p.family == family and r["error"] is not None}

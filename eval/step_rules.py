@@ -1,4 +1,4 @@
-"""Compare step rules and likelihoods of a Tiny ImageNet EBT, and the regressor applied again and again: PSNR after 1..N steps.
+"""Compare step rules and likelihoods of a Tiny ImageNet EBT, and repeated application of the regressor: PSNR after 1..N steps.
 
     python eval/step_rules.py --data "data/tiny-imagenet-200/validation-*.parquet" --output docs/results/data/step_rules.json
 
@@ -40,7 +40,7 @@ _BATCH_SIZE = 25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stopped:
-    """Where a tolerance stops, on average over the images."""
+    """Mean number of steps and passes with a tolerance, over the images."""
 
     tolerance: float
     psnr: float
@@ -50,19 +50,19 @@ class Stopped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One way to denoise, at one level: means over the images."""
+    """The results of one method at one level: means over the images."""
 
     method: str
     level: float
     psnr: tuple[float, ...]
-    """After each step, dB."""
+    """PSNR after each step, in dB."""
     passes: float
-    """Through the network, of the whole run."""
+    """Passes through the network in the whole run."""
     stopped: tuple[Stopped, ...]
 
 
 def stops_by_gain(energies: Tensor, tolerance: float, training_gain: float) -> tuple[Tensor, Tensor]:
-    """Steps kept and forward passes, int64 (B,), of think() with tolerance_of="training": energies (T + 1, B) of a run.
+    """Return the kept steps and forward passes, int64 (B,), of think() with tolerance_of="training", from energies (T + 1, B).
 
     A sample ends at the first step k that raises its energy, which is taken back, or that gains no more than tolerance *
     training_gain^2 / what its first step gained.
@@ -76,12 +76,12 @@ def stops_by_gain(energies: Tensor, tolerance: float, training_gain: float) -> t
 
 
 def stops_by_change(changes: Tensor, tolerance: float) -> Tensor:
-    """Applications, int64 (B,), of a RegressorDenoiser with this tolerance: squared changes (T, B) of a run."""
+    """Return the applications, int64 (B,), of a RegressorDenoiser with this tolerance, from squared changes (T, B)."""
     return _first_true(changes <= tolerance * changes[0]) + 1
 
 
 def _first_true(ended: Tensor) -> Tensor:
-    """The first row of each column of (T, B) that is True, or the last row, int64 (B,)."""
+    """Return the first True row of each column of (T, B), or the last row, int64 (B,)."""
     everywhere = torch.cat([ended[:-1], torch.ones_like(ended[:1])])
     return everywhere.long().argmax(0)
 
@@ -138,7 +138,7 @@ def apply_runs(model: PatchRegressor, batches: Sequence[tuple[Tensor, Tensor]], 
 
 
 def _psnr(images: Tensor, clean: Tensor) -> Tensor:
-    """Of images and uint8 clean ones, (B,), dB, clamped as in the paper's protocol."""
+    """PSNR (B,) in dB of images and uint8 clean images, clamped as in the protocol of the paper."""
     return psnr((images.clamp(-1, 1) + 1) * 127.5, clean.float(), data_range=255.0)
 
 
@@ -154,7 +154,7 @@ def _stopped(tolerance: float, psnrs: Tensor, kept: Tensor, passes: Tensor, star
 
 @torch.no_grad()
 def measure(settings) -> Iterator[Run]:
-    """All runs, level by level."""
+    """Run all methods at every level."""
     images = load_images(settings.data, img_size=64, limit=settings.limit)
     indices = list(range(len(images)))
     ebt, regressor = load_pretrained(settings.model), load_pretrained(settings.regressor)
@@ -185,7 +185,7 @@ def _run(method: str, level: float, psnrs: Tensor, passes: float, stopped: Seque
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """A table for each level, and one for each tolerance."""
+    """Return a table for each level and one for each tolerance."""
     text = []
     for level in dict.fromkeys(run.level for run in runs):
         records = [asdict(run) for run in runs if run.level == level]

@@ -23,15 +23,15 @@ from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.noise.processes import to_model_range
 
 NOISE_DRAWS = 4
-"""Draws of the noise that a DiT's error is averaged over."""
+"""Number of noise draws over which the error of a DiT is averaged."""
 _BATCH_SIZE = 100
 
 
 class Scorer:
     """Scores images (B, 3, H, W) in [0, 1], H and W multiples of the patch size, by one network.
 
-    A network that was trained on the VP process sees the image times its training's signal scale, as a photograph. The DiT is
-    told `timestep`, in 0..999, and gets the same noise for an image whatever else is scored. ValueError for a denoiser
+    A network of the VP process gets the image times the signal scale of its training, like a photograph. The DiT gets
+    `timestep`, in 0..999, and its noise for an image does not depend on the other images. Raises ValueError for a denoiser
     without a network.
     """
 
@@ -52,7 +52,7 @@ class Scorer:
 
     @torch.no_grad()
     def score_map(self, images: Tensor) -> Tensor:
-        """Scores of the patches, (B, H / patch_size, W / patch_size), float64, on the CPU; ValueError for a DiT."""
+        """Return the patch scores, (B, H / patch_size, W / patch_size), float64, on the CPU. Raises ValueError for a DiT."""
         if not self.has_map:
             raise ValueError(f"{self.denoiser.name} has no map of scores; use an EBT, a regressor or an EqM")
         parts = [self._map(images[start : start + _BATCH_SIZE]) for start in range(0, len(images), _BATCH_SIZE)]
@@ -82,9 +82,9 @@ class Scorer:
 
 
 def detection_auroc(inside: Tensor, outside: Tensor) -> float:
-    """The chance that an image of `outside` (M,) scores higher than one of `inside` (N,), ties counting half.
+    """Return the probability that an image of `outside` (M,) scores higher than one of `inside` (N,); ties count half.
 
-    Mann & Whitney 1947; 0.5 tells nothing, 1 tells all.
+    Mann & Whitney 1947; 0.5 is chance, 1 is perfect separation.
     """
     positive = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]) > 0
     return float(auroc_of(torch.cat([inside, outside]).numpy(), positive.numpy()))

@@ -19,21 +19,21 @@ from ebt_vision.restoration.jpeg import JpegIntervals, JpegTables
 from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Likelihood, Mask, gaussian_kernel
 
 DAMAGE_STREAM = 77
-"""Stream of random numbers, beside the seed and the image's number."""
+"""Stream of random numbers, in addition to the seed and the number of the image."""
 BLUR_SIGMA, BLUR_NOISE, JPEG_QUALITY = 1.6, 2.0, 10
 TV_ROUNDS = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damaged:
-    """A damaged image, and what did it."""
+    """A damaged image and its damage."""
 
     observed: Tensor
     likelihood: Likelihood
 
 
 def damage(task: str, clean: Tensor, *, seed: int, number: int) -> Damaged:
-    """Damage image `number`, (1, 3, H, W); the same seed and number give the same damage. ValueError for an unknown task."""
+    """Damage image `number`, (1, 3, H, W); equal seed and number give equal damage. Raises ValueError for an unknown task."""
     generator = sample_generators(seed, [number], DAMAGE_STREAM)[0]
     height, width = clean.shape[-2:]
     if task in ("missing", "scratch", "text"):
@@ -77,7 +77,7 @@ def _scratch(height: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def _text(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Lines of Pillow's own small font."""
+    """Lines of text in the small font of Pillow."""
     picture = Image.new("L", (width, height), 255)
     left = float(torch.rand(1, generator=generator)) * 20 - 20
     for top in range(4, height, 24):
@@ -86,11 +86,11 @@ def _text(height: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 Method = Callable[[Damaged, float], Tensor]
-"""(what is damaged, the parameter) -> the restored image."""
+"""(damaged image, parameter) -> restored image."""
 
 
 def start(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
-    """The damaged image at full size: nearest means in holes, cubic enlargement, else as it is."""
+    """Return the damaged image at full size: nearest means in holes, cubic enlargement, otherwise unchanged."""
     return damaged.likelihood.finish(damaged.likelihood.start(damaged.observed), damaged.observed)
 
 
@@ -141,7 +141,7 @@ def richardson_lucy(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, 
 
 
 def back_projection(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
-    """Cubic enlargement, then `parameter` rounds that enlarge and add what is not explained yet (Irani & Peleg 1991)."""
+    """Cubic enlargement, then `parameter` rounds that enlarge and add the remaining difference (Irani & Peleg 1991)."""
     x = damaged.likelihood.start(damaged.observed)
     assert isinstance(damaged.likelihood, Downsampling)
     for _ in range(int(parameter)):
@@ -150,7 +150,7 @@ def back_projection(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, 
 
 
 def bm3d(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
-    """BM3D told `parameter` as the noise, in 0..255 units."""
+    """BM3D with the noise level `parameter`, in 0..255 units."""
     from ebt_vision.denoising.load import load_denoiser
     from ebt_vision.denoising.options import DenoiseOptions
 
@@ -184,11 +184,11 @@ CLASSICAL: dict[str, dict[str, tuple[Method, Sequence[float]]]] = {
     },
     "jpeg": {"start": (start, (0.0,)), "TV": (total_variation, _TV), "BM3D": (bm3d, (5, 10, 15))},
 }
-"""Of each task: the methods, and the values that their parameter is chosen from, on other images than are measured."""
+"""Task -> its methods, with the values to choose their parameter from. The choice uses other images than the measurement."""
 
 
 def choose(task: str, name: str, images: Sequence[Tensor], *, seed: int) -> float:
-    """Return the parameter with the best mean PSNR on `images`, (1, 3, H, W) each; without a choice nothing runs."""
+    """Return the parameter with the best mean PSNR on `images`, (1, 3, H, W) each; with a single value nothing runs."""
     method, values = CLASSICAL[task][name]
     if len(values) == 1 or not images:
         return values[0]

@@ -19,7 +19,7 @@ Law = Literal["power", "saturating"]
 NUM_PARAMETERS: dict[Law, int] = {"power": 2, "saturating": 3}
 _MAX_EXPONENT = 10.0
 _FLOORS = (0.0, 0.3, 0.6, 0.9)
-"""Where the search for the floor `a` starts, as shares of the smallest error."""
+"""Start values of the search for the floor `a`, as fractions of the smallest error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +35,9 @@ class Fit:
     """Of the logarithm of the error."""
     a_ci95: tuple[float, float] | None
     c_ci95: tuple[float, float] | None
-    """None where there are no more points than parameters."""
+    """None unless there are more points than parameters."""
     resampled_c: np.ndarray
-    """The exponents of the bootstrap, (num_resamples,), or of length 0."""
+    """The exponents of the bootstrap, (num_resamples,), or an empty array."""
 
     def predict(self, costs: np.ndarray) -> np.ndarray:
         """Return the errors that the law predicts at `costs` (n,), float64 (n,)."""
@@ -45,7 +45,7 @@ class Fit:
 
 
 def fit_law(costs: Sequence[float], errors: Sequence[float], law: Law, *, num_resamples: int = 1000, seed: int = 0) -> Fit:
-    """Fit a law to points (C, error), all positive; ValueError for fewer points, at fewer costs, than it has parameters."""
+    """Fit a law to positive points (C, error). Raises ValueError for fewer points at different costs than parameters."""
     cost, error = (np.asarray(values, dtype=np.float64) for values in (costs, errors))
     needed = NUM_PARAMETERS[law]
     if cost.shape != error.shape or cost.ndim != 1 or len(np.unique(cost)) < needed:
@@ -85,14 +85,14 @@ def fit_law(costs: Sequence[float], errors: Sequence[float], law: Law, *, num_re
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """How many times as fast one family's error falls as another's: the ratio of their exponents."""
+    """How much faster the error of one family falls than that of another: the ratio of their exponents."""
 
     value: float
     ci95: tuple[float, float] | None
 
 
 def ratio_of_rates(numerator: Fit, denominator: Fit) -> Ratio | None:
-    """The ratio of two exponents; None where the denominator's is not positive.
+    """Return the ratio of two exponents; None if the denominator is not positive.
 
     1.35 is "35 % faster". The interval pairs the two bootstraps, which are independent; it is None where one has none, or where
     the denominator's exponent is not positive in all but 2.5 % of its draws: the ratio then has no bound.
@@ -107,7 +107,7 @@ def ratio_of_rates(numerator: Fit, denominator: Fit) -> Ratio | None:
 
 
 Values = tuple[float, float, float]
-"""(a, log b, c) of an error a + b * exp(-c * x), x being the logarithm of the cost over its geometric mean."""
+"""(a, log b, c) of an error a + b * exp(-c * x); x is the logarithm of the cost over its geometric mean."""
 
 
 def _centred(cost: np.ndarray) -> tuple[np.ndarray, float]:

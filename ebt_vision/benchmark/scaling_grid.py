@@ -14,10 +14,10 @@ FAMILIES: dict[Modality, dict[str, str]] = {
     "image": {"ebt": "patch_ebt", "regressor": "patch_regressor", "dit": "dit"},
     "text": {"ebt": "causal_text_ebt", "transformer": "causal_transformer"},
 }
-"""Family -> model_type; the first is compared with each of the others."""
+"""Family -> model_type. The first family is compared with each of the others."""
 AXES = ("width", "depth", "data", "batch", "updates")
 SIZE_AXES = ("width", "depth", "updates")
-"""Their runs together make the axis of FLOPs: all data, the base batch size."""
+"""The runs of these axes form the axis of FLOPs: all data, base batch size."""
 HEAD_WIDTH = 32
 
 
@@ -29,7 +29,7 @@ class Point:
     width: int
     depth: int
     data: float
-    """Images, or the share of the training text; 0 is all there is."""
+    """Number of images, or share of the training text; 0 means all."""
     batch: int
     updates: int
     lr: float
@@ -38,17 +38,17 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What all runs have in common."""
+    """The settings that all runs share."""
 
     modality: Modality
     data: str
     validation: str
-    """Held-out images; text holds out the last tenth of `data` where this is the same path."""
+    """Held-out images or text. If text has the same path as `data`, the last tenth is held out."""
     img_size: int = 32
     patch_size: int = 4
     context_length: int = 128
     thinking_steps: int = 1
-    """Of the EBT, in training and in measuring alike."""
+    """Thinking steps of the EBT, in training and in validation."""
     optimizer: str = "muon"
     num_held_out: int = 256
     overrides: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Recipe:
     mixed_precision: str = "no"
 
     def config(self, point: Point) -> ExperimentConfig:
-        """The point's experiment; ConfigError for a size that its model refuses."""
+        """Return the experiment of the point. Raises ConfigError for a size that the model refuses."""
         model_type = FAMILIES[self.modality][point.family]
         size = {"embed_dim": point.width, "depth": point.depth, "num_heads": max(point.width // HEAD_WIDTH, 1)}
         raw: dict[str, Any] = {
@@ -107,21 +107,21 @@ class Recipe:
 
 
 def name_of(point: Point) -> str:
-    """A name for people and folders."""
+    """Return a readable name, also used for folders."""
     data = f"n{point.data:g}" if point.data else "all"
     sizes = f"w{point.width}-d{point.depth}-{data}-b{point.batch}-u{point.updates}"
     return f"{point.family}-{sizes}-lr{point.lr:g}-s{point.seed}"
 
 
 def folder_of(config: ExperimentConfig) -> str:
-    """The folder of a run: the point's name and 8 hex digits of its whole config, so that other settings have another."""
+    """Return the folder of a run: the name of the point and 8 hex digits of the hash of its whole config."""
     text = json.dumps(asdict(config), sort_keys=True, default=str)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Which sizes are trained: `base` without its family and lr, and the values of each axis, which hold all else equal."""
+    """The sizes to train: `base` (its family and lr are ignored), and the values of each axis with all else equal."""
 
     families: tuple[str, ...]
     base: Point
@@ -129,15 +129,15 @@ class Grid:
     lrs: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
     lr_of: Mapping[str, float] = field(default_factory=dict)
-    """Family -> the learning rate that won the tuning."""
+    """Family -> the learning rate that tuning selected."""
 
     def tuning(self) -> list[Point]:
-        """The base size of each family at every learning rate, with the first seed."""
+        """Return the base size of each family at every learning rate, with the first seed."""
         each = [(family, lr) for family in self.families for lr in self.lrs]
         return [replace(self.base, family=family, lr=lr, seed=self.seeds[0]) for family, lr in each]
 
     def points(self) -> dict[str, list[Point]]:
-        """Axis -> its points, with the tuned learning rates."""
+        """Return axis -> points, with the tuned learning rates."""
         return {axis: list(self._along(axis)) for axis in self.values}
 
     def _along(self, axis: str) -> Iterator[Point]:
@@ -150,7 +150,7 @@ class Grid:
 
 
 def all_points(by_axis: Mapping[str, Sequence[Point]]) -> list[Point]:
-    """Each point once; the cheapest first, so that a grid that is cut short has whole axes of small runs."""
+    """Return each point once, the cheapest first, so that an interrupted grid has complete axes of small runs."""
     unique = dict.fromkeys(point for points in by_axis.values() for point in points)
     return sorted(unique, key=lambda p: p.width**2 * p.depth * p.batch * p.updates)
 

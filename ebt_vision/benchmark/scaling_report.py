@@ -1,4 +1,4 @@
-"""What a scaling study found, as records, report.md and a plot."""
+"""The results of a scaling study as records, report.md and a plot."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +95,7 @@ def _verdict(ratio: Ratio | None) -> str:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """report.md of a results.json."""
+    """Return the text of report.md for a results.json."""
     about, grid = results["about"], results["grid"]
     error = grid["error"]
     lines = ["# Scaling study", "", f"Error: {error}.", ""]
@@ -156,7 +156,7 @@ LAW_NAMES: dict[Law, str] = {"power": "b C^-c", "saturating": "a + b C^-c"}
 def plot_scaling(
     found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], fits: Mapping[tuple[str, str, Law], Fit], path: Path
 ) -> None:
-    """Error against each axis, both logarithmic: points, the pure power law dashed, the one with a floor solid."""
+    """Plot the error against each axis, both logarithmic: points, the pure power law (dashed), the law with a floor (solid)."""
     figure, axes = new_sheet((len(found) + 2) // 3, min(len(found), 3), width=4.4, height=3.6)
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
@@ -180,12 +180,12 @@ def _draw(axis: Axes, number: int, family: str, pairs: Sequence[tuple[float, flo
 
 
 def run_records(points: Sequence[Point], results: Results) -> list[dict]:
-    """A record for every run."""
+    """Return a record for every run."""
     return [{"name": name_of(point), "family": point.family, **results[point]} for point in points]
 
 
 def cost_of(results: Sequence[Mapping[str, Any]], share: float) -> dict[str, float]:
-    """What the runs took here, and on GPUs that reach `share` of their peak."""
+    """Return the cost of the runs here, and on GPUs that reach `share` of their peak."""
     flops = float(sum(result["training_flops"] for result in results))
     hours = flops / (share * H100_PEAK) / 3600.0
     seconds = float(sum(result["seconds"] or 0.0 for result in results))

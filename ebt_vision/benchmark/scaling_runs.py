@@ -1,4 +1,4 @@
-"""Trains the points of a grid through the project's own loop; processes share them by claims, and each run resumes."""
+"""Train the points of a grid with the training loop of the project. Processes share them by claims, and each run can resume."""
 
 import json
 import shutil
@@ -25,9 +25,9 @@ class GridRuns:
         self.recipe, self.output, self.device, self._say = recipe, output, device, say
 
     def results(self, points: Sequence[Point], *, first: int = 0) -> dict[Point, dict[str, Any]]:
-        """The result of every point: read, trained here, or waited for where another process trains it.
+        """Return the result of every point: read it, train it here, or wait for the process that trains it.
 
-        `first` is where in the list this process begins to look for work. A point whose process was killed is free again.
+        This process starts its search for work at position `first`. A point whose process was killed is free again.
         """
         configs = {point: self.recipe.config(point) for point in points}
         order = [*points[first % max(len(points), 1) :], *points[: first % max(len(points), 1)]]
@@ -44,7 +44,7 @@ class GridRuns:
         return {point: done[point] for point in points}
 
     def _result(self, point: Point, config: ExperimentConfig) -> dict[str, Any] | None:
-        """The result of a point, trained if nobody has; None while another process is at it."""
+        """Return the result of a point and train it if needed; None while another process trains it."""
         name = folder_of(config)
         path = self.output / "runs" / name / RESULT
         if path.is_file():
@@ -83,7 +83,7 @@ class GridRuns:
 
 
 def read_error(log: Path) -> float | None:
-    """The error of the last validation in a run's log.jsonl, after its last step; None where it thought out of all range.
+    """Return the error of the last validation in the log.jsonl of a run, after its last step; None if it is not finite.
 
     Images: 10^(-PSNR / 10) of the mean PSNR, the geometric mean over images of the mean squared error on [0, 1]. Text: bits per
     byte.

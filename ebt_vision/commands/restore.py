@@ -94,7 +94,7 @@ def _load(args: argparse.Namespace) -> Denoiser:
 
 
 def _shared_likelihood(args: argparse.Namespace) -> Likelihood | None:
-    """The damage that all files share; None where each file tells its own."""
+    """Return the damage that all files share; None if it depends on the file."""
     from ebt_vision.restoration.files import read_mask
     from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask
 
@@ -116,7 +116,7 @@ def _kernel(args: argparse.Namespace) -> Tensor:
 
 
 def _read_kernel(path: Path) -> Tensor:
-    """A kernel from a file. An image has no sum of 1, so it is divided by its own."""
+    """Read a kernel from a file. An image is divided by its sum."""
     import numpy as np
     import torch
 
