@@ -9,6 +9,7 @@ from torch import Tensor
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.interop.deepinv import import_deepinv
 from ebt_vision.restoration.likelihoods import LinearLikelihood
+from ebt_vision.restoration.solvers import LEAST_NOISE
 
 ITERATIONS = 8
 """Iterations of DPIR in deepinv."""
@@ -29,7 +30,7 @@ def dpir(observed: Tensor, likelihood: LinearLikelihood, denoiser: Denoiser, *, 
     if not isinstance(likelihood, LinearLikelihood):
         raise ValueError(f"DPIR needs a linear damage, not {type(likelihood).__name__}")
     physics = deepinv.physics.LinearPhysics(A=likelihood.apply, A_adjoint=likelihood.adjoint)
-    model = deepinv.optim.DPIR(sigma=max(noise, 0.255) / 255.0, denoiser=DeepinvDenoiser(denoiser))
+    model = deepinv.optim.DPIR(sigma=max(noise, LEAST_NOISE) / 255.0, denoiser=DeepinvDenoiser(denoiser))
     with torch.no_grad():
         image: Tensor = model(observed, physics, init=likelihood.start(observed))
     return likelihood.finish(image, observed).clamp(0, 1), ITERATIONS
