@@ -18,7 +18,15 @@ from apps.sources import MAX_PIXELS, read_upload, reduced, to_bytes
 from ebt_vision.data.image_files import ImageFile, without_suffix, write_image
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.restoration.files import DamagedFile, jpeg_file, read_mask, transparent_file
-from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask, disk_kernel, gaussian_kernel, motion_kernel
+from ebt_vision.restoration.likelihoods import (
+    Convolution,
+    Downsampling,
+    Mask,
+    check_mask_size,
+    disk_kernel,
+    gaussian_kernel,
+    motion_kernel,
+)
 from ebt_vision.restoration.options import RestoreOptions, RestoreStep
 from ebt_vision.restoration.restore import restore
 
@@ -210,10 +218,7 @@ def _with_holes(image: ImageFile, request: RepairRequest) -> DamagedFile:
     missing = torch.zeros(size, dtype=torch.bool)
     if request.mask is not None:
         known = read_mask(Path(request.mask), MAX_PIXELS)
-        if known.shape != missing.shape:
-            raise ValueError(
-                f"the mask is {known.shape[1]}x{known.shape[0]} px, the image {size[1]}x{size[0]}; give a mask of its size"
-            )
+        check_mask_size(known, missing)
         missing |= ~known
     if request.painted is not None and bool(request.painted.any()):
         missing |= enlarged(request.painted, size)

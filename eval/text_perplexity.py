@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import ebt_vision.core.thinking
-from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.benchmark.text import SHIFTS, TextScores, score_text
+from ebt_vision.benchmark.options import OneLineParser, run_program
+from ebt_vision.benchmark.text import SHIFTS, TextScores, candidate_counts, score_text
 from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.provenance import provenance
@@ -29,17 +29,7 @@ from ebt_vision.text.generation import make_reader
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 0 success, 2 bad input, 130 interrupted."""
-    settings = _parser().parse(arguments)
-    settings.command = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        run(settings)
-    except (ValueError, OSError) as error:
-        print(f"text_perplexity: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("text_perplexity: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(_parser(), run, arguments)
 
 
 def run(settings: Any) -> None:
@@ -113,10 +103,7 @@ def load_texts(settings: Any, length: int) -> dict[str, TextSet]:
 def _collect(results: dict[str, Any], text: str, scores: dict[str, TextScores]) -> None:
     references = [s.losses[0, 0] for s in scores.values() if s.energies is None]
     for name, score in scores.items():
-        counts = (
-            [1] if score.energies is None else sorted({n for n in (1, 2, 4, 8) if n < len(score.losses)} | {len(score.losses)})
-        )
-        for count in counts:
+        for count in candidate_counts(len(score.losses)):
             results["rows"] += [{"model": name, "text": text, **row} for row in score.summary(count)]
         if score.energies is None:
             continue

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.benchmark.text_thinking import AnswerScores, score_answers, task_problems
+from ebt_vision.benchmark.options import OneLineParser, run_program
+from ebt_vision.benchmark.text import candidate_counts
+from ebt_vision.benchmark.text_thinking import AnswerScores, best_temperatures, score_answers, task_problems
 from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.provenance import provenance
@@ -46,17 +47,7 @@ class Choice:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 0 success, 2 bad input, 130 interrupted."""
-    settings = _parser().parse(arguments)
-    settings.command = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        run(settings)
-    except (ValueError, OSError) as error:
-        print(f"text_thinking: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("text_thinking: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(_parser(), run, arguments)
 
 
 def run(settings: Any) -> None:
@@ -91,7 +82,7 @@ def run(settings: Any) -> None:
                 seed=seed,
             )
 
-        choice = choose([score(task, settings.seed + 1) for task in choose_on], settings.candidates)
+        choice = choose([score(task, settings.seed + 1) for task in choose_on])
         results["models"].append(
             {
                 "label": label,
@@ -107,8 +98,7 @@ def run(settings: Any) -> None:
         for task in tasks:
             scores = score(task, settings.seed)
             tempered = scores.bits_at(choice.temperatures)
-            counts = sorted({n for n in (1, 2, 4, 8, 16, 32) if n < len(scores.losses)} | {len(scores.losses)})
-            for count in counts:
+            for count in candidate_counts(len(scores.losses)):
                 for row in scores.rows(count):
                     extra = {"bits_at_temperature": tempered[row["steps"] - 1]} if count == 1 else {}
                     results["rows"].append({"model": index, "label": label, "task": str(task), **row, **extra})
@@ -118,7 +108,7 @@ def run(settings: Any) -> None:
     print(lines)
 
 
-def choose(scores: Sequence[AnswerScores], max_candidates: int) -> Choice:
+def choose(scores: Sequence[AnswerScores]) -> Choice:
     """Return the number of steps (one candidate) and of candidates (at these steps) with the lowest mean loss over all tasks,
     and the best temperature at each number of steps."""
 
@@ -126,23 +116,8 @@ def choose(scores: Sequence[AnswerScores], max_candidates: int) -> Choice:
         return np.mean([each.of(each.losses, candidates).mean(1) for each in scores], axis=0)  # (T,)
 
     steps = int(mean_loss(1).argmin())
-    counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= max_candidates]
-    if scores[0].energies is None:
-        counts = [1]
-    best = min(counts, key=lambda n: float(mean_loss(n)[steps]))
-    pooled = AnswerScores.best_temperatures
-    tempered = np.mean([each.tempered for each in scores], axis=0)
-    first = scores[0]
-    together = AnswerScores(
-        losses=first.losses,
-        is_right=first.is_right,
-        energies=first.energies,
-        tempered=tempered,
-        problem=first.problem,
-        num_bytes=first.num_bytes,
-        flops=first.flops,
-    )
-    return Choice(steps + 1, best, pooled(together))
+    best = min(candidate_counts(len(scores[0].losses)), key=lambda n: float(mean_loss(n)[steps]))
+    return Choice(steps + 1, best, best_temperatures(np.mean([each.tempered for each in scores], axis=0)))
 
 
 def report(results: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebt_vision.benchmark.text_thinking import AnswerScores, answer_batch, score_answers, task_problems
+from ebt_vision.benchmark.text_thinking import AnswerScores, answer_batch, best_temperatures, score_answers, task_problems
 from ebt_vision.core.rng import make_generator
 from ebt_vision.data.sources import DataError
 from ebt_vision.data.text import IGNORED, TextDataConfig, load_text_set
@@ -194,7 +194,7 @@ def test_scores_do_not_depend_on_the_batch_and_temperature_1_is_the_loss():
     assert (whole.problem == parts.problem).all() and whole.num_bytes == sum(len(p.answer) for p in group)
     ones = [1.0] * 3
     assert whole.bits_at(ones) == pytest.approx([row["bits_per_byte"] for row in whole.rows(1)])
-    best = whole.best_temperatures()
+    best = best_temperatures(whole.tempered)
     assert all(b <= o + 1e-12 for b, o in zip(whole.bits_at(best), whole.bits_at(ones), strict=True))
 
 

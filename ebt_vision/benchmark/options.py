@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +38,24 @@ class OneLineParser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(str(error))
         return self.parse_args([*words, *given])
+
+
+def run_program(parser: OneLineParser, run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, run a program and return its exit status: 0 success, 2 bad input, 130 interrupted.
+
+    `run` gets the settings, with the words of the command line in `settings.command`. Errors are one line.
+    """
+    settings = parser.parse(arguments)
+    settings.command = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        run(settings)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def config_to_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str]:

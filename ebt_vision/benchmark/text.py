@@ -24,6 +24,11 @@ _START, _LANGEVIN, _SHIFT = 31, 32, 33
 NUM_BINS = 10
 
 
+def candidate_counts(num_candidates: int) -> list[int]:
+    """Return the numbers of candidates to report: the powers of two below `num_candidates`, and `num_candidates` itself."""
+    return [*(2**i for i in range((num_candidates - 1).bit_length())), num_candidates]
+
+
 def as_is(text: str, seed: int = 0) -> str:
     """The text itself."""
     return text

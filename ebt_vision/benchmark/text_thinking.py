@@ -99,14 +99,18 @@ class AnswerScores:
             )
         return rows
 
-    def best_temperatures(self) -> list[float]:
-        """Return the temperature of lowest loss after each step; choose it on other problems than those it is used on."""
-        return [TEMPERATURES[i] for i in self.tempered.argmin(1)]
-
     def bits_at(self, temperatures: Sequence[float]) -> list[float]:
         """Return bits per byte of the first start after each step, each step at its temperature out of TEMPERATURES."""
         scale = len(self.problem) / math.log(2) / self.num_bytes
         return [float(row[TEMPERATURES.index(t)]) * scale for row, t in zip(self.tempered, temperatures, strict=True)]
+
+
+def best_temperatures(tempered: np.ndarray) -> list[float]:
+    """Return the temperature of lowest loss after each step, from AnswerScores.tempered (T, len(TEMPERATURES)).
+
+    Choose it on other problems than those that it is used on.
+    """
+    return [TEMPERATURES[i] for i in tempered.argmin(1)]
 
 
 def _mean_by_problem(values: np.ndarray, problem: np.ndarray) -> tuple[float, float]:

@@ -45,8 +45,8 @@ class DenoiseOptions(ThinkingOptions):
     keep_candidates: bool = False
     """EBT: keep the final images of all candidates, not only of the winner."""
     final_energy: bool = True
-    """EBT: also measure the energy of the result. Off, a proposal alone (one step, one candidate) takes one pass, not two;
-    `energies` then ends with the energy of the noisy image, and a callback hears nothing."""
+    """EBT: also measure the energy of the result. Without it a single proposal (one step, one candidate) takes one pass instead
+    of two. `energies` then ends with the energy of the noisy image, and no callback is called."""
 
     def __post_init__(self) -> None:
         ThinkingOptions.__post_init__(self)  # super() does not work in a dataclass with slots

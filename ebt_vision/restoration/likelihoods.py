@@ -163,9 +163,14 @@ class Mask(LinearLikelihood):
         return filled
 
     def check_observed(self, observed: Tensor) -> None:
-        mask, image = tuple(self.known.shape[-2:]), tuple(observed.shape[-2:])
-        if mask != image:
-            raise ValueError(f"the mask is {mask[1]}x{mask[0]} px, the image {image[1]}x{image[0]}; give a mask of its size")
+        check_mask_size(self.known, observed)
+
+
+def check_mask_size(mask: Tensor, image: Tensor) -> None:
+    """Raise a one-line ValueError unless a mask (..., H, W) has the size of an image (..., H, W)."""
+    (height, width), (rows, columns) = mask.shape[-2:], image.shape[-2:]
+    if (height, width) != (rows, columns):
+        raise ValueError(f"the mask is {width}x{height} px, the image {columns}x{rows}; give a mask of its size")
 
 
 def _box_sum(planes: Tensor, reach: int) -> Tensor:
