@@ -162,7 +162,7 @@ def _kernel(damaged: Damaged) -> np.ndarray:
     return damaged.likelihood.kernel.numpy()
 
 
-_TV = (0.005, 0.00125, 0.0025, 0.01, 0.02, 0.04, 0.08, 0.16)
+_TV = (0.005, 0.0003, 0.0006, 0.00125, 0.0025, 0.01, 0.02, 0.04, 0.08, 0.16)
 _HOLES: dict[str, tuple[Method, Sequence[float]]] = {
     "start": (start, (0.0,)),
     "biharmonic": (biharmonic, (0.0,)),
@@ -170,7 +170,7 @@ _HOLES: dict[str, tuple[Method, Sequence[float]]] = {
 }
 _ENLARGE: dict[str, tuple[Method, Sequence[float]]] = {
     "bicubic": (start, (0.0,)),
-    "back-projection": (back_projection, (1, 2, 5, 10, 20, 40)),
+    "back-projection": (back_projection, (1, 2, 5, 10, 20, 40, 80)),
     "TV": (total_variation, _TV),
 }
 CLASSICAL: dict[str, dict[str, tuple[Method, Sequence[float]]]] = {
@@ -182,7 +182,7 @@ CLASSICAL: dict[str, dict[str, tuple[Method, Sequence[float]]]] = {
         "Richardson-Lucy": (richardson_lucy, (5, 10, 20, 40, 80, 160)),
         "TV": (total_variation, _TV),
     },
-    "jpeg": {"start": (start, (0.0,)), "TV": (total_variation, _TV), "BM3D": (bm3d, (5, 10, 15, 20, 25))},
+    "jpeg": {"start": (start, (0.0,)), "TV": (total_variation, _TV), "BM3D": (bm3d, (5, 10, 15, 20, 25, 30, 35, 40))},
 }
 """Task -> its methods, with the values to choose their parameter from. The choice uses other images than the measurement."""
 
