@@ -38,7 +38,7 @@ from ebt_vision.benchmark.images import BenchmarkImages, load_images
 from ebt_vision.benchmark.measure import Bench, Measured, Subject, observed
 from ebt_vision.benchmark.pairs import load_pairs
 from ebt_vision.benchmark.parts import Part, join
-from ebt_vision.benchmark.processes import Processes
+from ebt_vision.benchmark.processes import OtherProcessFailedError, Processes
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.report import report
 from ebt_vision.benchmark.results import write_results
@@ -64,7 +64,7 @@ class _Collected:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 success, 2 bad input, 130 interrupted."""
+    """Run the command line and return the exit status: 0 success, 1 another process failed, 2 bad input, 130 interrupted."""
     settings = denoising_parser().parse(arguments)
     settings.command = without_output(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -73,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"denoising: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OtherProcessFailedError as error:
+        print(f"denoising: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"denoising: interrupted; run the same command to resume from {settings.output}", file=sys.stderr)
         return 130

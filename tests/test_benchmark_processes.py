@@ -5,13 +5,16 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
-from ebt_vision.benchmark.processes import Processes
+from ebt_vision.benchmark.processes import OtherProcessFailedError, Processes
 from ebt_vision.core.sharing import Share
 
 ROOT = Path(__file__).parents[1]
@@ -66,3 +69,37 @@ def test_shares_are_joined_in_the_order_of_the_whole(monkeypatch: pytest.MonkeyP
     assert not processes.is_main
     with Processes(Share()) as alone:
         assert alone.is_main and alone.join(whole) == whole
+
+
+def in_processes(work: Callable[[Processes], object], count: int = 3) -> list[object]:
+    """What `work` returns in each of several processes, here threads of one store; an error is returned, not raised."""
+    store = dist.HashStore()
+
+    def one(index: int) -> object:
+        try:
+            with Processes(Share(index=index, count=count), store) as processes:
+                return work(processes)
+        except (ValueError, OtherProcessFailedError) as error:
+            return error
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(one, range(count)))
+
+
+def test_every_process_hears_of_every_value_in_every_round():
+    def work(processes: Processes) -> list[list[int]]:
+        return [processes.gather(10 * i + processes.share.index) for i in range(4)]
+
+    assert in_processes(work) == [[[10 * i, 10 * i + 1, 10 * i + 2] for i in range(4)]] * 3
+
+
+def test_no_process_waits_for_one_that_failed():
+    def work(processes: Processes) -> list[int]:
+        if processes.share.index == 1:
+            raise ValueError("bad input")
+        return processes.gather(0)
+
+    first, second, third = in_processes(work)
+    assert isinstance(second, ValueError)
+    for error in (first, third):
+        assert isinstance(error, OtherProcessFailedError) and "process 1 failed" in str(error)

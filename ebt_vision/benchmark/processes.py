@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -15,25 +18,46 @@ Value = TypeVar("Value")
 ADDRESS = "tcp://127.0.0.1:29500"
 """Where processes meet that were started with RANK and WORLD_SIZE alone, without MASTER_ADDR."""
 _LONGEST_WAIT = timedelta(days=7)
+_PAUSE = 0.02
+"""Seconds between two looks for the value of another process."""
+
+
+class OtherProcessFailedError(RuntimeError):
+    """Another process of the benchmark stopped with an error, so this one cannot finish."""
 
 
 class Processes:
-    """A context in which the processes that accelerate launch or torchrun started exchange results, by gloo on the CPU."""
+    """A context in which the processes that accelerate launch or torchrun started exchange results on the CPU.
 
-    def __init__(self, share: Share):
+    The values go through the key-value store where the processes meet. There is no process group: the worker threads of gloo
+    can outlive it and abort the process at its end (pytorch/pytorch#179291).
+    """
+
+    def __init__(self, share: Share, store: dist.Store | None = None):
+        """`store` is where several processes exchange values; without it they meet where their launcher says."""
         self.share = share
+        self._given_store = store
+        self._round = 0
 
     def __enter__(self) -> Processes:
         if self.share.count > 1:
-            method = "env://" if "MASTER_ADDR" in os.environ else ADDRESS
-            dist.init_process_group(
-                "gloo", init_method=method, rank=self.share.index, world_size=self.share.count, timeout=_LONGEST_WAIT
-            )
+            self._store = dist.PrefixStore("benchmark", self._given_store or self._meet())
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.share.count > 1:
-            dist.destroy_process_group()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self.share.count == 1:
+            return
+        if kind is not None:
+            if not issubclass(kind, OtherProcessFailedError):  # the one that failed first is named
+                with contextlib.suppress(dist.DistError):  # the store is gone if the first process failed before
+                    self._store.set("failed", str(self.share.index))
+            return
+        self.gather(None)
+        # The store may live in the first process. It stays until the others have read the last values.
+        self._store.set(f"left/{self.share.index}", "")
+        if self.is_main:
+            for index in range(self.share.count):
+                self._wait(f"left/{index}")
 
     @property
     def is_main(self) -> bool:
@@ -41,12 +65,30 @@ class Processes:
         return self.share.index == 0
 
     def gather(self, value: Value) -> list[Value]:
-        """What each process gave, in their order; every process must call it."""
+        """What each process gave, in their order; every process must call it. Raises OtherProcessFailedError."""
         if self.share.count == 1:
             return [value]
-        values: list[Any] = [None] * self.share.count
-        dist.all_gather_object(values, value)
+        self._round += 1
+        self._store.set(f"{self._round}/{self.share.index}", pickle.dumps(value))
+        values = [pickle.loads(self._wait(f"{self._round}/{index}")) for index in range(self.share.count)]
+        # All are in this round, so all have read the round before.
+        self._store.delete_key(f"{self._round - 1}/{self.share.index}")
         return values
+
+    def _meet(self) -> dist.Store:
+        method = "env://" if "MASTER_ADDR" in os.environ else ADDRESS
+        return next(dist.rendezvous(method, self.share.index, self.share.count, timeout=_LONGEST_WAIT))[0]
+
+    def _wait(self, key: str) -> bytes:
+        try:
+            while not self._store.check([key]):
+                if self._store.check(["failed"]):
+                    failed = self._store.get("failed").decode()
+                    raise OtherProcessFailedError(f"process {failed} failed; read its own message")
+                time.sleep(_PAUSE)
+            return self._store.get(key)
+        except dist.DistError as error:
+            raise OtherProcessFailedError("the first process ended; read its own message") from error
 
     def join(self, own: Sequence[Value]) -> list[Value]:
         """All values in the order of the whole, where `own` belong to the parts that share.of gave this process."""

@@ -3,8 +3,11 @@
 A fraction of the draws (`gaussian_share`) is plain white Gaussian noise, not clipped, as in the tables of restoration papers.
 The other draws simulate cameras and the web. Each part has its own probability:
 
-   noise field   sensor noise, Gaussian noise with correlated colour channels, or speckle. Sensor noise depends on the signal
-                 and goes through a Bayer mosaic, demosaicing, white balance and a tone curve (Brooks et al. 2019).
+   noise field   sensor noise, Gaussian noise with correlated colour channels, speckle, or processed noise. Sensor noise depends
+                 on the signal and goes through a Bayer mosaic, demosaicing, white balance and a tone curve (Brooks et al. 2019).
+                 Processed noise is what the noise reduction of a camera leaves: fine in luminance, coarse in colour. In smooth
+                 parts of real noisy photographs (RNI15, Lebrun et al. 2015) neighbouring pixels have a correlation of 0.2 to 0.6
+                 in luminance and 0.7 to 0.85 in colour.
    correlation   The field is blurred or enlarged, so that neighbouring pixels are similar, as after denoising or resizing.
    JPEG          before the noise, after it, or both.
    8 bits        clipped and rounded.
@@ -24,6 +27,8 @@ from torch import Tensor
 
 from ebt_vision.noise.processes import add_jpeg, to_8_bit
 
+_FROM_LUMA_CHROMA = torch.tensor([[1.0, 0.0, 1.0], [1.0, -0.194, -0.509], [1.0, 1.0, 0.0]])
+"""Luminance and the differences B - Y and R - Y -> RGB, (3, 3), with the luminance of ITU-R BT.601."""
 _BAYER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
 """Position of each colour in a 2x2 cell of the mosaic (RGGB), (3, 2, 2)."""
 
@@ -44,6 +49,8 @@ class RealisticNoiseConfig:
     """Fraction of the draws with only white Gaussian noise, in [0, 1]; the others are realistic."""
     correlated_share: float = 0.5
     """Fraction of the realistic draws with spatially correlated noise, in [0, 1]."""
+    processed_share: float = 0.5
+    """Fraction of the realistic draws with processed noise, in [0, 1]; the others have one of the other fields."""
     jpeg_share: float = 0.4
     """Fraction of the realistic draws that pass through a JPEG after the noise, in [0, 1]; a fifth of these also before it."""
     jpeg_quality: tuple[int, int] = (30, 95)
@@ -55,7 +62,7 @@ class RealisticNoiseConfig:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in 0..255")
         if self.sigma_power <= 0:
             raise ValueError(f"sigma_power={self.sigma_power:g} must be positive; 1 draws strengths uniformly")
-        for name in ("clean_share", "gaussian_share", "correlated_share", "jpeg_share"):
+        for name in ("clean_share", "gaussian_share", "correlated_share", "processed_share", "jpeg_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
         low, high = self.jpeg_quality
@@ -86,9 +93,12 @@ def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator
         return clean + config.max_sigma * strength * torch.randn(clean.shape, generator=generator)
     sigma = config.max_realistic_sigma * strength
     image = _jpeg(clean, config, generator) if draw[3] < 0.2 else clean
-    field = _FIELDS[int(draw[4] * len(_FIELDS))]
-    correlation = _random_correlation(generator) if draw[5] < config.correlated_share else None
-    image = image + field(image, sigma, correlation, generator)
+    if draw[7] < config.processed_share:
+        image = image + _processed_noise(image, sigma, generator)
+    else:
+        field = _FIELDS[int(draw[4] * len(_FIELDS))]
+        correlation = _random_correlation(generator) if draw[5] < config.correlated_share else None
+        image = image + field(image, sigma, correlation, generator)
     if draw[6] < config.jpeg_share:
         return _jpeg(image, config, generator)
     return to_8_bit(image) / 255.0
@@ -122,6 +132,22 @@ def _coloured_noise(clean: Tensor, sigma: float, correlation: _Correlation | Non
     return field * (sigma / field.std().clamp(min=1e-6))
 
 
+def _processed_noise(clean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """Noise after the processing in a camera: luminance and colour with their own correlation and strength; mean std `sigma`.
+
+    The strength depends on the brightness, as photon noise does after a tone curve: it changes with a random power of it.
+    """
+    fine, sharpening, coarse, ratio, power = torch.rand(5, generator=generator).tolist()
+    luma = _blurred(torch.randn((1, *clean.shape[1:]), generator=generator), _gaussian(0.25 + 0.75 * fine))
+    luma = luma + max(0.0, 0.8 * sharpening - 0.3) * (luma - _blurred(luma, _gaussian(1.2)))
+    chroma = _blurred(torch.randn((2, *clean.shape[1:]), generator=generator), _gaussian(0.4 + 2.0 * coarse))
+    chroma = _unit_std(chroma) * (0.3 * 8.0**ratio) * (0.5 + torch.rand(2, 1, 1, generator=generator))
+    field = torch.einsum("ij,jhw->ihw", _FROM_LUMA_CHROMA, torch.cat([_unit_std(luma), chroma]))
+    brightness = (clean.mean(0, keepdim=True) + 0.1) ** (0.9 * power - 0.6)
+    field = field * brightness
+    return field * (sigma / field.std().clamp(min=1e-6))
+
+
 def _speckle(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
     """Noise in proportion to the signal; mean std `sigma`."""
     field = clean * _white(tuple(clean.shape), correlation, generator)
@@ -142,9 +168,15 @@ def _random_correlation(generator: torch.Generator) -> _Correlation:
     resampled, amount = torch.rand(2, generator=generator).tolist()
     if resampled < 0.4:
         return lambda noise: _unit_std(_enlarged(noise, 1.0 + amount))
-    std = 0.3 + 1.2 * amount
-    kernel = torch.exp(-0.5 * (torch.arange(-4, 5) / std) ** 2)
-    return lambda noise: _unit_std(_blurred(noise, kernel / kernel.sum()))
+    kernel = _gaussian(0.3 + 1.2 * amount)
+    return lambda noise: _unit_std(_blurred(noise, kernel))
+
+
+def _gaussian(std: float) -> Tensor:
+    """A Gaussian kernel of 9 pixels or, where `std` asks for more, 4 standard deviations to each side; its sum is 1."""
+    reach = max(4, math.ceil(4 * std)) if std > 1.5 else 4
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / std) ** 2)
+    return kernel / kernel.sum()
 
 
 def _enlarged(noise: Tensor, factor: float) -> Tensor:
@@ -155,6 +187,10 @@ def _enlarged(noise: Tensor, factor: float) -> Tensor:
 
 
 def _blurred(noise: Tensor, kernel: Tensor) -> Tensor:
+    """Blur (C, H, W) along both axes; the ends of a kernel wider than the image are cut off."""
+    surplus = len(kernel) // 2 - min(noise.shape[-2:]) + 1
+    if surplus > 0:
+        kernel = kernel[surplus:-surplus] / kernel[surplus:-surplus].sum()
     x = F.pad(noise[:, None], [len(kernel) // 2] * 4, mode="reflect")  # (C, 1, H, W)
     return F.conv2d(F.conv2d(x, kernel[None, None, :, None]), kernel[None, None, None, :])[:, 0]
 
