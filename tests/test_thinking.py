@@ -82,7 +82,15 @@ def test_a_non_finite_gradient_names_the_step_and_the_sample():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"num_steps": -1}, {"step_size": 0.0}, {"step_size_factor": 0.5}, {"langevin_std": -1.0}, {"tolerance": -0.1}],
+    [
+        {"num_steps": -1},
+        {"step_size": 0.0},
+        {"step_size_factor": 0.5},
+        {"langevin_std": -1.0},
+        {"tolerance": -0.1},
+        {"tolerance": "0.1"},
+        {"tolerance_of": "second"},
+    ],
 )
 def test_a_bad_setting_is_refused_by_name(bad: dict):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -3,10 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ebt_vision.core.checks import check
+from ebt_vision.core.checks import check, check_number
 from ebt_vision.core.step_rules import AnyStepRule, StepRuleName, find_step_rule
 
 ToleranceOf = Literal["first", "previous", "training", "observation"]
+
+
+def check_tolerance(tolerance: float | None, tolerance_of: str) -> None:
+    """Raise ValueError unless the tolerance is None or a number of 0 or more, and its reference is one of ToleranceOf."""
+    if tolerance is not None:
+        check_number("tolerance", tolerance)
+        check(tolerance >= 0, "tolerance", tolerance, "use 0 or more, or None")
+    known = get_args(ToleranceOf)
+    check(tolerance_of in known, "tolerance_of", tolerance_of, f"use one of {known}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +62,7 @@ class ThinkingConfig:
         find_step_rule(self.step_rule)
         self._check_langevin_std()
         check(self.backprop_steps is None or self.backprop_steps >= 1, "backprop_steps", self.backprop_steps, "use 1 or more")
-        check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
-        check(
-            self.tolerance_of in get_args(ToleranceOf), "tolerance_of", self.tolerance_of, f"use one of {get_args(ToleranceOf)}"
-        )
+        check_tolerance(self.tolerance, self.tolerance_of)
         gain = self.training_gain
         check(gain is None or gain > 0, "training_gain", gain, "use a positive number")
         if self.tolerance is not None and self.tolerance_of == "training" and gain is None:

@@ -1,11 +1,10 @@
 """The options of thinking for users of a model: on a command line, on a page or in a program."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 from ebt_vision.core.checks import check, check_number, check_whole
 from ebt_vision.core.step_rules import AnyStepRule, StepRuleName, find_step_rule
-from ebt_vision.core.thinking_config import ThinkingConfig, ToleranceOf
+from ebt_vision.core.thinking_config import ThinkingConfig, ToleranceOf, check_tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +34,9 @@ class ThinkingOptions:
             check_whole(name, getattr(self, name))
         for name in ("langevin_std", "step_size_scale"):
             check_number(name, getattr(self, name))
-        if self.tolerance is not None:
-            check_number("tolerance", self.tolerance)
         check(self.num_steps >= 1, "num_steps", self.num_steps, "use 1 or more")
         check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "use 1 (plain thinking) or more")
-        check(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "use 0 or more, or None")
-        known = get_args(ToleranceOf)
-        check(self.tolerance_of in known, "tolerance_of", self.tolerance_of, f"use one of {known}")
+        check_tolerance(self.tolerance, self.tolerance_of)
         if self.tolerance is None and self.tolerance_of != "first":
             raise ValueError(f"tolerance_of={self.tolerance_of!r} has no effect without a tolerance; give one, or leave it out")
         find_step_rule(self.step_rule)
