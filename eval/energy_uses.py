@@ -179,8 +179,14 @@ def report(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def relative(scores: np.ndarray) -> np.ndarray:
+    """Scores divided by the largest magnitude; unchanged if it is 0 or not finite."""
+    largest = np.abs(scores).max()
+    return scores / largest if 0 < largest < np.inf else scores
+
+
 def plot_reliability(results: dict, path: Path) -> None:
-    """RMSE against the mean score of each bin, scores relative to their largest bin; one line a model."""
+    """RMSE against the mean score of each bin, scores relative to the largest magnitude; one line a model."""
     from matplotlib.figure import Figure
 
     matplotlib.use("Agg")
@@ -189,8 +195,8 @@ def plot_reliability(results: dict, path: Path) -> None:
     for model in results["models"]:
         if "uncertainty" in model:
             scores, errors = np.array(model["uncertainty"]["bins"]).T
-            axis.plot(scores / scores.max(), errors, marker="o", label=model["model"])
-    axis.set(xlabel="score of the patches / largest bin's", ylabel="RMSE of the patches, on [0, 1]")
+            axis.plot(relative(scores), errors, marker="o", label=model["model"])
+    axis.set(xlabel="score of the patches / largest magnitude of a bin", ylabel="RMSE of the patches, on [0, 1]")
     axis.legend()
     figure.savefig(path, dpi=120)
 

@@ -73,6 +73,15 @@ def folders(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("scores", "expected"), [([1, 2, 4], [0.25, 0.5, 1]), ([-4, 2], [-1, 0.5]), ([0, 0], [0, 0]), ([np.nan, 1], [np.nan, 1])]
+)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_scores_of_the_plot_are_relative_to_the_largest_magnitude(scores, expected):
+    np.testing.assert_array_equal(energy_uses.relative(np.array(scores, float)), np.array(expected, float))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # the denoised images of fresh networks are grey, and all scores are 0
 def test_the_program_writes_its_tables(folders):
     words = ["--models", str(folders / "ebt"), str(folders / "dit"), "--data", str(folders / "inside"), "--img-size", "16"]
     words += ["--tune-data", str(folders / "tune"), "--others", f"others={folders / 'other'}", "--output", str(folders / "out")]
