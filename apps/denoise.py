@@ -24,6 +24,7 @@ from apps.repair_page import repair_tab
 from apps.sent_image import SentImage
 from apps.service import ADD, KIND_OF_MODEL, MAX_CANDIDATES, MAX_STEPS, NOISY_ALREADY, OWN_TILES, Service
 from apps.sources import MAX_BYTES
+from ebt_vision.core.arguments import number
 from ebt_vision.core.thinking_config import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import load_denoiser
@@ -323,7 +324,7 @@ def launch_options() -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page and return the exit status."""
     parser = argparse.ArgumentParser(description="Serve a web page that denoises images.")
-    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--port", type=number(int, 1, 65535), help="port (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="create a public link through Gradio's relay; needs the network")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to offer in addition to the shipped ones")
     parser.add_argument(

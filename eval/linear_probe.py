@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.core.arguments import named_path, number, one_of, positive
+from ebt_vision.core.arguments import named_path, not_negative, number, one_of, positive
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.provenance import provenance
 from ebt_vision.core.thinking_results import ThinkingError
@@ -367,7 +367,7 @@ def _add_heads(parser: _Parser) -> None:
     parser.add_argument("--epochs", type=number(int, 1), default=30, help="epochs of the torch head")
     parser.add_argument("--probe-batch-size", type=number(int, 2), default=1024, help="batch size of the torch head")
     parser.add_argument(
-        "--held-out", type=float, default=0.1, help="fraction of the training images that is held out for choices"
+        "--held-out", type=not_negative, default=0.1, help="fraction of the training images that is held out for choices"
     )
     parser.add_argument(
         "--sweep-limit",

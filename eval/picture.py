@@ -11,7 +11,7 @@ from PIL import Image
 
 from ebt_vision.benchmark.options import OneLineParser
 from ebt_vision.core import metrics
-from ebt_vision.core.arguments import named_path
+from ebt_vision.core.arguments import count, named_path, number
 from ebt_vision.core.rng import make_generator
 from ebt_vision.data.image_files import read_image
 from ebt_vision.denoising.load import load_denoiser
@@ -25,8 +25,8 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="picture", description="Draw how an EBT thinks.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--images", nargs="+", type=named_path, required=True)
-    parser.add_argument("--levels", nargs="+", type=float, default=[0.1, 0.2])
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--levels", nargs="+", type=number(float, 0, 1), default=[0.1, 0.2])
+    parser.add_argument("--steps", nargs="+", type=count, default=[1, 2, 4, 8])
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     parser.add_argument("--output", type=named_path, required=True)
     return parser

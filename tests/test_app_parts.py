@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_odd_files import looping_tiff
 
-from apps import comparing, figures, recipes, sources, thinking_aloud
+from apps import comparing, denoise, figures, recipes, sources, thinking_aloud
 from apps.service import Service
 from apps.sources import Request
 from apps.thinking_aloud import Answer, Update, think_aloud
@@ -278,3 +278,10 @@ def test_a_wrong_checkpoint_is_one_line() -> None:
     command = [sys.executable, "apps/denoise.py", "--checkpoint", "no/such/folder"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no/such/folder" in done.stderr
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "x"])
+def test_a_port_is_a_number_up_to_65535(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        denoise.main(["--port", port])
+    assert stop.value.code == 2 and f"{port!r} is not valid; use a whole number from 1 to 65535" in capsys.readouterr().err

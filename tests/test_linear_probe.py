@@ -262,7 +262,10 @@ def test_what_would_not_fit_in_memory_is_said_before_the_sweep(photos: Path, tmp
     assert "36 x 48 features are" in capsys.readouterr().err and not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("words", ["--heads forest", "--pool cls", "--cs 0", "--noise-levels much", "--epochs 0", "--views -1"])
+@pytest.mark.parametrize(
+    "words",
+    ["--heads forest", "--pool cls", "--cs 0", "--noise-levels much", "--epochs 0", "--views -1", "--held-out nan"],
+)
 def test_options_that_are_no_good_are_one_line(words: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stopped:
         probe("pixels", photos, tmp_path, *words.split())
