@@ -568,6 +568,8 @@ def test_classical_methods_denoise(make, gain):
 def test_estimated_sigma():
     noisy = add_gaussian_noise(torch.full((2, 3, 64, 64), 0.5), 20.0, torch.Generator().manual_seed(0))
     assert estimate_sigma(noisy) == pytest.approx([20.0, 20.0], rel=0.05)
+    noisy[0], noisy[1, 0] = 0.5, 0.5  # one colour; a red channel without noise
+    assert estimate_sigma(noisy) == pytest.approx([0.0, 20.0 * 2 / 3], rel=0.05)
 
 
 def test_without_bm3d_the_message_says_how_to_get_it(monkeypatch):

@@ -371,9 +371,20 @@ def test_command_deblur_upscale_and_deblock(tmp_path: Path) -> None:
     [
         (["inpaint", "a.png"], "a.png has no transparent pixels to fill in"),
         (["inpaint", "a.png", "--mask", "small.png"], "the mask is 10x10 px, the image 32x24"),
-        (["inpaint", "a.png", "--mask", "black.png"], "nothing to fill in"),
+        (["inpaint", "a.png", "--mask", "black.png"], "black.png has no white pixels, so nothing is missing; make"),
+        (["inpaint", "a.png", "--mask", "white.png"], "white.png is white everywhere"),
+        (["inpaint", "clear.png"], "clear.png is transparent everywhere"),
         (["deblur", "a.png", "--kernel", "k.txt"], "sums to 2"),
         (["deblur", "a.png", "--kernel", "none.npy"], "does not exist"),
+        (
+            ["deblur", "a.png", "--kernel", "empty.txt"],
+            "empty.txt cannot be read as a kernel (it is empty); give rows",
+        ),
+        (
+            ["deblur", "a.png", "--kernel", "complex.npy"],
+            "complex.npy cannot be read as a kernel (1 values of type complex",
+        ),
+        (["upscale", "a.png", "--output", "taken"], "its result taken/a.png is a folder; choose another --output"),
         (["deblur", "a.png", "--sigma", "9"], "smaller than the image"),
         (["deblock", "a.png"], "is a PNG file, not a JPEG"),
     ],
@@ -383,7 +394,44 @@ def test_command_refuses_in_one_line(arguments: list[str], message: str, tmp_pat
     write_png(tmp_path / "a.png", pixels())
     write_png(tmp_path / "small.png", np.eye(10, dtype=np.uint8) * 255)
     write_png(tmp_path / "black.png", np.zeros((24, 32), np.uint8))
+    write_png(tmp_path / "white.png", np.full((24, 32), 255, np.uint8))
+    write_png(tmp_path / "clear.png", np.zeros((24, 32, 4), np.uint8))
+    (tmp_path / "taken" / "a.png").mkdir(parents=True)
     np.savetxt("k.txt", np.full((1, 1), 2.0))
-    assert main(["restore", *arguments, "--output", "out", *COMMON]) == 2
+    np.save("complex.npy", np.full((1, 1), 1 + 1j))
+    (tmp_path / "empty.txt").touch()
+    out = [] if "--output" in arguments else ["--output", "out"]
+    assert main(["restore", *arguments, *out, *COMMON]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[0] and len(lines) <= 2 and "Traceback" not in "".join(lines)
+
+
+def test_command_deblurs_an_image_of_one_colour(tmp_path: Path) -> None:
+    flat = np.full((24, 32, 3), (200, 90, 10), np.uint8)
+    source = write_png(tmp_path / "flat.png", flat)
+    words = ["restore", "deblur", str(source), "--sigma", "1", "--solver", "splitting"]
+    assert main([*words, "--output", str(tmp_path / "out"), *COMMON]) == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / "out" / "flat.png")).astype(int) - flat).max() <= 1
+
+
+def test_a_small_image_is_a_kernel(tmp_path: Path) -> None:
+    """A white pixel in the middle of 3x3 black ones blurs nothing, and without noise the photograph comes back."""
+    source, dot = write_png(tmp_path / "a.png", pixels()), np.zeros((3, 3), np.uint8)
+    dot[1, 1] = 255
+    words = ["restore", "deblur", str(source), "--kernel", str(write_png(tmp_path / "k.png", dot)), "--noise", "0"]
+    assert main([*words, "--solver", "splitting", "--output", str(tmp_path / "out"), *COMMON]) == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / "out" / "a.png")).astype(int) - pixels()).max() <= 1
+
+
+def test_the_same_file_under_two_names_is_one_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sub").mkdir()
+    source, again = write_png(tmp_path / "a.png", pixels()), tmp_path / "sub" / ".." / "a.png"
+    assert main(["restore", "upscale", str(source), str(again), "--output", str(tmp_path / "out"), *COMMON]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--motion", "9", "nan"], ["--motion", "x", "0"]])
+def test_a_motion_takes_finite_numbers(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["restore", "deblur", "a.png", *words, "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "is not valid; use a number from -360 to 360" in capsys.readouterr().err

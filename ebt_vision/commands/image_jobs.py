@@ -91,8 +91,10 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> t
             continue
         for source, target in pairs:
             sources.add(source.resolve())
-            if target in jobs and jobs[target].source != source:
+            if target in jobs and jobs[target].source.resolve() != source.resolve():
                 problems.append(f"{source}: {jobs[target].source} has the same result {target}; rename one of the inputs")
+            elif target.is_dir():
+                problems.append(f"{source}: its result {target} is a folder; choose another --output")
             elif target.exists() and not overwrite:
                 problems.append(f"{source}: {target} exists; choose another --output, or add --overwrite to replace it")
             else:
@@ -120,7 +122,7 @@ def _targets(path: Path, output: Path, png: bool) -> Iterator[tuple[Path, Path]]
         raise ValueError(f"{path} has no images except earlier results in {output}; name a folder with images")
     left_out = _left_out(path, set(found), output.resolve())
     if left_out:
-        say(f"{path}: skipped {left_out}; to denoise a skipped image, name the file itself")
+        say(f"{path}: skipped {left_out}; to include a skipped image, name the file itself")
     for source in found:
         if source not in earlier:
             yield source, output / _result_name(source.relative_to(path), png)

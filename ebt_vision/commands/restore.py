@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = deblur.add_mutually_exclusive_group(required=True)
     kernels.add_argument("--sigma", metavar="PIXELS", type=positive, help="a Gaussian blur")
     kernels.add_argument(
-        "--motion", metavar=("LENGTH", "ANGLE"), type=float, nargs=2, help="a motion in pixels and degrees from the right"
+        "--motion",
+        metavar=("LENGTH", "ANGLE"),
+        type=number(float, -360, 360),
+        nargs=2,
+        help="a motion in pixels and degrees from the right",
     )
     kernels.add_argument("--disk", metavar="RADIUS", type=positive, help="a lens out of focus")
     kernels.add_argument("--kernel", metavar="FILE", type=named_path, help="a kernel as .npy or .txt, sum 1, or as an image")
@@ -99,7 +103,7 @@ def _shared_likelihood(args: argparse.Namespace) -> Likelihood | None:
     from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask
 
     if args.kind == "inpaint" and args.mask is not None:
-        return Mask(read_mask(args.mask))
+        return Mask(read_mask(args.mask, mixed=True))
     if args.kind == "deblur":
         return Convolution(_kernel(args))
     return Downsampling(args.scale) if args.kind == "upscale" else None
@@ -124,15 +128,19 @@ def _read_kernel(path: Path) -> Tensor:
 
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".txt", ".csv"):
-        grey = read_image(path).pixels.mean(0).double()
+        grey = read_image(path, min_side=1).pixels.mean(0).double()
         if float(grey.sum()) == 0:
             raise ValueError(f"{path} is black, so it is no kernel; give an image that is bright where the blur is")
         return grey / grey.sum()
     try:
         if suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
+            array = np.asarray(np.load(path, allow_pickle=False))
+        elif not path.read_text().strip():
+            raise ValueError("it is empty")
         else:
             array = np.loadtxt(path, delimiter="," if suffix == ".csv" else None, ndmin=2)
+        if array.size == 0 or array.dtype.kind not in "biuf":
+            raise ValueError(f"{array.size} values of type {array.dtype}")
         return torch.from_numpy(np.asarray(array, dtype=np.float64))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; check the path") from None

@@ -76,11 +76,9 @@ class TimedBytes(io.BytesIO):
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise DecodeError for an image that is too small, TooLargeError for more than `max_pixels`."""
+    """Raise TooLargeError for more than `max_pixels`."""
     if width * height > max_pixels:
         raise TooLargeError(f"is {width}x{height} pixels, more than the limit of {max_pixels} pixels; make it smaller")
-    if min(width, height) < MIN_SIDE:
-        raise DecodeError(f"is {width}x{height} pixels, too small; each side needs at least {MIN_SIDE}")
 
 
 def check_frames(num_frames: int | str) -> None:

@@ -75,14 +75,22 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> DecodedImage:
     """Decode one still image (PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, AVIF, HEIC) and apply its orientation.
 
     16-bit PNG, TIFF, PGM and PPM keep 16 bits. Float TIFF must lie in [0, 1] and becomes 16 bit. Palettes become RGB.
     Unreadable EXIF fields are left out and listed in `notes`; the EXIF thumbnail is left out. Smaller pages of a TIFF are
     ignored. HEIC needs the extra "heic". Raises DecodeError for bytes that are empty, not an image, damaged, animated, smaller
-    than MIN_SIDE, not finite, or slower to read than MAX_SECONDS. Raises TooLargeError for more than `max_pixels`.
+    than `min_side`, not finite, or slower to read than MAX_SECONDS. Raises TooLargeError for more than `max_pixels`.
     """
+    image = _decode(data, max_pixels)
+    height, width = image.pixels.shape[:2]
+    if min(width, height) < min_side:
+        raise DecodeError(f"is {width}x{height} pixels, too small; each side needs at least {min_side}")
+    return image
+
+
+def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     if not data:
         raise DecodeError("is empty (0 bytes); copy it again")
     try:

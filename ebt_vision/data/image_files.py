@@ -96,13 +96,13 @@ class ImageFile:
         return self.pixels[:, torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
 
 
-def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ImageFile:
+def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> ImageFile:
     """Read a still PNG, JPEG, WebP, TIFF, BMP, GIF, PGM, PPM, AVIF or HEIC file; the content determines the format, not the
     name.
 
     HEIC needs the extra "heic". The orientation is applied to the pixels and the EXIF tag is set to 1, so that the written file
     displays like the input. Raises ImageFileError for a missing path, a folder or a pipe, and for a file that is empty, not an
-    image, damaged, animated, smaller than MIN_SIDE on a side, not finite, or larger than `max_pixels` (checked in the header
+    image, damaged, animated, smaller than `min_side` on a side, not finite, or larger than `max_pixels` (checked in the header
     before decoding; the error's __cause__ is then a TooLargeError).
     """
     if not str(path):
@@ -111,7 +111,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     try:
         if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe would block
             raise ImageFileError(f"{path} is a pipe or a device, not a file; save the image to a file first")
-        decoded = decode_image(path.read_bytes(), max_pixels)
+        decoded = decode_image(path.read_bytes(), max_pixels, min_side)
     except FileNotFoundError:
         raise ImageFileError(f"{path} does not exist; check the path") from None
     except IsADirectoryError:

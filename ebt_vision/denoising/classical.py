@@ -21,10 +21,17 @@ def estimate_sigma(noisy: Tensor) -> list[float]:
     """Estimate the AWGN standard deviation of each image (B, 3, H, W), in 0..255 units, with scikit-image's wavelets.
 
     It is the median absolute deviation of the finest wavelet coefficients (Donoho & Johnstone 1994), averaged over channels.
+    A channel of one colour has 0.
     """
+    return [255.0 * float(np.mean([_channel_sigma(image[..., c]) for c in range(3)])) for image in _to_numpy(noisy)]
+
+
+def _channel_sigma(channel: np.ndarray) -> float:
+    """The estimate of one channel (H, W). scikit-image gives NaN if all coefficients are 0."""
     from skimage.restoration import estimate_sigma as estimate
 
-    return [255.0 * float(estimate(image, channel_axis=-1, average_sigmas=True)) for image in _to_numpy(noisy)]
+    sigma = 0.0 if channel.min() == channel.max() else float(estimate(channel))
+    return 0.0 if np.isnan(sigma) else sigma
 
 
 def _to_numpy(images: Tensor) -> np.ndarray:

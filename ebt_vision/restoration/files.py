@@ -58,11 +58,23 @@ def transparent_file(image: ImageFile, path: Path) -> DamagedFile:
     """An image whose transparent pixels are missing. Raises ValueError if it has none."""
     if image.alpha is None or not bool((image.alpha == 0).any()):
         raise ValueError(f"{path} has no transparent pixels to fill in; erase what is to go, or give a mask")
+    if not bool((image.alpha > 0).any()):
+        raise ValueError(
+            f"{path} is transparent everywhere, so there is nothing to fill in from; give an image with known pixels"
+        )
     return DamagedFile(image=image, likelihood=Mask(image.alpha[0] > 0), makes_opaque=True)
 
 
-def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read a mask: bool (H, W), True where pixels are known, which the mask does not show in white."""
+def read_mask(path: Path, max_pixels: int = MAX_PIXELS, *, mixed: bool = False) -> Tensor:
+    """Read a mask: bool (H, W), True where pixels are known, which the mask does not show in white.
+
+    With `mixed`, raises ValueError for a mask that marks no pixel or all of them.
+    """
     mask = read_image(path, max_pixels)
     marked = mask.pixels.mean(0) > 0.5
-    return ~(marked if mask.alpha is None else marked & (mask.alpha[0] > 0.5))
+    known = ~(marked if mask.alpha is None else marked & (mask.alpha[0] > 0.5))
+    if mixed and bool(known.all()):
+        raise ValueError(f"{path} has no white pixels, so nothing is missing; make the missing pixels white, above 127 of 255")
+    if mixed and not bool(known.any()):
+        raise ValueError(f"{path} is white everywhere, so there is nothing to fill in from; make the known pixels black")
+    return known
