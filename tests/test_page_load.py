@@ -1,13 +1,16 @@
-"""The program that measures the page under load: it runs with its own page and reports; no timing is asserted."""
+"""The programs that measure the page under load and take its pictures; no timing is asserted."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from browser import chromium_path
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import page_load
+import page_picture
 
 
 @pytest.mark.slow
@@ -41,3 +44,20 @@ def test_a_size_must_be_width_and_height(size: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as caught:
         page_load.main(["--sizes", size])
     assert caught.value.code == 2 and "WIDTHxHEIGHT" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # on a fresh machine it installs the browser
+def test_the_pictures_of_the_page_are_taken(tiny_checkpoint: Path, tmp_path: Path):
+    chromium_path()
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    assert page_picture.main(["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path)]) == 0
+    widths = {path.name: Image.open(path).size[0] for path in tmp_path.glob("*.png")}
+    assert widths == {"app.png": 900, "app_phone.png": 390, "repair.png": 900}
+    assert all(path.stat().st_size < 400_000 for path in tmp_path.glob("*.png"))
+
+
+def test_without_chromium_the_message_says_how_to_get_it(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(page_picture.shutil, "which", lambda name: None)
+    assert page_picture.main(["--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "page_picture: no chromium was found; install one: apt install chromium\n"
