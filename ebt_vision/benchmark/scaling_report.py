@@ -141,8 +141,8 @@ def report(results: Mapping[str, Any]) -> str:
         f"All runs, tuning included: {cost['flops']:.3g} FLOPs of products, {cost['seconds']:,.0f} s (resumed runs aside)."
     ]
     lines += [
-        f"Assuming {cost['share']:.0%} of the {H100_PEAK / 1e12:,.0f} TFLOP/s of an H100: {cost['hours_h100']:.3g} h on one, "
-        f"{cost['hours_8_h100']:.3g} h on eight with runs side by side. Runs as small as these reach less.",
+        f"Assuming {cost['share']:.0%} of the {H100_PEAK / 1e12:,.0f} TFLOP/s of an H100: {_duration(cost['hours_h100'])} on one, "
+        f"{_duration(cost['hours_8_h100'])} on eight with runs side by side. Small networks reach less than that share.",
         "",
         f"`{about['command']}`, commit {about['commit']}, {about['hardware']}, torch {about['torch']}, {about['date']}.",
         "",
@@ -199,7 +199,18 @@ def _ends(values: Sequence[float]) -> set[float]:
 def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" + ("" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]")
+    return _short(value) + ("" if interval is None else f" [{_short(interval[0])}, {_short(interval[1])}]")
+
+
+def _short(value: float) -> str:
+    """Three digits; a floor that the fit left at almost nothing is 0."""
+    return "0" if abs(value) < 1e-6 else f"{value:.3g}"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1.0:
+        return f"{hours:,.1f} h"
+    return f"{60.0 * hours:.3g} min" if hours >= 1.0 / 60.0 else f"{3600.0 * hours:.2g} s"
 
 
 def _number(value: float | None) -> str:
