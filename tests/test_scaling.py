@@ -219,7 +219,7 @@ def test_a_tiny_grid_of_text(tmp_path: Path):
     ("more", "said"),
     [
         (["--widths", "48"], "needs --validation"),
-        (["--validation", "x"], "no axis to walk along"),
+        (["--validation", "x"], "no axis is given"),
         (["--validation", "x", "--widths", "48", "--families", "transformer"], "unknown for image"),
         (["--validation", "x", "--widths", "48", "--img-size", "30"], "not divisible"),
         (["--modality", "text", "--data-sizes", "5"], "are shares of it"),
