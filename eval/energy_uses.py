@@ -248,7 +248,7 @@ def _parser() -> OneLineParser:
     add("--img-size", type=number(int, 16), default=64, help="side of the images, pixels (default 64)")
     add("--limit", type=number(int, 2), default=200, help="images of each set (default 200)")
     add("--seed", type=number(int, 0), default=0)
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     add("--output", type=named_path, default=Path("results/energy_uses"))
     return parser
 

@@ -78,7 +78,7 @@ def repair(page: Any) -> None:
     canvas = page.locator("#paint canvas").first
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
-    zoom = int(re.search(r"(\d+)%", page.inner_text("#paint"))[1]) / 100
+    zoom = int(re.findall(r"(\d+)%", page.inner_text("#paint"))[0]) / 100
     with Image.open(EXAMPLES / "rocket.png") as photo:
         width, height = (zoom * side for side in photo.size)  # it lies in the middle of the canvas
     left, top = box["x"] + (box["width"] - width) / 2, box["y"] + (box["height"] - height) / 2

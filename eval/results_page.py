@@ -2,7 +2,8 @@
 
     python eval/results_page.py --readme README.md
 
-reads docs/results/data/ and writes docs/results/index.md, docs/results/headline.png and the README's table:
+This command reads docs/results/data/ and writes docs/results/index.md, docs/results/headline.png and the table of the README.
+The files in docs/results/data/:
 
     paper.json          of eval/denoising.py: the paper's protocol, levels 0.1 and 0.2
     photographs.json    of eval/denoising.py --protocol awgn, sigma 25
@@ -140,10 +141,10 @@ def sentences(evidence: Evidence) -> list[str]:
         f"**Out of distribution** (level 0.2, which no model was trained on): thinking improves from {at(one, 1):.2f} dB after "
         f"one step to {at(most, 1):.2f}, {_against(at(most, 1), at(dit, 1))} the DiT's best row. The EBT decides from its own "
         "energy when to stop, without the noise level. "
-        f"It is within {_up(loss)} dB of the best number of steps at both levels.",
-        f"**Limitation**: these figures do not need an energy. The best row of the regressor on the same trunk is "
+        f"With this rule it is within {_up(loss)} dB of the best number of steps at both levels.",
+        f"**Limitation**: an energy is not necessary for these figures. The best row of the regressor on the same trunk is "
         f"{_against(at(regressor, 0), at(most, 0))} the EBT's best at level 0.1 and "
-        f"{_against(at(regressor, 1), at(most, 1))} it at level 0.2. The regressor has no rule for when to stop.",
+        f"{_against(at(regressor, 1), at(most, 1))} it at level 0.2. No stopping rule that was tried works for the regressor.",
     ]
 
 
@@ -212,7 +213,8 @@ def _legend(evidence: Evidence) -> str:
         f"| photographs | CBSD68, Gaussian noise of sigma {SIGMA:g}; the EBT is `{PHOTOGRAPHS}` |",
         f"| probe | top-1, logistic regression on frozen features, 200 classes of Tiny ImageNet{_fitted_on(evidence)} |",
         "| GFLOPs | matrix products and convolutions for one image of 64 px at level 0.1 |",
-        "| images/s | throughput on an idle machine, from speed.json |",
+        "| images/s | throughput on an idle machine, from speed.json; for an EBT with the energy of the result, one more "
+        "forward pass than in GFLOPs |",
         "| best | the best number of steps for each noise, selected on these test images: an upper bound |",
         f"| {MISSING} | not available: no committed file has this figure for the shipped weights |",
     ]

@@ -6,9 +6,9 @@
     accelerate launch --num_processes 8 eval/scaling.py --config grid.yaml
 
 Every run is one training of the project's own loop with one recipe for all families. First the learning rate of each family is
-tuned at the base size; then each axis is walked with all else equal. Runs are kept in --output: the same command goes on where
-it was interrupted, inside a run too, and several processes, started by accelerate launch or by hand, share the grid, each with
-a GPU of its own. results.json, report.md and scaling.png hold the fits error = a + b C^-c and b C^-c and the ratio of rates.
+tuned at the base size. Then one value at a time is changed along each axis. Runs are kept in --output: the same command resumes
+an interrupted grid, also inside a run. Several processes, started by accelerate launch or by hand, share the grid; each has its
+own GPU. results.json, report.md and scaling.png hold the fits error = a + b C^-c and b C^-c and the ratio of rates.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scaling: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, TrainingInterrupted):
-        print(f"scaling: interrupted; the same command goes on from the runs in {settings.output}", file=sys.stderr)
+        print(f"scaling: interrupted; run the same command to resume from {settings.output}", file=sys.stderr)
         return 130
     return 0
 
@@ -61,13 +61,13 @@ def run(settings: argparse.Namespace, share: Share) -> None:
     recipe, grid = _recipe(settings), _grid(settings)
     untuned = replace(grid, lr_of=dict.fromkeys(grid.families, grid.lrs[0]))
     for point in all_points(untuned.points()):
-        recipe.config(point)  # a size that cannot be is found before the work
+        recipe.config(point)  # an impossible size stops the program before any training
     runs = GridRuns(recipe, settings.output, device=device, say=lambda line: print(line, file=sys.stderr, flush=True))
     # Tune, where there is a choice.
     tuning = grid.tuning()
     tuned = runs.results(tuning, first=share.index) if len(grid.lrs) > 1 else {}
     chosen = {family: _best_lr(family, tuned, grid) for family in grid.families}
-    # Walk the axes.
+    # Train the points of all axes.
     by_axis = replace(grid, lr_of=chosen).points()
     points = all_points(by_axis)
     results = runs.results(points, first=share.index * len(points) // share.count)
@@ -153,7 +153,7 @@ def _grid(settings: argparse.Namespace) -> Grid:
     )
     axes = {axis: tuple(dict.fromkeys(values[axis])) for axis in AXES if values[axis]}
     if not axes:
-        raise ValueError("no axis to walk along; give some of --widths, --depths, --data-sizes, --batch-sizes, --num-updates")
+        raise ValueError("no axis is given; give some of --widths, --depths, --data-sizes, --batch-sizes, --num-updates")
     return Grid(families=families, base=base, values=axes, lrs=tuple(dict.fromkeys(settings.lrs)), seeds=tuple(settings.seeds))
 
 
@@ -171,7 +171,7 @@ def _parser() -> OneLineParser:
     add("--thinking-steps", type=count, default=1, help="EBT: in training and when it is measured")
     add("--override", nargs="*", default=[], metavar="FAMILY:KEY=VALUE", help="a config key of a family, or of all")
     add("--held-out", type=count, default=256, help="held-out images or sequences")
-    axes = parser.add_argument_group("axes; each is walked with all else at the base").add_argument
+    axes = parser.add_argument_group("axes; the other values stay at the base").add_argument
     axes("--widths", type=count, nargs="*", default=[], help="of the networks; the axis is their parameters")
     axes("--depths", type=count, nargs="*", default=[])
     axes("--data-sizes", type=positive, nargs="*", default=[], help="images, or shares of the text")
@@ -184,14 +184,20 @@ def _parser() -> OneLineParser:
     base("--updates", type=count, default=1000)
     recipe = parser.add_argument_group("the recipe").add_argument
     recipe("--optimizer", choices=("adamw", "muon"), default="muon")
-    recipe("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3, 1e-2], help="tried at the base; one alone is not tuned")
-    recipe("--seeds", type=whole_number, nargs="+", default=[0], help="every point once with each")
+    recipe(
+        "--lrs",
+        type=positive,
+        nargs="+",
+        default=[1e-3, 3e-3, 1e-2],
+        help="tried at the base size; a single one is used as it is",
+    )
+    recipe("--seeds", type=whole_number, nargs="+", default=[0], help="each point is trained once per seed")
     recipe("--mixed-precision", choices=("no", "bf16"), default="no")
-    how = parser.add_argument_group("how").add_argument
-    how("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    how = parser.add_argument_group("execution").add_argument
+    how("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     how("--resamples", type=number(int, 100), default=1000, help="bootstrap samples")
-    how("--seed", type=whole_number, default=0, help="of the bootstrap")
-    how("--share", type=number(float, 1e-4, 1), default=0.2, help="of an H100's peak that is assumed for its cost")
+    how("--seed", type=whole_number, default=0, help="seed of the bootstrap")
+    how("--share", type=number(float, 1e-4, 1), default=0.2, help="share of an H100's peak assumed for the cost on GPUs")
     return parser
 
 

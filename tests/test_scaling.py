@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ebt_vision.benchmark import scaling_report
 from ebt_vision.benchmark.scaling_fit import Fit, fit_law, ratio_of_rates
 from ebt_vision.benchmark.scaling_grid import Grid, Point, Recipe, all_points, folder_of
 from ebt_vision.benchmark.scaling_runs import GridRuns, read_error
@@ -218,7 +219,7 @@ def test_a_tiny_grid_of_text(tmp_path: Path):
     ("more", "said"),
     [
         (["--widths", "48"], "needs --validation"),
-        (["--validation", "x"], "no axis to walk along"),
+        (["--validation", "x"], "no axis is given"),
         (["--validation", "x", "--widths", "48", "--families", "transformer"], "unknown for image"),
         (["--validation", "x", "--widths", "48", "--img-size", "30"], "not divisible"),
         (["--modality", "text", "--data-sizes", "5"], "are shares of it"),
@@ -228,3 +229,9 @@ def test_a_wrong_request_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert scaling.main(["--data", "nowhere", "--output", str(tmp_path / "out"), *more]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("scaling: ")
+
+
+def test_numbers_and_durations_of_the_report_are_short():
+    assert scaling_report._with_interval(2.66, (7e-25, 2.81)) == "2.66 [0, 2.81]"
+    assert scaling_report._with_interval(0.5, None) == "0.5" and scaling_report._with_interval(None, None) == ""
+    assert [scaling_report._duration(h) for h in (2.5, 0.05, 4.9e-5)] == ["2.5 h", "3 min", "0.18 s"]

@@ -1,10 +1,10 @@
-"""One number for how unlikely an image is, and one for each patch, from every kind of network. Higher is less likely.
+"""Scores from every kind of network for how unlikely an image or a patch is. A higher score means less likely.
 
     EBT            its energy E(y), a map over patches
     regressor, EqM |y - N(y)|^2 / 2 a patch: how much the network would change
     DiT            its error at one timestep: the mean squared error of the noise that it predicts (no map)
 
-Scores are means over patches, so images of different sizes compare.
+Scores are means over patches, so the scores of images of different sizes can be compared.
 """
 
 from typing import cast

@@ -24,7 +24,7 @@ class Cost:
     step: int
     """FLOPs of one step: for an EBT the energy and its gradient, for the others a forward pass."""
     final: int
-    """FLOPs of an EBT's energy of the last image, which plain thinking does not need."""
+    """FLOPs of the energy of the last image of an EBT; plain thinking does not need this energy."""
 
     def of_run(self, row: Row, num_forward: float, step: int) -> float:
         """Return the FLOPs up to the image of `step`, in a run with `num_forward` passes for this image."""

@@ -1,4 +1,4 @@
-"""The figures of the page of headline results: read from results.json files, and selected for each line of its table."""
+"""The figures of the page of headline results: read from results.json files, and selected for each line of the table."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class Evidence:
     probes: Mapping[str, Mapping]
     """Model -> its best row by logistic regression."""
     rates: Mapping[str, float]
-    """Row of speed.json -> images a second."""
+    """Row of speed.json -> images per second."""
     sources: Mapping[str, Mapping]
     """File -> its provenance."""
     left_out: Sequence[str]

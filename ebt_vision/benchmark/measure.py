@@ -47,7 +47,7 @@ class Subject:
 
     @property
     def device(self) -> str:
-        """The kind of device that the network runs on, which its rounding and its seconds depend on."""
+        """The kind of device of the network; rounding and seconds depend on it."""
         weight = next(self.denoiser.parameters(), None)
         return "cpu" if weight is None else weight.device.type
 
@@ -121,7 +121,7 @@ class Bench:
     def measure(
         self, subject: Subject, row: Row, condition: Condition, batches: Iterable[list[int]], parts: Parts
     ) -> list[Part]:
-        """The figures of the images of each batch, from `parts` where they are there."""
+        """Return the figures of the images of each batch; batches that are in `parts` are read, the others are measured."""
         return [
             parts.get(batch, lambda chosen: self._measure_part(subject.denoiser, row, condition, chosen)) for batch in batches
         ]

@@ -1,4 +1,4 @@
-"""The benchmark in several processes: each measures its share of the batches, and all of them hear of every result."""
+"""The benchmark in several processes: each process measures its share of the batches and gets the results of all others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ebt_vision.core.sharing import Share
 
 Value = TypeVar("Value")
 ADDRESS = "tcp://127.0.0.1:29500"
-"""Where processes meet that were started with RANK and WORLD_SIZE alone, without MASTER_ADDR."""
+"""Address of the store for processes that were started with RANK and WORLD_SIZE but without MASTER_ADDR."""
 _LONGEST_WAIT = timedelta(days=7)
 _PAUSE = 0.02
-"""Seconds between two looks for the value of another process."""
+"""Seconds between two queries for the value of another process."""
 
 
 class OtherProcessFailedError(RuntimeError):
@@ -27,14 +27,14 @@ class OtherProcessFailedError(RuntimeError):
 
 
 class Processes:
-    """A context in which the processes that accelerate launch or torchrun started exchange results on the CPU.
+    """A context for processes started by accelerate launch or torchrun, in which they exchange results on the CPU.
 
-    The values go through the key-value store where the processes meet. There is no process group: the worker threads of gloo
-    can outlive it and abort the process at its end (pytorch/pytorch#179291).
+    The values are exchanged through the key-value store of torch.distributed. No process group is created, because the worker
+    threads of gloo can outlive a process group and abort the process at its end (pytorch/pytorch#179291).
     """
 
     def __init__(self, share: Share, store: dist.Store | None = None):
-        """`store` is where several processes exchange values; without it they meet where their launcher says."""
+        """`store` is the key-value store for several processes; None uses the address that the launcher has set."""
         self.share = share
         self._given_store = store
         self._round = 0
@@ -61,11 +61,14 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this process writes the files and messages of all processes."""
         return self.share.index == 0
 
     def gather(self, value: Value) -> list[Value]:
-        """What each process gave, in their order; every process must call it. Raises OtherProcessFailedError."""
+        """Return the values of all processes, in order of their index. Every process must call it.
+
+        Raises OtherProcessFailedError if another process has stopped with an error.
+        """
         if self.share.count == 1:
             return [value]
         self._round += 1
@@ -91,7 +94,7 @@ class Processes:
             raise OtherProcessFailedError("the first process ended; read its own message") from error
 
     def join(self, own: Sequence[Value]) -> list[Value]:
-        """All values in the order of the whole, where `own` belong to the parts that share.of gave this process."""
+        """Return the values of all parts, in order. `own` are the values of the parts that share.of gives to this process."""
         shares = self.gather(list(own))
         count = sum(map(len, shares))
         return [shares[place % len(shares)][place // len(shares)] for place in range(count)]

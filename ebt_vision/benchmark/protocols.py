@@ -72,8 +72,8 @@ class Condition:
 
     @property
     def sigma(self) -> float | None:
-        """The AWGN standard deviation, 0..255 units, given to a method at the image's own scale; None: it must estimate
-        sigma."""
+        """The AWGN standard deviation in 0..255 units for a method that gets the image at its own scale. None: the method must
+        estimate sigma."""
         if self.protocol == "paper":
             signal, noise = processes.signal_and_noise_scale(self.strength)
             return 255.0 * noise / signal / 2.0
@@ -95,15 +95,15 @@ class Condition:
         return processes.to_8_bit(noisy) / 255.0 if self.clipped else noisy
 
     def measured(self, image: Tensor) -> Tensor:
-        """Prepare an output (B, 3, H, W) in [0, 1] for comparison with the clean pixels: clamped.
+        """Return an output (B, 3, H, W) in [0, 1] as it is compared with the clean pixels.
 
-        It is on 0..255, and rounded except for the paper's protocol.
+        The result is clamped, on 0..255, and rounded except in the paper's protocol.
         """
         return 255.0 * image if self.protocol == "paper" else processes.to_8_bit(image)
 
     @property
     def key(self) -> str:
-        """Name for files."""
+        """The name of the condition in file names."""
         text = f"{self.protocol}-{self.kind}-{self.strength:g}-seed{self.seed}"
         return text + ("-8bit" if self.clipped else "")
 
@@ -124,7 +124,7 @@ def _corrupted(images: Tensor, kind: str, strength: float, generators: Generator
 
 
 def same_shapes(images: Sequence[Tensor]) -> list[list[int]]:
-    """Group neighbouring positions of `images` (3, H, W) with the same shape, so that each group can be a batch."""
+    """Return groups of neighbouring positions of `images` (3, H, W) with the same shape; each group can be a batch."""
     groups: list[list[int]] = []
     for position, image in enumerate(images):
         if groups and images[groups[-1][-1]].shape == image.shape:

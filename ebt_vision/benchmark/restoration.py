@@ -1,6 +1,6 @@
 """Damages of the restoration benchmark, and the classical methods that restoration is compared with.
 
-All images are RGB (1, 3, H, W) in [0, 1]. A blur wraps around in the benchmark, so that no method guesses at borders.
+All images are RGB (1, 3, H, W) in [0, 1]. A blur wraps around in the benchmark, so that no method must guess pixels at borders.
 """
 
 import io
@@ -104,7 +104,7 @@ def biharmonic(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
 
 
 def total_variation(damaged: Damaged, parameter: float) -> Tensor:  # (1, 3, H, W)
-    """TV denoising (Chambolle 2004) of weight `parameter` and the proximal step of the likelihood in turn."""
+    """Alternate TV denoising (Chambolle 2004) of weight `parameter` and the proximal step of the likelihood."""
     from skimage.restoration import denoise_tv_chambolle
 
     x = damaged.likelihood.start(damaged.observed)
@@ -188,7 +188,7 @@ CLASSICAL: dict[str, dict[str, tuple[Method, Sequence[float]]]] = {
 
 
 def choose(task: str, name: str, images: Sequence[Tensor], *, seed: int) -> float:
-    """Return the parameter with the best mean PSNR on `images`, (1, 3, H, W) each; with a single value nothing runs."""
+    """Return the parameter with the best mean PSNR on `images`, (1, 3, H, W) each; a single value is returned unmeasured."""
     method, values = CLASSICAL[task][name]
     if len(values) == 1 or not images:
         return values[0]

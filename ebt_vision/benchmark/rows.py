@@ -28,7 +28,7 @@ class RowSettings:
     tolerances: tuple[float, ...] = ()
     tolerance_of: ToleranceOf = "first"
     regressor_tolerances: tuple[float, ...] = ()
-    """Rows of the regressor, stopped where an application changes an image by this share of the first change."""
+    """Rows of the regressor that stop when an application changes the image by at most this fraction of the first change."""
     step_sizes: tuple[float, ...] = ()
     """Factors on the learned step size, with thinking rows for each."""
     candidates: int = 8
@@ -79,7 +79,7 @@ class Row:
 
 
 def kind_of(denoiser: Denoiser) -> Kind:
-    """Return the kind of a denoiser for its rows. Other one-step methods are classical, or blind if nobody tells them sigma."""
+    """Return the kind of a denoiser for its rows. Other one-step methods are classical, or blind if they do not take sigma."""
     kinds: list[tuple[type[Denoiser], Kind]] = [
         (EBTDenoiser, "ebt"),
         (DiTDenoiser, "dit"),
@@ -151,7 +151,7 @@ def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
 
 
 def _regressor_rows(name: str, settings: RowSettings) -> Iterator[Row]:
-    """Applied as often as the EBT thinks, and stopped by the size of its change."""
+    """Return the rows of a regressor: applied 1..`steps` times, and stopped by the size of its change."""
     steps = settings.steps
     plain = Row(model=name, kind="regressor", method="applied", num_steps=steps, reported=tuple(range(1, steps + 1)))
     yield plain
@@ -187,7 +187,7 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
 
     In the paper's protocol, networks of the VP process get the input unscaled; other methods get it divided by its signal
     scale, with the resulting sigma. In the other protocols, a network of the VP process gets the image times its signal scale,
-    and a DiT gets the scale of its timestep. Networks trained on plain Gaussian noise are treated the other way round.
+    and a DiT gets the scale of its timestep. For networks trained on plain Gaussian noise the two cases are exchanged.
     """
     options = DenoiseOptions(
         num_steps=row.num_steps,

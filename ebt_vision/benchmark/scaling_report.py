@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ebt_vision.benchmark.plots import MARKERS, new_sheet, save_sheet
 from ebt_vision.benchmark.scaling_fit import NUM_PARAMETERS, Fit, Law, Ratio, fit_law, ratio_of_rates
@@ -138,11 +139,10 @@ def report(results: Mapping[str, Any]) -> str:
     cost = results["cost"]
     lines += [markdown(columns, results["runs"]), "## Cost", ""]
     lines += [
-        f"All runs, tuning included: {cost['flops']:.3g} FLOPs of products, {cost['seconds']:,.0f} s (resumed runs aside)."
-    ]
-    lines += [
-        f"Assuming {cost['share']:.0%} of the {H100_PEAK / 1e12:,.0f} TFLOP/s of an H100: {cost['hours_h100']:.3g} h on one, "
-        f"{cost['hours_8_h100']:.3g} h on eight with runs side by side. Runs as small as these reach less.",
+        f"All runs, tuning included: {cost['flops']:.3g} FLOPs of products, {cost['seconds']:,.0f} s (resumed runs aside).",
+        f"Assuming {cost['share']:.0%} of the {H100_PEAK / 1e12:,.0f} TFLOP/s of an H100: "
+        f"{_duration(cost['hours_h100'])} on one, {_duration(cost['hours_8_h100'])} on eight with runs side by side. "
+        "Small networks reach less than that share.",
         "",
         f"`{about['command']}`, commit {about['commit']}, {about['hardware']}, torch {about['torch']}, {about['date']}.",
         "",
@@ -166,6 +166,11 @@ def plot_scaling(
                 _draw(axis, number, family, pairs, {law: fits.get((name, family, law)) for law in NUM_PARAMETERS})
         axis.set(xscale="log", yscale="log", xlabel=X_NAMES[name], ylabel="error", title=name)
         axis.grid(alpha=0.3, which="both")
+        for side in (axis.xaxis, axis.yaxis):  # plain numbers; between the powers of ten only where there are few
+            low, high = side.get_view_interval()
+            side.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 30.0 * low else NullFormatter())
+            side.set_major_formatter(StrMethodFormatter("{x:g}"))
+            side.set_minor_locator(LogLocator(subs=(2.0, 5.0) if high > 2.0 * low else (1.0, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
         axis.legend(fontsize=7)
     save_sheet(figure, path)
 
@@ -199,7 +204,18 @@ def _ends(values: Sequence[float]) -> set[float]:
 def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" + ("" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]")
+    return _short(value) + ("" if interval is None else f" [{_short(interval[0])}, {_short(interval[1])}]")
+
+
+def _short(value: float) -> str:
+    """Three digits; a floor that the fit left at almost nothing is 0."""
+    return "0" if abs(value) < 1e-6 else f"{value:.3g}"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1.0:
+        return f"{hours:,.1f} h"
+    return f"{60.0 * hours:.3g} min" if hours >= 1.0 / 60.0 else f"{3600.0 * hours:.2g} s"
 
 
 def _number(value: float | None) -> str:

@@ -27,7 +27,7 @@ def bootstrap_means(values: np.ndarray, *, num_resamples: int = 1000, seed: int 
 
 
 def intervals(means: np.ndarray, *, coverage: float = 0.95) -> np.ndarray:
-    """Return (2, k): the percentile interval of resampled means (num_resamples, k)."""
+    """Return the percentile interval (2, k) of resampled means (num_resamples, k)."""
     tail = 50.0 * (1.0 - coverage)
     return np.percentile(means, [tail, 100.0 - tail], axis=0)
 

@@ -1,4 +1,4 @@
-"""From the figures of every image to the rows of results.json: means with intervals, differences to a reference, spreads."""
+"""The rows of results.json from the figures of every image: means with intervals, differences to a reference, spreads."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
-"""Exact scores of text models on problems (data/text_tasks.py), after every number of thinking steps and of candidates.
+"""Scores of text models on problems with one right answer (data/text_tasks.py), by thinking steps and candidates.
 
 An answer counts as right if each of its tokens, and the end after it, is the most likely one given the right tokens before it.
-Greedy generation of the whole answer has the same result, because no position depends on the candidates of another one.
+Greedy generation of the whole answer has the same result, because no position depends on the candidates of another position.
 """
 
 import math
@@ -108,7 +108,7 @@ class AnswerScores:
 def best_temperatures(tempered: np.ndarray) -> list[float]:
     """Return the temperature of lowest loss after each step, from AnswerScores.tempered (T, len(TEMPERATURES)).
 
-    Choose it on other problems than those that it is used on.
+    Choose the temperatures on other problems than the problems that are scored with them.
     """
     return [TEMPERATURES[i] for i in tempered.argmin(1)]
 

@@ -19,7 +19,7 @@ class Version:
 
     name: str
     call: Callable[[], object]
-    """Does it once."""
+    """Runs the version once."""
     units: int
     """Number of images or tokens per call."""
     counted: Callable[[], object] | None = None
@@ -38,7 +38,7 @@ class Timing:
     spread: float
     """Half the distance between the quartiles, in seconds."""
     rate: float
-    """Units a second."""
+    """Units per second."""
     ratio: float
     """The rate divided by the rate of the first version."""
     flops_per_unit: int

@@ -1,4 +1,4 @@
-"""Cost of a training step, counted without running the whole network: products and kept activations of one sample.
+"""Cost of a training step, counted without running the whole network: matrix products and kept activations of one sample.
 
 All blocks are equal, so networks with one and two blocks give the cost of any depth. Both run on the CPU in float32.
 """

@@ -1,4 +1,4 @@
-"""Whether the energy tells which prediction is good: energies against true errors, among candidates and along thinking."""
+"""How well the energy ranks predictions by their true error, among candidates and along the steps of thinking."""
 
 import numpy as np
 

@@ -1,1 +1,1 @@
-"""Thinking, and what everything else stands on: generators, checks, metrics, files. Knows torch, and no model."""
+"""Thinking, and the base of all other packages: generators, checks, metrics, files. It imports no model."""

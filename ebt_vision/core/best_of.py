@@ -15,7 +15,7 @@ from ebt_vision.core.thinking_results import Callback, ThinkingResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestOfResult:
-    """The candidate of lowest energy among N (self-verification), and all tried candidates."""
+    """The result of self-verification: the candidate of lowest energy among N, and all candidates."""
 
     final: Tensor
     """The candidate of lowest energy of each element, (B, ...)."""

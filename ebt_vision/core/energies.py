@@ -73,10 +73,10 @@ def with_likelihood(prior: EnergyFunction, num_context: int = 0) -> EnergySum:
 
 
 def likelihood_context(observation: Tensor, weight: Tensor | float, step_size: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Context of the likelihood in with_likelihood: the observation (B, ...) and the precision weight / step_size, (B,).
+    """Return the context for with_likelihood: the observation (B, ...) and the precision weight / step_size, (B,).
 
     `weight`, a number or (B,), is the fraction of the way back to the observation in one step of `step_size`: the gradient of
-    weight / (2 step_size) |y - x|^2, times the step size, is weight (y - x). A learned step size cancels.
+    weight / (2 step_size) |y - x|^2, times the step size, is weight (y - x). The result does not depend on the step size.
     """
     precision = torch.as_tensor(weight, dtype=observation.dtype, device=observation.device) / step_size
     return observation, precision.expand(len(observation))

@@ -31,7 +31,7 @@ class SteppedEnergy(Protocol):
 
 @runtime_checkable
 class EnergyWithGradient(Protocol):
-    """An energy function that gives its direction of ascent itself, so that think() does not differentiate it."""
+    """An energy function that also returns its direction of ascent. think() uses this direction and does not differentiate."""
 
     def energy_and_gradient(self, candidate: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]: ...
 

@@ -1,10 +1,10 @@
-"""Step rules: where one thinking step goes, given the energy's gradient. The loop is `thinking.think`, whatever the rule.
+"""Step rules: the next candidate of a thinking step, given the gradient of the energy. All rules use the loop `thinking.think`.
 
-A rule is a frozen dataclass with one method, `move`. What it remembers from step to step is the loop's to keep: plain tensors
-with one row for each sample, so that samples can leave the batch. Inner products and step lengths are those of each element
-(an image, or one position of a text), so no result depends on what else is in the batch.
+A rule is a frozen dataclass with one method, `move`. The loop stores the memory of a rule between steps. The memory consists of
+tensors with one row for each sample, so that samples can leave the batch. Inner products and step lengths are computed for each
+element (an image, or one position of a text), so no result depends on the other elements of the batch.
 
-All multiples are of the step size that `think()` was given, the learned one of a model.
+All multiples are multiples of the step size that `think()` gets, which is the learned step size of a model.
 """
 
 from collections.abc import Callable

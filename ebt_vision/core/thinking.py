@@ -214,7 +214,7 @@ class _Descent:
 
     @torch.no_grad()
     def _trial_energy(self, step: int, forwards: Tensor, candidate: Tensor, rows: Tensor) -> Tensor:
-        """Energies of `rows` of candidates of the moving samples, where a step rule asks for them."""
+        """Return the energies of `rows` of candidates of the moving samples, for a step rule that asks for them."""
         index = self._index()[rows]
         forwards[index] += 1
         energy_fn = self.energy_fn.at_step(step) if isinstance(self.energy_fn, SteppedEnergy) else self.energy_fn
@@ -244,7 +244,7 @@ class _Descent:
         self.y = self._spread(self._projected(candidate), self.y)
 
     def _projected(self, candidate: Tensor) -> Tensor:
-        """The moving candidates, projected. A projection may know each sample by its place, so it is given all of them."""
+        """Project the moving candidates. `project` gets all samples, because it may depend on their positions in the batch."""
         if self.project is None:
             return candidate
         everything = self._spread(candidate, self.y)

@@ -33,7 +33,8 @@ class ThinkingConfig:
     step_rule: StepRuleName | AnyStepRule = "fixed"
     """How far a step goes along the gradient: the name of a rule of step_rules.py, or the rule itself with its settings."""
     langevin_std: float | tuple[float, ...] = 0.0
-    """Standard deviation, in candidate units, of the noise added to the candidate before each gradient: one, or one a step."""
+    """Standard deviation, in candidate units, of the noise added to the candidate before each gradient: one for all steps, or
+    one per step."""
     detach_between_steps: bool = True
     """Cut the graph before every step, so that a loss on step t trains only step t."""
     backprop_steps: int | None = None
@@ -87,7 +88,7 @@ class ThinkingConfig:
         self.check_schedule(self.num_steps)
 
     def check_schedule(self, num_steps: int) -> None:
-        """ValueError unless a langevin_std for each step is there for `num_steps` steps."""
+        """Raise ValueError if a schedule of langevin_std has fewer values than `num_steps`."""
         if isinstance(self.langevin_std, tuple):
             given = len(self.langevin_std)
             remedy = f"give one for each of the {num_steps} steps"

@@ -18,8 +18,8 @@ class ThinkingOptions:
     tolerance: float | None = None
     """A sample stops when the gain of a step is at most this fraction of the reference tolerance_of. None: never."""
     tolerance_of: ToleranceOf = "first"
-    """What the tolerance is a share of: the gain of the first step, of the previous one, or of a first step at the training's
-    noise, or the energy of the observation."""
+    """Reference of the tolerance: the gain of the first step, the gain of the previous step, the gain of a first step at the
+    training noise level, or the energy of the observation. ThinkingConfig.tolerance_of has the formulas."""
     step_rule: StepRuleName | AnyStepRule = "fixed"
     """How far a step goes along the gradient: see step_rules.py."""
     langevin_std: float = 0.0
@@ -45,7 +45,7 @@ class ThinkingOptions:
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
 
     def thinking(self, *, num_before: int = 0, training_gain: float | None = None) -> ThinkingConfig:
-        """Return the ThinkingConfig of these options. `num_before` steps were made before thinking starts (a proposal).
+        """Return the ThinkingConfig of these options. `num_before` is the number of steps before thinking (a proposal is one).
 
         `training_gain` comes from the model, for tolerance_of="training". The caller applies the scale of the step size.
         """

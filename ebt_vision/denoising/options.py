@@ -29,9 +29,10 @@ class DenoiseOptions(ThinkingOptions):
     returns x. It minimises a quadratic energy around the denoised image plus (1 - strength) / (2 * strength) * |y - x|^2. Above
     1 the network denoises a second time; the input is the denoised image plus `strength` times the noise that it found."""
     likelihood_weight: float | Literal["auto"] = 0.0
-    """EBT: share of the way back to the noisy image that each step goes, in [0, 1]: thinking descends the sum of the model's
-    energy and a likelihood of the observation (core/energies.py), and the energies of the result are those of the sum. "auto":
-    more for cleaner images, by what their energy says; it needs a model with a training_gain. 0: the model's energy alone."""
+    """EBT: weight of a likelihood of the observation (core/energies.py), in [0, 1]. Thinking descends the sum of the model's
+    energy and the likelihood; each step also moves the candidate by this fraction of the way back to the noisy image. The
+    energies of the result are energies of the sum. "auto" computes the weight from the energy of the noisy image, larger for
+    cleaner images; it needs a model with a training_gain. 0 uses the energy of the model alone."""
     candidate_noise_std: float = 0.1
     """EBT: standard deviation, on [-1, 1], of the noise added to every start except the first."""
     noise_level: float | None = None

@@ -1,1 +1,1 @@
-"""Restoration: images with a known damage, by the energy of a denoiser and the likelihood of what was observed."""
+"""Restoration of images with a known damage, by the energy of a denoiser and the likelihood of the observation."""

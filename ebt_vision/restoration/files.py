@@ -1,4 +1,4 @@
-"""Image files for restore() and back: masks, transparency, JPEG tables."""
+"""Image files as inputs and results of restore(): masks, transparency, JPEG tables."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,13 +49,13 @@ class DamagedFile:
 
 
 def jpeg_file(image: ImageFile, path: Path) -> DamagedFile:
-    """An image that was read from the JPEG file at `path`, with its tables. Raises ValueError for another file."""
+    """Return an image that was read from the JPEG file at `path`, with its tables. Raises ValueError for other files."""
     likelihood = JpegIntervals(JpegTables.of_file(path))
     return DamagedFile(image=image, likelihood=likelihood, turned=TurnedImage.of_file(path))
 
 
 def transparent_file(image: ImageFile, path: Path) -> DamagedFile:
-    """An image whose transparent pixels are missing. Raises ValueError if it has none."""
+    """Return an image whose transparent pixels are missing. Raises ValueError without transparent pixels."""
     if image.alpha is None or not bool((image.alpha == 0).any()):
         raise ValueError(f"{path} has no transparent pixels to fill in; erase what is to go, or give a mask")
     if not bool((image.alpha > 0).any()):
@@ -66,7 +66,7 @@ def transparent_file(image: ImageFile, path: Path) -> DamagedFile:
 
 
 def read_mask(path: Path, max_pixels: int = MAX_PIXELS, *, mixed: bool = False) -> Tensor:
-    """Read a mask: bool (H, W), True where pixels are known, which the mask does not show in white.
+    """Read a mask: bool (H, W), True for known pixels. Missing pixels are white in the file.
 
     With `mixed`, raises ValueError for a mask that marks no pixel or all of them.
     """

@@ -1,8 +1,9 @@
-"""JPEG as a likelihood: each coefficient of the original lies in the interval that is rounded to the coefficient in the file.
+"""JPEG as a likelihood: the coefficient in the file is rounded, so the coefficient of the original lies in a known interval.
 
-The intervals are those of the 8x8 cosine transform of Y, Cb and Cr (ITU-T T.81 and T.871), the latter on a grid 1 or 2 times
-coarser. The coefficients are not read from the file. They are computed from the decoded pixels and rounded to the steps.
-That is exact for Y but for clipped pixels; sub-sampled chroma is what the decoder's interpolation leaves of it.
+The intervals are those of the 8x8 cosine transform of Y, Cb and Cr (ITU-T T.81 and T.871). The grid of Cb and Cr can be two
+times coarser. The coefficients are not read from the file. They are computed from the decoded pixels and rounded to the
+quantisation steps. They are exact for Y, except for clipped pixels. For sub-sampled Cb and Cr they are approximate, because the
+decoder has interpolated the pixels.
 """
 
 import math

@@ -121,7 +121,7 @@ class Mask(LinearLikelihood):
     """Some pixels of (B, 3, H, W) are known and the others are missing: y = m x."""
 
     def __init__(self, known: Tensor):
-        """`known`: bool, (H, W) or (B, 1, H, W); True where the pixel is known. ValueError where none or all of them are."""
+        """`known`: bool, (H, W) or (B, 1, H, W); True for a known pixel. ValueError if no pixel or every pixel is known."""
         if known.dtype != torch.bool or known.ndim not in (2, 4):
             raise ValueError(f"known is {known.dtype} {tuple(known.shape)}; give bool (H, W), True where a pixel is known")
         if bool(known.all()):
@@ -186,14 +186,15 @@ def _box_sum(planes: Tensor, reach: int) -> Tensor:
 
 
 class Convolution(LinearLikelihood):
-    """Blur: y = k * x. x reaches beyond y by half of the kernel on each side, and y is what does not depend on the rest.
+    """Blur: y = k * x, where x is larger than y by half of the kernel on each side.
 
-    So nothing is assumed of the pixels beyond the border (Almeida & Figueiredo 2013). With `circular` x is as large as y and
-    wraps around, as in many papers; the proximal step is then in closed form, by FFT (Zhang et al. 2021, eq. 9 with scale 1).
+    Every pixel of y then depends only on pixels of x, so no assumption about pixels beyond the border is necessary (Almeida &
+    Figueiredo 2013). With `circular`, x has the size of y and wraps around, as in many papers; the proximal step is then in
+    closed form, by FFT (Zhang et al. 2021, eq. 9 with scale 1).
     """
 
     def __init__(self, kernel: Tensor, *, circular: bool = False):
-        """`kernel` (kh, kw), odd sides, sum 1, none below 0; ValueError otherwise. As a convolution: it is mirrored."""
+        """`kernel` (kh, kw): odd sides, sum 1, no negative values; ValueError otherwise. The convolution mirrors the kernel."""
         if kernel.ndim != 2 or not kernel.is_floating_point():
             raise ValueError(f"kernel is {kernel.dtype} {tuple(kernel.shape)}; give floats (height, width)")
         if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
@@ -332,7 +333,7 @@ class UserOperator(LinearLikelihood):
         return self._adjoint(y)
 
     def start(self, observed: Tensor) -> Tensor:
-        """A^T y, scaled to explain the observation as well as it can."""
+        """Return A^T y, scaled by least squares to explain the observation."""
         back = self.adjoint(observed)
         again = self.apply(back)
         scale = (again * observed).flatten(1).sum(1) / again.square().flatten(1).sum(1).clamp(min=1e-12)
@@ -347,7 +348,10 @@ class UserOperator(LinearLikelihood):
 
 
 def adjoint_error(operator: LinearLikelihood, shape: tuple[int, int, int, int]) -> float:
-    """|<A x, y> - <x, A^T y>| / (|A x| |y|) for random float64 x (of `shape`) and y: rounding alone if the adjoint is right."""
+    """Return |<A x, y> - <x, A^T y>| / (|A x| |y|) for random float64 x (of `shape`) and y.
+
+    For a correct adjoint this is a rounding error.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     image = operator.apply(x)
@@ -387,7 +391,7 @@ def disk_kernel(radius: float) -> Tensor:
 
 
 def _bilinear_kernel(rows: Tensor, columns: Tensor) -> Tensor:
-    """Points (n,), in pixels from the centre, as a kernel: each spreads over its four pixels."""
+    """Return points (n,), in pixels from the centre, as a kernel; each point is distributed over its four nearest pixels."""
     reach = int(max(float(rows.abs().max()), float(columns.abs().max()))) + 1
     kernel = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=torch.float64)
     top, left = rows.floor(), columns.floor()

@@ -88,7 +88,7 @@ class RestoreResult:
     image: Tensor
     """(1, 3, H, W) in [0, 1]."""
     energies: tuple[float | None, ...]
-    """The energy at each step, mean over patches (T): of the image with the noise that was added to it, if any."""
+    """The energy at each step, mean over patches (T). It is the energy of the image with the noise that renoising added."""
     likelihoods: tuple[float, ...]
     """Half the squared distance of each step's image to the observation, mean over its values (T)."""
     sums: tuple[float | None, ...]
@@ -102,10 +102,10 @@ class RestoreResult:
     """With keep_trajectory: the image after each step, like `image`."""
 
     def with_images(self, change: Callable[[Tensor], Tensor]) -> "RestoreResult":
-        """The same result with each of its images changed."""
+        """Return the same result, with `change` applied to each of its images."""
         trajectory = self.trajectory and tuple(change(image) for image in self.trajectory)
         return replace(self, image=change(self.image), trajectory=trajectory)
 
     def to(self, like: Tensor) -> "RestoreResult":
-        """The same result with its images in the dtype and on the device of `like`, any shape."""
+        """Return the same result with its images in the dtype and on the device of `like` (any shape)."""
         return self.with_images(lambda image: image.to(like))

@@ -1,6 +1,6 @@
 """A denoiser as the prior of a restoration. It works on tiles, and the grid of tiles moves from step to step.
 
-On a grid that stays, errors at the tiles' borders add up over the steps; on one that moves they even out.
+On a fixed grid, errors at the borders of the tiles add up over the steps. On a moving grid these errors average out.
 """
 
 from collections.abc import Callable, Iterator, Sequence

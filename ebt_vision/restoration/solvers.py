@@ -114,7 +114,7 @@ def noise_levels(options: RestoreOptions) -> list[float]:
 
 
 class Average:
-    """Mean of the images of the last `num_averaged` steps; before them, the image itself.
+    """Mean of the images of the last `num_averaged` steps. In earlier steps, the result is the image of the step.
 
     An image of renoising is close to one draw from all images that explain the observation. The mean of several draws has a
     smaller squared error than each of them.
@@ -136,7 +136,7 @@ class Average:
 
 
 def alternate(prior: Prior, likelihood: Likelihood, observed: Tensor, options: RestoreOptions, record: Record) -> Tensor:
-    """Splitting and renoising on (1, 3, h, w): at each noise level the network, then the proximal step of the likelihood."""
+    """Splitting and renoising on (1, 3, h, w): at each noise level, denoise and take the proximal step of the likelihood."""
     assert options.noise is not None and options.prior_weight is not None
     if isinstance(likelihood, Mask) and options.noise == 0:
         return fill(prior, observed, options, record)

@@ -122,8 +122,7 @@ class Reader(ABC):
 
     @abstractmethod
     def guess(self, place: int, options: GenerateOptions) -> Guess:
-        """Predict the token after the last one read; it is the `place`-th of the text, 0-based. Returns a Guess of one
-        position."""
+        """Predict the token after the last one read, a Guess of one position. `place` is its position in the text, from 0."""
 
 
 class EBTReader(Reader):
@@ -170,10 +169,10 @@ def make_reader(model: nn.Module) -> Reader:
 
 @torch.no_grad()
 def predict_all(model: nn.Module, tokens: Tensor, options: GenerateOptions) -> Guess:
-    """Return the result of guess() after each of tokens (N,), for all N positions at once, except for Langevin noise and
-    tolerance.
+    """Return the result of guess() after each of tokens (N,), for all N positions at once.
 
-    These two treat the positions of one text together: the noise is drawn for all of them, and they stop together.
+    With Langevin noise or a tolerance, the result differs from guess(): the noise is drawn for all positions together, and all
+    positions stop together.
     """
     if isinstance(model, CausalTextEBT):
         return _think(model, model.context_of(tokens[None]), range(len(tokens)), options)
