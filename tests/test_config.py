@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from ebt_vision.core.step_rules import Momentum
+from ebt_vision.core.yaml_files import load_yaml
 from ebt_vision.training.build import build_model
 from ebt_vision.training.config import ConfigError, build_config, config_to_dict, load_config
 
@@ -223,3 +224,13 @@ def test_langevin_noise_is_a_number_or_one_a_step():
         config = load_config(smoke, overrides)
         assert config.objective.thinking.langevin_std == expected
         assert build_config(config_to_dict(config)) == config
+
+
+def test_only_true_and_false_are_booleans():
+    """YAML 1.1 reads no as false, so that train.mixed_precision=no was refused."""
+    assert load_yaml("[no, off, on, yes, y, n]") == ["no", "off", "on", "yes", "y", "n"]
+    assert load_yaml("[true, True, FALSE, false]") == [True, True, False, False]
+    smoke = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+    assert load_config(smoke, ["train.mixed_precision=no"]).train.mixed_precision == "no"
+    with pytest.raises(ConfigError, match="data.flip"):
+        load_config(smoke, ["data.flip=nope"])

@@ -1,4 +1,4 @@
-"""YAML for settings: 1e-3 is a number, 1:30 and 010 are not converted as in YAML 1.1, and a repeated key is an error."""
+"""YAML for settings: 1e-3 is a number; 1:30, 010, no and on are not converted as in YAML 1.1; a repeated key is an error."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ class DuplicateKeyError(yaml.YAMLError):
 
 
 class _SettingsLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2's core schema."""
+    """PyYAML's safe loader with the numbers and the booleans of YAML 1.2's core schema."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -30,11 +30,12 @@ def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node))
 
 
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_INT, _FLOAT, _BOOL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool"
 _SettingsLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _BOOL)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_SettingsLoader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _SettingsLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _SettingsLoader.add_implicit_resolver(
     _FLOAT,

@@ -7,7 +7,7 @@ The other draws simulate cameras and the web. Each part has its own probability:
                  depends on the signal and goes through a Bayer mosaic, demosaicing, white balance and a tone curve (Brooks et
                  al. 2019). Processed noise is what the noise reduction of a camera leaves: fine in luminance, coarse in
                  colour. In smooth parts of real noisy photographs (RNI15, Lebrun et al. 2015) neighbouring pixels have a
-                 correlation of 0.2 to 0.6 in luminance and 0.7 to 0.85 in colour.
+                 median correlation of 0.3 in luminance and 0.7 in colour (docs/results/photographs.md).
    correlation   The field is blurred or enlarged, so that neighbouring pixels are similar, as after denoising or resizing.
    JPEG          before the noise, after it, or both.
    8 bits        clipped and rounded.
