@@ -72,7 +72,7 @@ class Processes:
         if self.share.count == 1:
             return [value]
         self._round += 1
-        self._store.set(f"{self._round}/{self.share.index}", pickle.dumps(value))
+        self._store.set(f"{self._round}/{self.share.index}", pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes too
         values = [pickle.loads(self._wait(f"{self._round}/{index}")) for index in range(self.share.count)]
         # All are in this round, so all have read the round before.
         self._store.delete_key(f"{self._round - 1}/{self.share.index}")
