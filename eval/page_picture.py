@@ -42,7 +42,7 @@ def run(settings: argparse.Namespace) -> None:
     except ImportError:
         raise ValueError("playwright is not installed; run: pip install playwright") from None
     settings.output.mkdir(parents=True, exist_ok=True)
-    options = ["--device", "cpu", *(["--checkpoint", settings.checkpoint] if settings.checkpoint else [])]
+    options = ["--device=cpu", *(["--checkpoint", settings.checkpoint] if settings.checkpoint else [])]
     with served(options, timeout=TIMEOUT) as server, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for name, act, width in (("repair", repair, 1280), ("app", denoise, 1280), ("app_phone", denoise, 390)):
