@@ -52,7 +52,6 @@ class Processes:
                 with contextlib.suppress(dist.DistError):  # the store is gone if the first process failed before
                     self._store.set("failed", str(self.share.index))
             return
-        self.gather(None)
         # The store may live in the first process. It stays until the others have read the last values.
         self._store.set(f"left/{self.share.index}", "")
         if self.is_main:

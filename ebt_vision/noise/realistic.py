@@ -174,7 +174,7 @@ def _random_correlation(generator: torch.Generator) -> _Correlation:
 
 def _gaussian(std: float) -> Tensor:
     """A Gaussian kernel of 9 pixels or, where `std` asks for more, 4 standard deviations to each side; its sum is 1."""
-    reach = max(4, math.ceil(4 * std)) if std > 1.5 else 4
+    reach = math.ceil(4 * std) if std > 1.5 else 4
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / std) ** 2)
     return kernel / kernel.sum()
 
