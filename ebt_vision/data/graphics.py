@@ -52,8 +52,11 @@ def draw_graphic(size: int, generator: torch.Generator) -> np.ndarray:
     smooth = dice.share() < 0.6
     side = size * _SCALE if smooth else size
     image = Image.new("RGB", (side, side), dice.colour())
-    if dice.share() < 0.15:
+    background = dice.share()
+    if background < 0.15:
         image = _gradient(side, dice)
+    elif background < 0.35:
+        image = _pattern(side, dice)
     draw = ImageDraw.Draw(image)
     for _ in range(dice.number(0, 6)):
         _SHAPES[dice.number(0, len(_SHAPES) - 1)](draw, side, dice)
@@ -71,6 +74,32 @@ def _gradient(side: int, dice: _Dice) -> Image.Image:
     column = (ends[0] * (1 - ramp) + ends[1] * ramp).round().astype(np.uint8)  # (side, 3)
     pixels = np.repeat(column[:, None], side, axis=1)
     return Image.fromarray(pixels if dice.share() < 0.5 else np.ascontiguousarray(pixels.transpose(1, 0, 2)))
+
+
+def _pattern(side: int, dice: _Dice) -> Image.Image:
+    """Waves in each channel, sharp or smooth, with periods of 8 pixels to twice the side."""
+    channels = []
+    for _ in range(3):
+        across, down = (np.sin(2 * np.pi * (np.arange(side) / _period(side, dice) + dice.share())) for _ in range(2))
+        channels.append(np.outer(down, across))
+    waves = np.stack(channels, -1)
+    if dice.share() < 0.7:
+        waves = np.sign(waves)
+    low, high = 100 * dice.share(), 155 + 100 * dice.share()
+    return Image.fromarray((low + (high - low) * (waves + 1) / 2).round().astype(np.uint8))
+
+
+def _period(side: int, dice: _Dice) -> float:
+    return 8.0 * (max(side, 4) / 4.0) ** dice.share()
+
+
+def _confetti(draw: ImageDraw.ImageDraw, side: int, dice: _Dice) -> None:
+    """Many small spots of one or of many colours."""
+    one, size = dice.colour() if dice.share() < 0.3 else None, dice.number(3, max(4, side // 12))
+    for _ in range(dice.number(20, 120)):
+        left, top = dice.number(0, side), dice.number(0, side)
+        box = (left, top, left + size, top + size)
+        (draw.ellipse if dice.share() < 0.5 else draw.rectangle)(box, fill=one or dice.colour())
 
 
 def _rectangle(draw: ImageDraw.ImageDraw, side: int, dice: _Dice) -> None:
@@ -101,7 +130,7 @@ def _grid(draw: ImageDraw.ImageDraw, side: int, dice: _Dice) -> None:
         draw.line([(place, 0), (place, side)], fill=colour, width=width)
 
 
-_SHAPES = (_rectangle, _rectangle, _ellipse, _polygon, _lines, _grid)
+_SHAPES = (_rectangle, _rectangle, _ellipse, _polygon, _lines, _grid, _confetti)
 """A kind that is listed twice is drawn twice as often."""
 
 

@@ -12,8 +12,8 @@ The other draws simulate cameras and the web. Each part has its own probability:
    JPEG          before the noise, after it, or both.
    8 bits        clipped and rounded.
 
-The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1). Weak noise
-is drawn often, because most photographs have weak noise. Some draws have no noise. The target is the clean image, so a network
+The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1), with the
+maximum of its kind. Weak noise is drawn often, because most photographs have weak noise. Some draws have no noise. The target is the clean image, so a network
 learns to remove JPEG artefacts as well as noise.
 """
 
@@ -41,6 +41,8 @@ class RealisticNoiseConfig:
     """Maximum standard deviation of white Gaussian noise, 0..255 units."""
     max_realistic_sigma: float = 50.0
     """Maximum standard deviation of realistic noise; stronger correlated noise would hide most of the image."""
+    max_processed_sigma: float = 20.0
+    """Maximum standard deviation of processed noise; stronger coarse colour noise looks like colours of the image."""
     sigma_power: float = 1.5
     """Exponent of the strengths: 1 draws them uniformly; a larger value draws weak noise more often."""
     clean_share: float = 0.04
@@ -57,7 +59,7 @@ class RealisticNoiseConfig:
     """Lowest and highest quality."""
 
     def __post_init__(self) -> None:
-        for name in ("max_sigma", "max_realistic_sigma"):
+        for name in ("max_sigma", "max_realistic_sigma", "max_processed_sigma"):
             if not 0 <= getattr(self, name) <= 255:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in 0..255")
         if self.sigma_power <= 0:
@@ -91,14 +93,13 @@ def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator
         return clean.clone()
     if draw[2] < config.gaussian_share:
         return clean + config.max_sigma * strength * torch.randn(clean.shape, generator=generator)
-    sigma = config.max_realistic_sigma * strength
     image = _jpeg(clean, config, generator) if draw[3] < 0.2 else clean
     if draw[7] < config.processed_share:
-        image = image + _processed_noise(image, sigma, generator)
+        image = image + _processed_noise(image, config.max_processed_sigma * strength, generator)
     else:
         field = _FIELDS[int(draw[4] * len(_FIELDS))]
         correlation = _random_correlation(generator) if draw[5] < config.correlated_share else None
-        image = image + field(image, sigma, correlation, generator)
+        image = image + field(image, config.max_realistic_sigma * strength, correlation, generator)
     if draw[6] < config.jpeg_share:
         return _jpeg(image, config, generator)
     return to_8_bit(image) / 255.0
