@@ -28,7 +28,7 @@ from ebt_vision.core.arguments import number
 from ebt_vision.core.thinking_config import ToleranceOf
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.options import MAX_STRENGTH
+from ebt_vision.denoising.options import MAX_STRENGTH, SELF_ENSEMBLES
 from ebt_vision.models.checkpoint import list_pretrained, model_type_of, program_device
 from ebt_vision.models.pretrained_model import CheckpointError
 from ebt_vision.noise.named import NOISE_KINDS
@@ -61,8 +61,9 @@ methods = client.predict(image=handle_file("photo.png"), noise="gaussian", amoun
 ```
 `steps` is a whole number; the default is the number that the model suggests.
 `noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `strength` is 0 to 1.5: values below 1 keep
-grain, values above 1 remove more noise. `/denoise` returns a PNG file and a dictionary with the energies, PSNRs, steps and
-seconds. `/compare` returns a list with the name, PSNR, forward passes and seconds of each method."""
+grain, values above 1 remove more noise. `self_ensemble` is 1, 2, 4 or 8: the result is the mean over this many mirrored copies.
+`/denoise` returns a PNG file and a dictionary with the energies, PSNRs, steps and seconds.
+`/compare` returns a list with the name, PSNR, forward passes and seconds of each method."""
 
 
 def theme() -> gr.themes.Base:
@@ -210,6 +211,12 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
             label="Candidates: number of starts; the result of lowest energy is kept",
             elem_id="candidates",
         )
+        copies = gr.Radio(
+            list(SELF_ENSEMBLES),
+            value=1,
+            label="Mirrored copies: the result is the mean over this many copies; more take longer and have less error",
+            elem_id="copies",
+        )
         tile = gr.Dropdown(
             [OWN_TILES, "32", "64", "128", "256"], value=OWN_TILES, label="Tile size for large images, in pixels"
         )
@@ -228,7 +235,7 @@ def _controls(page: gr.Blocks, service: Service, models: dict[str, str]) -> tupl
     looks = dict(api_visibility="private", show_progress="hidden", concurrency_id="look", concurrency_limit=1)
     upload.change(noise_for, [upload], [how], **quiet)
     gr.on([page.load, upload.change, model.change], service.estimate, [upload, model], [seen], **looks)
-    return upload, [how, kind, *amounts, seed, steps, model, scale, tolerance, of, langevin, candidates, tile, strength]
+    return upload, [how, kind, *amounts, seed, steps, model, scale, tolerance, of, langevin, candidates, tile, strength, copies]
 
 
 def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
@@ -292,12 +299,13 @@ def _endpoints(service: Service, models: dict[str, str]) -> None:
         fields = {name: gr.Number(value, label=name) for name, value in numbers.items()}
         file, told, rows = gr.File(label="denoised"), gr.JSON(label="facts"), gr.JSON(label="methods")
         strength = gr.Number(1, label="strength")
+        copies = gr.Number(1, label="self_ensemble")
         first = [image, noise, fields["amount"], fields["seed"], fields["steps"], model]
         tolerance_of = gr.Dropdown(list(get_args(ToleranceOf)), value=suggested.tolerance_of, label="tolerance_of")
         rest = [fields[name] for name in ("step_size_scale", "tolerance", "langevin", "candidates", "tile")] + [tolerance_of]
         one = dict(concurrency_id="device", concurrency_limit=1)
-        gr.Button().click(service.api_denoise, [*first, *rest, strength], [file, told], api_name="denoise", **one)
-        gr.Button().click(service.api_compare, [*first, strength], [rows], api_name="compare", **one)
+        gr.Button().click(service.api_denoise, [*first, *rest, strength, copies], [file, told], api_name="denoise", **one)
+        gr.Button().click(service.api_compare, [*first, strength, copies], [rows], api_name="compare", **one)
 
 
 # --- Start

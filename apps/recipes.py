@@ -32,6 +32,8 @@ def command(request: Request, model: str, device: str) -> str:
         words += ["--step-size-scale", repr(request.step_size_scale)]
     if request.strength != 1:
         words += ["--strength", repr(request.strength)]
+    if request.self_ensemble != 1:
+        words += ["--self-ensemble", str(request.self_ensemble)]
     if request.tile_size is not None:
         words += ["--tile", str(request.tile_size)]
     return shlex.join([*words, "--png", "--device", device, "--output", "out/"])

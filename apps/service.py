@@ -25,7 +25,7 @@ from ebt_vision.core.thinking_results import ThinkingError
 from ebt_vision.data.image_files import without_suffix, write_image
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import is_of_library
-from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.options import SELF_ENSEMBLES, DenoiseOptions
 from ebt_vision.models.checkpoint import list_pretrained, model_type_of
 from ebt_vision.noise.named import NOISE_KINDS, Noise
 
@@ -81,10 +81,11 @@ class Service:
         tile,
         tolerance_of="first",
         strength=1.0,
+        self_ensemble=1,
     ):
         """Denoise an image; yield a PNG file and a dictionary of figures."""
         values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile)
-        request, label = api_request(image, *values, tolerance_of, strength)
+        request, label = api_request(image, *values, tolerance_of, strength, self_ensemble)
         folder = Path(tempfile.mkdtemp())
         try:
             *_, answer = self.guarded(think_aloud(request, self.denoiser(label), threading.Event()), image)
@@ -95,9 +96,10 @@ class Service:
         finally:
             remove_folder(folder)
 
-    def api_compare(self, image, noise, amount, seed, steps, model, strength=1.0):
+    def api_compare(self, image, noise, amount, seed, steps, model, strength=1.0, self_ensemble=1):
         """Compare the methods on an image; return a list of dictionaries."""
-        request, label = api_request(image, noise, amount, seed, steps, model, 1.0, 0.0, 0.0, 1, 0, strength=strength)
+        values = (noise, amount, seed, steps, model, 1.0, 0.0, 0.0, 1, 0)
+        request, label = api_request(image, *values, strength=strength, self_ensemble=self_ensemble)
         *_, columns = self.guarded(compare(request, self._methods(label), threading.Event()), image)
         fields = ("name", "psnrs", "num_forward", "seconds", "problem")
         return [{name: getattr(column, name) for name in fields} for column in columns]
@@ -218,13 +220,14 @@ def remove_folder(folder: Path) -> None:
 
 def read_controls(path: str | None, values: Sequence[Any]) -> tuple[Request, str]:
     """Return the request from the controls, in their order on the page, and the label of the model."""
-    how, kind, *amounts, seed, steps, label, scale, tolerance, of, langevin, candidates, tile, strength = values
+    how, kind, *amounts, seed, steps, label, scale, tolerance, of, langevin, candidates, tile, strength, copies = values
     amount = dict(zip(NOISE_KINDS, amounts, strict=True))[kind]
     size = 0 if tile == OWN_TILES else tile
     if of in get_args(ToleranceOf) and not tolerance:
         of = "first"  # without a tolerance the reference has no meaning
     noise = "none" if how == NOISY_ALREADY else kind
-    return api_request(path, noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size, of, strength)
+    values = (noise, amount, seed, steps, label, scale, tolerance, langevin, candidates, size, of, strength, copies)
+    return api_request(path, *values)
 
 
 def api_request(
@@ -241,6 +244,7 @@ def api_request(
     tile,
     tolerance_of="first",
     strength=1.0,
+    self_ensemble=1,
 ) -> tuple[Request, str]:
     """Check the inputs of an endpoint and return the request and the label of the model."""
     if not path:
@@ -258,6 +262,7 @@ def api_request(
             num_candidates=whole(candidates, "candidates", 1, MAX_CANDIDATES),
             tile_size=whole(tile, "tile", 16, 512) if tile else None,
             strength=float(strength),
+            self_ensemble=whole(self_ensemble, "self_ensemble", 1, max(SELF_ENSEMBLES)),
         )
         request.options()
     except (ValueError, TypeError) as error:

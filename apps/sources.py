@@ -36,6 +36,7 @@ class Request(ThinkingOptions):
     tile_size: int | None = None
     """Tile size in pixels; None for the default of the model."""
     strength: float = 1.0
+    self_ensemble: int = 1
 
     def without_unused(self, options_used: Collection[str]) -> Request:
         """Return the request with defaults for all options that are not in `options_used`."""
@@ -51,6 +52,7 @@ class Request(ThinkingOptions):
         return DenoiseOptions(
             **{field.name: getattr(self, field.name) for field in fields(ThinkingOptions)},
             strength=self.strength,
+            self_ensemble=self.self_ensemble,
             sigma=None if self.noise is None else self.noise.sigma,
             noise_level=None if self.noise is None else self.noise.noise_level,
         )

@@ -117,7 +117,7 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
         view = source.middle(CLOSE_UP)
         words = f"first a close-up of the middle {CLOSE_UP}×{CLOSE_UP} pixels"
         note = f"The steps, the map and the candidates show only the middle {CLOSE_UP}×{CLOSE_UP} pixels."
-        reporter = _Reporter(view, stop, post, words)
+        reporter = _Reporter(view, stop, post, words, request.self_ensemble > 1)
         seen = denoise_tiled(denoiser, view.noisy, kept, tile_size=request.tile_size, on_step=reporter)
     else:
         shown = kept
@@ -125,9 +125,8 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
         after, whole = source.noisy.clamp(0, 1), seen
         note = f"Stopped before the whole image was started. {note}"
     else:
-        whole = denoise_tiled(
-            denoiser, source.noisy, shown, tile_size=request.tile_size, on_step=_Reporter(source, stop, post, "")
-        )
+        reporter = _Reporter(source, stop, post, "", request.self_ensemble > 1)
+        whole = denoise_tiled(denoiser, source.noisy, shown, tile_size=request.tile_size, on_step=reporter)
         after = whole.image
         seen = seen if large else whole
     seconds = time.perf_counter() - start
@@ -150,8 +149,9 @@ def _answer(request: Request, denoiser: Denoiser, stop: threading.Event, post: C
 class _Reporter:
     """Receive the steps of an image and post Updates: for every step of a small image, at intervals for a large one."""
 
-    def __init__(self, source: Source, stop: threading.Event, post: Callable[[Update], None], words: str):
+    def __init__(self, source: Source, stop: threading.Event, post: Callable[[Update], None], words: str, copies: bool):
         self.source, self.stop, self.post, self.words = source, stop, post, words
+        self.candidate = "copy" if copies else "candidate"
         self.before = to_bytes(reduced(source.noisy, PREVIEW))
         self.start = time.perf_counter()
         self.next = 0.0
@@ -180,7 +180,7 @@ class _Reporter:
                     step=step.index,
                     share=step.share_done,
                     seconds=now,
-                    words=self.words or _tiles(step),
+                    words=self.words or _tiles(step, self.candidate),
                 )
             )
             done = time.perf_counter() - self.start
@@ -188,8 +188,8 @@ class _Reporter:
         return self.stop.is_set()
 
 
-def _tiles(step: TiledStep) -> str:
-    candidate = f"candidate {step.candidate + 1} of {step.num_candidates}" if step.num_candidates > 1 else ""
+def _tiles(step: TiledStep, candidate: str) -> str:
+    candidate = f"{candidate} {step.candidate + 1} of {step.num_candidates}" if step.num_candidates > 1 else ""
     tiles = f"{step.tiles_done} of {step.num_tiles} tiles done" if step.tiles_now < step.num_tiles else ""
     return ", ".join(part for part in (candidate, tiles) if part)
 

@@ -96,6 +96,7 @@ def controls(**changed) -> list:
         candidates=1,
         tile=service.OWN_TILES,
         strength=1,
+        copies=1,
     )
     return list((values | changed).values())
 
@@ -106,6 +107,7 @@ def test_controls_become_a_request() -> None:
     assert (request.options().tolerance, request.options().tolerance_of) == (0.2, "previous")
     assert service.read_controls("a.png", controls(how=service.NOISY_ALREADY))[0].noise is None
     assert service.read_controls("a.png", controls(strength=0.35))[0].options().strength == 0.35
+    assert service.read_controls("a.png", controls(copies=8))[0].options().self_ensemble == 8
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,8 @@ def test_controls_become_a_request() -> None:
         {"steps": None},
         {"of": "none"},
         {"strength": 1.6},
+        {"copies": 3},
+        {"copies": 2, "candidates": 2},
         {"steps": 2.7},
         {"candidates": 1.5},
         {"seed": 0.5},

@@ -83,6 +83,16 @@ def test_a_strength_above_1_shows_its_second_run(tiny: Denoiser, photo: str) -> 
     assert updates[-1].psnrs[-1] == pytest.approx(answer.psnrs[-1], abs=0.01)
 
 
+def test_mirrored_copies_are_named_and_counted(tiny: Denoiser, photo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thinking_aloud, "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(thinking_aloud, "PREVIEW_SHARE", float("inf"))
+    updates, answer = run(Request(path=photo, noise=GAUSSIAN, num_steps=2, self_ensemble=2), tiny)
+    assert any("copy 2 of 2" in update.words for update in updates)
+    _, one = run(Request(path=photo, noise=GAUSSIAN, num_steps=2), tiny)
+    assert answer.num_forward == 2 * one.num_forward and answer.steps.candidates == []
+    assert len(answer.energies) == len(answer.psnrs) + 1 == 3
+
+
 def test_the_noise_is_what_the_model_sees_where_it_starts_from_a_proposal(
     tiny: Denoiser, tiny_checkpoint: Path, photo: str
 ) -> None:
@@ -227,7 +237,15 @@ FULL = dict(
 )
 
 
-@pytest.mark.parametrize("settings", [dict(noise=GAUSSIAN, num_steps=2), dict(noise=Noise.parse("poisson:30"), **FULL), dict()])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(noise=GAUSSIAN, num_steps=2),
+        dict(noise=Noise.parse("poisson:30"), **FULL),
+        dict(),
+        dict(num_steps=1, self_ensemble=4),
+    ],
+)
 def test_command_and_program_make_the_same_pixels(
     tiny: Denoiser, tiny_checkpoint: Path, photo: str, settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

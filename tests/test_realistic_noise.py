@@ -68,6 +68,18 @@ def test_processed_noise_has_the_strength_asked_for_on_images_of_any_size():
     assert realistic._processed_noise(torch.full((3, 1, 40), 0.5), 0.0, make_generator(0)).abs().max() == 0
 
 
+def test_each_kind_of_noise_has_its_own_maximum():
+    """Sigma 40 at most, 5 for processed noise: the strongest of many draws comes near, and none is far above."""
+    clean = torch.full((60, 3, 32, 32), 0.5)
+    for share, top in ((0.0, 40.0), (1.0, 5.0)):
+        config = RealisticNoiseConfig(
+            gaussian_share=0, clean_share=0, jpeg_share=0, max_realistic_sigma=40, max_processed_sigma=5, processed_share=share
+        )
+        noise = add_realistic_noise(clean, config, sample_generators(0, range(60))) - clean
+        strongest = float(noise.flatten(1).std(1).max()) * 255
+        assert 0.75 * top < strongest < 1.3 * top
+
+
 def test_processed_noise_is_fine_in_luminance_and_coarse_in_colour():
     """As in smooth parts of the photographs of RNI15: a median of 0.31 and 0.69 between neighbours."""
     clean, weights = torch.full((3, 96, 96), 0.5), torch.tensor([0.299, 0.587, 0.114])

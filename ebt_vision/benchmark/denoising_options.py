@@ -92,6 +92,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--langevin", type=amount, default=0.0, help="EBT: noise before each gradient of a candidate, on [-1, 1]")
     add("--passes", type=count, nargs="*", default=[1, 2, 5, 10, 25, 50, 100], help="DiT: passes of DDIM")
     add("--loops", type=number(int, 0), default=3, help="DiT: loops of the recursion; 0 disables it")
+    add("--self-ensemble", type=count, nargs="*", default=[], help="numbers of mirrored copies whose mean is measured: 2, 4, 8")
     add("--reference", metavar="MODEL:METHOD:STEPS", help="the row to compare with (default: the best ddim row)")
 
 
@@ -144,6 +145,7 @@ def row_settings(settings: argparse.Namespace) -> RowSettings:
         langevin=settings.langevin,
         passes=tuple(sorted(set(settings.passes))),
         loops=settings.loops,
+        self_ensembles=tuple(settings.self_ensemble),
     )
 
 

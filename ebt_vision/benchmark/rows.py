@@ -13,7 +13,7 @@ from ebt_vision.denoising.base import TRAINING_LEVEL, Denoiser, IdentityDenoiser
 from ebt_vision.denoising.dit import DiTDenoiser
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.equilibrium import EqMDenoiser
-from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.options import SELF_ENSEMBLES, DenoiseOptions
 from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.noise import processes
 
@@ -38,6 +38,8 @@ class RowSettings:
     langevin: float = 0.0
     passes: tuple[int, ...] = (1, 2, 5, 10, 25, 50, 100)
     loops: int = 3
+    self_ensembles: tuple[int, ...] = ()
+    """Numbers of mirrored copies whose mean is measured, for the first row of each model."""
 
     def __post_init__(self) -> None:
         whole = {"steps": (self.steps,), "candidate-steps": self.candidate_steps, "passes": self.passes}
@@ -46,6 +48,9 @@ class RowSettings:
                 raise ValueError(f"--{name} {min(values)} is out of range; use 1 or more")
         if any(scale <= 0 for scale in self.step_sizes):
             raise ValueError(f"--step-sizes {min(self.step_sizes)} is out of range; use positive numbers")
+        for copies in self.self_ensembles:
+            if copies not in SELF_ENSEMBLES[1:]:
+                raise ValueError(f"--self-ensemble {copies} is out of range; use 2, 4 or 8")
         for name, value in {"candidates": self.candidates, "loops": self.loops}.items():
             if value < 0:
                 raise ValueError(f"--{name} {value} is out of range; use 0 (no such rows) or more")
@@ -71,6 +76,7 @@ class Row:
     num_candidates: int = 1
     candidate_noise: float = 0.0
     langevin: float = 0.0
+    self_ensemble: int = 1
 
     @property
     def needs_final_energy(self) -> bool:
@@ -93,6 +99,14 @@ def kind_of(denoiser: Denoiser) -> Kind:
 
 def rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
     """Return the rows of a model called `name` under a condition."""
+    rows = list(_rows_of(name, kind, condition, settings))
+    yield from rows
+    if kind != "identity":
+        for copies in settings.self_ensembles:
+            yield replace(rows[0], method=f"{rows[0].method}, mean of {copies} copies", self_ensemble=copies)
+
+
+def _rows_of(name: str, kind: Kind, condition: Condition, settings: RowSettings) -> Iterator[Row]:
     if kind == "ebt":
         yield from _ebt_rows(name, settings)
     elif kind == "dit":
@@ -197,6 +211,7 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
         num_candidates=row.num_candidates,
         candidate_noise_std=row.candidate_noise,
         langevin_std=row.langevin,
+        self_ensemble=row.self_ensemble,
         seed=condition.seed,
         keep_trajectory=row.reported != (row.num_steps,),
         keep_candidates=row.num_candidates > 1,

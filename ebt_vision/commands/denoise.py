@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="0 to 1.5: a value below 1 keeps grain (0 returns the input unchanged), a value above 1 removes more noise",
     )
     parser.add_argument(
+        "--self-ensemble",
+        metavar="N",
+        type=count,
+        default=1,
+        help="mean over 2, 4 or 8 mirrored and rotated copies: less error for N times the time (default 1: off)",
+    )
+    parser.add_argument(
         "--start", choices=("observation", "proposal"), help="start thinking from the noisy image or the network's proposal"
     )
     parser.add_argument(
@@ -149,6 +156,7 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         langevin_std=args.langevin,
         step_size_scale=args.step_size_scale,
         strength=args.strength,
+        self_ensemble=args.self_ensemble,
         likelihood_weight=args.likelihood_weight,
         start=args.start,
         seed=args.seed,

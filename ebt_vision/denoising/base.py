@@ -29,6 +29,7 @@ from ebt_vision.denoising.results import (
     no_network_result,
     restore_flat_images,
 )
+from ebt_vision.denoising.self_ensemble import denoise_copies
 from ebt_vision.denoising.tiling import denoise_each_tiled
 from ebt_vision.noise.named import Noise
 from ebt_vision.noise.processes import signal_and_noise_scale
@@ -123,10 +124,10 @@ class Denoiser(nn.Module, ABC):
         with torch.inference_mode(False), torch.no_grad(), self.autocast():
             plain = noisy.clone() if noisy.is_inference() else noisy
             padded = self.to_network(pad_to_multiple(working(plain), self.patch_size))
-            result = self._denoise(padded, options, ids, on_step)
+            result = denoise_copies(self._denoise, padded, options, ids, on_step)
             if options.strength > 1.0 and not stopped:
                 stronger = padded + (options.strength - 1.0) * (padded - result.image.to(padded))
-                result = self._denoise(stronger, options, ids, on_step)
+                result = denoise_copies(self._denoise, stronger, options, ids, on_step)
             return apply_strength(restore_flat_images(finish_result(result, size, plain), plain), plain, options.strength)
 
     def forward(self, noisy: Tensor, options: DenoiseOptions | None = None) -> Tensor:

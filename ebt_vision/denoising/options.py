@@ -11,6 +11,7 @@ STARTS = ("observation", "proposal")
 
 
 MAX_STRENGTH = 1.5
+SELF_ENSEMBLES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,9 @@ class DenoiseOptions(ThinkingOptions):
     """How much of the noise is removed, 0..1.5. Below 1 the result is x + strength * (denoised - x), which keeps grain; 0
     returns x. It minimises a quadratic energy around the denoised image plus (1 - strength) / (2 * strength) * |y - x|^2. Above
     1 the network denoises a second time; the input is the denoised image plus `strength` times the noise that it found."""
+    self_ensemble: int = 1
+    """Number of mirrored and rotated copies that are denoised, 1, 2, 4 or 8; the result is their mean (self_ensemble.py). More
+    copies are better, and slower in proportion. It works with every denoiser, and with one candidate only."""
     likelihood_weight: float | Literal["auto"] = 0.0
     """EBT: weight of a likelihood of the observation (core/energies.py), in [0, 1]. Thinking descends the sum of the model's
     energy and the likelihood; each step also moves the candidate by this fraction of the way back to the noisy image. The
@@ -58,6 +62,11 @@ class DenoiseOptions(ThinkingOptions):
                 check_number(name, getattr(self, name))
         check(self.start in (None, *STARTS), "start", self.start, f"use one of {STARTS}, or None")
         check(0 <= self.strength <= MAX_STRENGTH, "strength", self.strength, f"use 0 (off) to {MAX_STRENGTH:g}; 1 is normal")
+        check(self.self_ensemble in SELF_ENSEMBLES, "self_ensemble", self.self_ensemble, "use 1 (off), 2, 4 or 8 copies")
+        if self.self_ensemble > 1 and self.num_candidates > 1:
+            raise ValueError(
+                f"self_ensemble={self.self_ensemble} and num_candidates={self.num_candidates} do not go together; set one to 1"
+            )
         if self.likelihood_weight != "auto":
             check_number("likelihood_weight", self.likelihood_weight)
             valid = 0 <= self.likelihood_weight <= 1

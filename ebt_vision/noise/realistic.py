@@ -13,8 +13,8 @@ The other draws simulate cameras and the web. Each part has its own probability:
    8 bits        clipped and rounded.
 
 The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1), with the
-maximum of its kind. Weak noise is drawn often, because most photographs have weak noise. Some draws have no noise. The target is the clean image, so a network
-learns to remove JPEG artefacts as well as noise.
+maximum of its kind. Weak noise is drawn often, because most photographs have weak noise. Some draws have no noise. The target
+is the clean image, so a network learns to remove JPEG artefacts as well as noise.
 """
 
 import math
