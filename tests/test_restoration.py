@@ -19,7 +19,7 @@ from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.restoration import solvers
 from ebt_vision.restoration.jpeg import JpegIntervals, JpegTables
 from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask, UserOperator, gaussian_kernel
-from ebt_vision.restoration.options import RestoreOptions
+from ebt_vision.restoration.options import RestoreOptions, RestoreStep
 from ebt_vision.restoration.prior import Prior, TiledEnergy
 from ebt_vision.restoration.restore import restore
 from ebt_vision.restoration.solvers import NOISE_STREAM, BlockNoise, complete, noise_levels, start_holes
@@ -226,6 +226,35 @@ def test_renoising_draws_from_its_seed_alone() -> None:
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("damage", ["holes", "enlargement"])
+def test_several_runs_give_the_mean_of_the_runs_with_the_next_seeds(damage: str) -> None:
+    likelihood = holes() if damage == "holes" else Downsampling(2)
+    denoiser, options = tiny_ebt(), RestoreOptions(num_steps=2, noise=0.0, num_averaged=1, seed=5, keep_trajectory=True)
+    single = [restore(image(), likelihood, replace(options, seed=seed), denoiser=denoiser) for seed in (5, 6, 7)]
+    steps: list[RestoreStep] = []
+    mean = restore(image(), likelihood, replace(options, num_runs=3), denoiser=denoiser, callback=steps.append)
+    torch.testing.assert_close(mean.image, sum(each.image for each in single) / 3)
+    assert not torch.allclose(single[0].image, single[1].image)
+    if damage == "holes":
+        assert torch.equal(mean.image[..., likelihood.known[0, 0]], image()[..., likelihood.known[0, 0]])
+    assert mean.num_forward == sum(each.num_forward for each in single)
+    assert mean.energies == tuple(energy for each in single for energy in each.energies)
+    assert mean.trajectory is not None and len(mean.trajectory) == 6
+    assert [(step.index, step.num_steps) for step in steps] == [(number, 6) for number in range(1, 7)]
+    torch.testing.assert_close(steps[-1].image, mean.image)
+    stopped = restore(
+        image(), likelihood, replace(options, num_runs=3), denoiser=denoiser, callback=lambda step: step.index == 3
+    )
+    torch.testing.assert_close(stopped.image, single[0].image)
+
+
+def test_several_runs_need_a_solver_with_noise() -> None:
+    with pytest.raises(ValueError, match="num_runs=2 needs noise; solver='splitting'"):
+        restore(image(), holes(), RestoreOptions(num_runs=2, solver="splitting"), denoiser=tiny_ebt())
+    with pytest.raises(ValueError, match="num_runs=0"):
+        RestoreOptions(num_runs=0)
 
 
 def test_options_are_filled_in_and_the_noise_of_a_blurred_image_is_estimated() -> None:

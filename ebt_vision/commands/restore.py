@@ -68,6 +68,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", choices=SOLVERS, help="default: the one that suits the damage")
     parser.add_argument("--steps", metavar="N", type=count, help="steps of the solver (default: as suits the damage)")
     parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all noise (default 0)")
+    parser.add_argument(
+        "--runs",
+        metavar="N",
+        type=count,
+        default=1,
+        help="mean over N whole runs with the seeds S, S + 1 ...: less error for N times the time (not for deblock)",
+    )
     parser.add_argument("--tile", metavar="SIZE", type=count, help="tile side in pixels")
     parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
@@ -162,6 +169,7 @@ def _restore(
         num_steps=args.steps,
         noise=getattr(args, "noise", None),
         seed=args.seed,
+        num_runs=args.runs,
         tile_size=args.tile,
     )
     if likelihood is not None:

@@ -34,6 +34,9 @@ class RestoreOptions:
     """Move the grid of tiles from step to step. Without it seams can be visible."""
     seed: int = 0
     """Seed of the noise of renoising."""
+    num_runs: int = 1
+    """Number of whole runs, with the seeds `seed`, `seed` + 1 ...; the result is their mean. Each run of renoising is close to
+    one draw from the images that explain the observation, and the mean has a smaller squared error. Renoising only."""
     tile_size: int | None = None
     """Side of the tiles in pixels; None: the network's own."""
     keep_trajectory: bool = False
@@ -59,6 +62,8 @@ class RestoreOptions:
             check(value is None or 0.1 <= value <= 255, name, value, "use 0.1..255")
         weight = self.prior_weight
         check(weight is None or weight > 0, "prior_weight", weight, "use a number above 0")
+        check_whole("num_runs", self.num_runs)
+        check(self.num_runs >= 1, "num_runs", self.num_runs, "use 1 or more")
         check_whole("seed", self.seed)
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
 
@@ -83,7 +88,7 @@ Callback = Callable[[RestoreStep], object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoreResult:
-    """A restored image and its history. T is the number of steps."""
+    """A restored image and its history. T is the number of steps, over all runs one after another."""
 
     image: Tensor
     """(1, 3, H, W) in [0, 1]."""

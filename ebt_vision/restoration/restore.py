@@ -1,5 +1,7 @@
 """restore(): restore an image with a known damage, by the energy of a denoiser and a likelihood of the damage."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -38,9 +40,53 @@ def restore(
     with torch.inference_mode(False), torch.no_grad():
         observed = working(image.clone() if image.is_inference() else image)
         options = complete(options or RestoreOptions(), likelihood, observed)
+        if options.num_runs > 1 and options.solver != "renoising":
+            raise ValueError(f"num_runs={options.num_runs} needs noise; solver={options.solver!r} has none, so use num_runs=1")
         if isinstance(likelihood, Mask):
-            return _restore_holes(observed, likelihood, options, denoiser, callback).to(image)
-        return _run(observed, likelihood, options, denoiser, callback, None).to(image)
+            restore_once = functools.partial(_restore_holes, observed, likelihood)
+        else:
+            restore_once = functools.partial(_run, observed, likelihood)
+        return _mean_of_runs(restore_once, options, denoiser, callback).to(image)
+
+
+def _mean_of_runs(
+    restore_once: Callable[[RestoreOptions, Denoiser, Callback | None], RestoreResult],
+    options: RestoreOptions,
+    denoiser: Denoiser,
+    callback: Callback | None,
+) -> RestoreResult:
+    """Return the mean of options.num_runs results. If the callback stops a run, only the finished ones count, or the first."""
+    results: list[RestoreResult] = []
+    stopped = False
+    total = torch.zeros((), dtype=torch.float64)
+
+    def listen(step: RestoreStep) -> object:
+        nonlocal stopped
+        assert callback is not None and options.num_steps is not None
+        image = (total.to(step.image) + step.image) / (len(results) + 1)
+        index, count = len(results) * options.num_steps + step.index, options.num_runs * options.num_steps
+        stopped = callback(replace(step, index=index, num_steps=count, image=image)) is True
+        return stopped
+
+    for run in range(options.num_runs):
+        result = restore_once(replace(options, seed=options.seed + run), denoiser, None if callback is None else listen)
+        if not stopped or not results:
+            total = total + result.image.double()
+            results.append(result)
+        if stopped:
+            break
+    if len(results) == 1:
+        return results[0]
+    trajectories = [result.trajectory or () for result in results]
+    return replace(
+        results[-1],
+        image=(total / len(results)).to(results[0].image),
+        energies=tuple(energy for result in results for energy in result.energies),
+        likelihoods=tuple(value for result in results for value in result.likelihoods),
+        sums=tuple(value for result in results for value in result.sums),
+        num_forward=sum(result.num_forward for result in results),
+        trajectory=tuple(image for images in trajectories for image in images) or None,
+    )
 
 
 def _restore_holes(
@@ -74,7 +120,7 @@ def _run(
     options: RestoreOptions,
     denoiser: Denoiser,
     callback: Callback | None,
-    region: Tensor | None,
+    region: Tensor | None = None,
 ) -> RestoreResult:
     assert options.solver is not None and options.num_steps is not None
     prior = Prior(denoiser, tile_size=options.tile_size, moving=options.moving_tiles, region=region)
