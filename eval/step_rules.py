@@ -8,6 +8,7 @@ tables go to standard output.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -61,17 +62,26 @@ class Run:
     stopped: tuple[Stopped, ...]
 
 
-def stops_by_gain(energies: Tensor, tolerance: float, training_gain: float) -> tuple[Tensor, Tensor]:
+def stops_by_gain(energies: Tensor, tolerance: float, training_gain: float, patience: int = 0) -> tuple[Tensor, Tensor]:
     """Return the kept steps and forward passes, int64 (B,), of think() with tolerance_of="training", from energies (T + 1, B).
 
     A sample ends at the first step k that raises its energy, which is taken back, or that gains no more than tolerance *
-    training_gain^2 / what its first step gained.
+    training_gain^2 / what its first step gained. With `patience` p, which think() does not have, it ends after p + 1 such steps
+    one after another and keeps its step of lowest energy, as the nonmonotone line search of Grippo et al. 1986 allows.
     """
     gains = energies[:-1] - energies[1:]  # (T, B)
     least = tolerance * training_gain**2 / gains[0].clamp(min=torch.finfo(gains.dtype).tiny)
     ended = (gains < 0) | (gains <= least)
+    if patience:
+        in_a_row = ended.long().cumsum(0)
+        before = torch.cat([torch.zeros_like(in_a_row[: patience + 1]), in_a_row])[: len(in_a_row)]
+        ended = in_a_row - before == patience + 1
     last = _first_true(ended)
-    kept = last + 1 - (gains.gather(0, last[None])[0] < 0).long()
+    if patience:
+        steps = torch.arange(len(energies), device=energies.device)[:, None]
+        kept = energies.masked_fill(steps > last + 1, math.inf).argmin(0)
+    else:
+        kept = last + 1 - (gains.gather(0, last[None])[0] < 0).long()
     return kept, last + 2
 
 
@@ -93,6 +103,7 @@ def think_runs(
     weight: Weight,
     num_steps: int,
     tolerances: Sequence[float],
+    patience: int = 0,
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """PSNR after each step (T, B), passes (B,), and of each tolerance the steps kept and passes, of (clean, noisy) batches."""
     alpha, gain = model.step_size.detach(), model.config.training_gain
@@ -116,7 +127,7 @@ def think_runs(
         energies.append(result.energies)
         passes.append(result.num_forward + read - 1)  # the last energy is for the table alone
     measured, spent = torch.cat(psnrs, 1), torch.cat(passes)
-    stops = [stops_by_gain(torch.cat(energies, 1), tolerance, total_gain) for tolerance in tolerances]
+    stops = [stops_by_gain(torch.cat(energies, 1), tolerance, total_gain, patience) for tolerance in tolerances]
     # A rule that tries steps spends more than a pass a step.
     each = (spent - read).double() / num_steps
     return measured, spent, [(kept, (used - 1) * each + 1 + read) for kept, used in stops]
@@ -171,7 +182,9 @@ def measure(settings) -> Iterator[Run]:
         batches = [(clean, to_model_range(noisy)) for clean, noisy in pairs]
         start = torch.cat([_psnr(noisy, clean) for clean, noisy in batches])
         for rule, weight in ways:
-            psnrs, passes, stops = think_runs(ebt, batches, rule, weight, settings.steps, settings.tolerances)
+            psnrs, passes, stops = think_runs(
+                ebt, batches, rule, weight, settings.steps, settings.tolerances, settings.patience
+            )
             ended = [_stopped(t, psnrs, *stop, start) for t, stop in zip(settings.tolerances, stops, strict=True)]
             name = rule.name + (f", likelihood {weight}" if weight else "")
             yield _run(name, level, psnrs, float(passes.double().mean()), ended)
@@ -251,6 +264,7 @@ def _parser() -> OneLineParser:
     add("--longest", type=number(float, 1), help="Barzilai-Borwein's longest step, in step sizes (default: the rule's own)")
     add("--likelihood-weights", type=_weight, nargs="+", default=[0.0, "auto"], metavar="W")
     add("--tolerances", type=number(float, 0), nargs="*", default=[0.006], help="shares, as tolerance_of training")
+    add("--patience", type=number(int, 0), default=0, help="steps in a row that may miss a tolerance; 0 is what think() does")
     add("--regressor-tolerances", type=number(float, 0), nargs="*", default=[0.02, 0.05])
     add("--seed", type=number(int, 0), default=0)
     add("--output", type=named_path, metavar="FILE", help="where the figures are written, JSON")

@@ -48,6 +48,16 @@ def test_a_tolerance_stops_where_thinking_does(rule: str, tolerance: float):
     assert torch.equal(kept, stopped.num_steps) and torch.equal(passes, stopped.num_forward)
 
 
+def test_patience_goes_over_a_rise_and_keeps_the_lowest_energy():
+    energies = torch.tensor([[20.0, 20.0, 20.0], [10.0, 10.0, 10.0], [12.0, 12.0, 9.995], [4.0, 13.0, 5.0], [3.0, 1.0, 4.0]])
+    kept, passes = step_rules.stops_by_gain(energies, 0.1, 1.0)
+    assert kept.tolist() == [1, 1, 2] and passes.tolist() == [3, 3, 3]
+    kept, passes = step_rules.stops_by_gain(energies, 0.1, 1.0, patience=1)
+    assert kept.tolist() == [4, 1, 4] and passes.tolist() == [5, 4, 5]
+    kept, _ = step_rules.stops_by_gain(energies, 0.1, 1.0, patience=2)
+    assert kept.tolist() == [4, 4, 4]
+
+
 def test_a_change_stops_where_the_regressor_does():
     torch.manual_seed(0)
     model = PatchRegressor(PatchRegressorConfig(**SIZES))
