@@ -19,6 +19,8 @@ class RegressorDenoiser(ModelDenoiser):
     """
 
     model: PatchRegressor
+    suggested_steps = 1
+    """A second application removes detail wherever the noise is that of the training or less (docs/results/base.md)."""
     options_used = frozenset(("num_steps", "tolerance", "tolerance_of"))
 
     def __init__(

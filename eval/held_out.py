@@ -1,0 +1,160 @@
+"""Choose among photograph denoisers on held-out images: PSNR under white noise, realistic noise, and on drawings.
+
+    python eval/held_out.py --models photographs_ebt runs/photographs_colours/model \
+        --data data/imagenet-photos --split validation --output runs/held_out.json
+
+The figures of the results pages come from other images. This program is for choices before them: which weights, which
+training. Columns:
+
+    sigma N     white Gaussian noise on the photographs, not clipped
+    realistic   the realistic mixture up to sigma 30 without white and processed noise (noise/realistic.py)
+    processed   processed noise up to sigma 20, as JPEG of quality 80 to 95
+    drawings    drawings of the training's program, without noise and with sigma 25
+    waves       one picture of coloured waves with sigma 25, on which a denoiser loses that takes strong colours for noise
+
+`MODEL+OTHER@0.3` mixes the weights of two models of one shape: 0.7 of MODEL and 0.3 of OTHER (Wortsman et al. 2022).
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebt_vision.benchmark.options import OneLineParser, run_program
+from ebt_vision.core.arguments import named_path, number
+from ebt_vision.core.atomic_files import write_text
+from ebt_vision.core.metrics import psnr
+from ebt_vision.core.provenance import provenance
+from ebt_vision.core.rng import make_generator, sample_generators
+from ebt_vision.data.graphics import draw_graphic
+from ebt_vision.data.images import DataConfig, load_image_set
+from ebt_vision.denoising.base import Denoiser, for_photographs
+from ebt_vision.denoising.load import denoiser_for
+from ebt_vision.models.checkpoint import load_pretrained
+from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise
+
+REALISTIC = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0, processed_share=0.0, max_realistic_sigma=30.0)
+PROCESSED = replace(REALISTIC, processed_share=1.0, max_processed_sigma=20.0, jpeg_share=1.0, jpeg_quality=(80, 95))
+NUM_DRAWINGS = 16
+_BATCH_SIZE = 8
+
+Noise = Callable[[Tensor], Tensor]
+"""Clean images (B, 3, H, W) in [0, 1] -> noisy images."""
+
+
+def mixed(first: PretrainedModel, second: PretrainedModel, share: float) -> PretrainedModel:
+    """Give `first` the weights (1 - share) * first + share * second. Raises ValueError for models of other shapes."""
+    weights, others = first.state_dict(), second.state_dict()
+    missing = [name for name in weights if name not in others or others[name].shape != weights[name].shape]
+    if missing:
+        raise ValueError(f"the models differ in {missing[0]}; mix two trainings of one config")
+    first.load_state_dict({name: (1.0 - share) * weights[name] + share * others[name] for name in weights})
+    return first
+
+
+def load(name: str) -> Denoiser:
+    """Return the denoiser of MODEL, or of MODEL+OTHER@SHARE, for photographs."""
+    path, plus, rest = name.partition("+")
+    model = load_pretrained(path)
+    if plus:
+        other, at, share = rest.rpartition("@")
+        if not at:
+            raise ValueError(f"{name} has no share; write MODEL+OTHER@0.3")
+        model = mixed(model.float(), load_pretrained(other).float(), number(float, 0, 1)(share))
+    return for_photographs(denoiser_for(model.float()))
+
+
+def white(sigma: float, seed: int) -> Noise:
+    """White Gaussian noise of standard deviation `sigma` in 0..255 units; image i has its own numbers."""
+
+    def add(clean: Tensor) -> Tensor:
+        draws = [torch.randn(clean.shape[1:], generator=g) for g in sample_generators(seed, range(len(clean)), round(sigma))]
+        return clean + sigma / 255.0 * torch.stack(draws)
+
+    return add
+
+
+def realistic(config: RealisticNoiseConfig, seed: int) -> Noise:
+    """Noise of the realistic mixture."""
+    return lambda clean: add_realistic_noise(clean, config, sample_generators(seed, range(len(clean))))
+
+
+def waves(size: int = 64) -> Tensor:
+    """Return a picture of coloured waves, (1, 3, size, size)."""
+    rows, columns = torch.arange(size)[:, None] / 7.0, torch.arange(size) / 5.0
+    values = torch.stack([torch.sin(rows + k) * torch.cos(columns * (1 + k / 3)) for k in range(3)])[None]
+    return 0.2 + 0.6 * (values > 0).float()
+
+
+def conditions(photographs: Tensor, sigmas: Sequence[float], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return name -> (clean, noisy) images of every column."""
+    size = photographs.shape[-1]
+    drawn = torch.stack([torch.from_numpy(draw_graphic(size, make_generator(seed, i))) for i in range(NUM_DRAWINGS)]) / 255.0
+    pictures = {
+        **{f"sigma {sigma:g}": (photographs, white(sigma, seed)) for sigma in sigmas},
+        "realistic": (photographs, realistic(REALISTIC, seed)),
+        "processed": (photographs, realistic(PROCESSED, seed)),
+        "drawings": (drawn, lambda clean: clean),
+        "drawings, 25": (drawn, white(25.0, seed)),
+        "waves, 25": (waves(), white(25.0, seed)),
+    }
+    return {name: (clean, noise(clean)) for name, (clean, noise) in pictures.items()}
+
+
+def score(denoise: Callable[[Tensor], Tensor], clean: Tensor, noisy: Tensor) -> float:
+    """Mean PSNR of the images in dB; a perfect image counts 99 dB."""
+    values = []
+    for start in range(0, len(clean), _BATCH_SIZE):
+        result = denoise(noisy[start : start + _BATCH_SIZE])
+        values.append(psnr(result, clean[start : start + _BATCH_SIZE], data_range=1.0).clamp(max=99.0))
+    return float(torch.cat(values).mean())
+
+
+def run(settings: Any) -> None:
+    """Measure every model, print a table and write the figures."""
+    short_side = settings.size * 5 // 4  # the centre of a photograph that is a quarter larger, as in the trainings' validation
+    config = DataConfig(
+        path=settings.data, split=settings.split or None, img_size=settings.size, short_side=short_side, limit=settings.images
+    )
+    loaded = load_image_set(config, seed=settings.seed)
+    photographs = loaded.images(range(len(loaded))).float() / 255.0
+    columns = conditions(photographs, settings.sigmas, settings.seed)
+    rows = {"noisy": {name: score(lambda noisy: noisy.clamp(0, 1), *pair) for name, pair in columns.items()}}
+    for name in settings.models:
+        denoiser = load(name)
+        rows[name] = {column: score(denoiser, *pair) for column, pair in columns.items()}
+        print(f"{name} is done", file=sys.stderr, flush=True)
+    lines = [f"| weights | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{value:.2f}' for value in row.values())} |" for name, row in rows.items()]
+    print("\n".join(lines))
+    if settings.output:
+        about = provenance("eval/held_out.py", settings.command)
+        write_text(settings.output, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit status: 0 success, 2 bad input, 130 interrupted."""
+    return run_program(_parser(), run, arguments)
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="held_out", description="Choose among photograph denoisers on held-out images.")
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, help="shipped names or folders, or MODEL+OTHER@SHARE")
+    add("--data", required=True, help="photographs, as data.path of a config")
+    add("--split", default="validation", help="'' for a folder without splits")
+    add("--images", type=number(int, 1), default=32)
+    add("--size", type=number(int, 32), default=128, help="side of the centre crops")
+    add("--sigmas", type=number(float, 0, 255), nargs="*", default=[5.0, 15.0, 25.0, 50.0])
+    add("--seed", type=number(int, 0), default=0)
+    add("--output", type=named_path, metavar="FILE", help="where the figures are written, JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
