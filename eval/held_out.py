@@ -48,12 +48,17 @@ Noise = Callable[[Tensor], Tensor]
 
 
 def mixed(first: PretrainedModel, second: PretrainedModel, share: float) -> PretrainedModel:
-    """Give `first` the weights (1 - share) * first + share * second. Raises ValueError for models of other shapes."""
+    """Give `first` the weights (1 - share) * first + share * second. Raises ValueError for models of other shapes.
+
+    An EBT and the regressor of the same network can be mixed; the EBT keeps its step size.
+    """
     weights, others = first.state_dict(), second.state_dict()
+    weights = {name: value for name, value in weights.items() if name != "log_step_size"}
     missing = [name for name in weights if name not in others or others[name].shape != weights[name].shape]
     if missing:
         raise ValueError(f"the models differ in {missing[0]}; mix two trainings of one config")
-    first.load_state_dict({name: (1.0 - share) * weights[name] + share * others[name] for name in weights})
+    mean = {name: (1.0 - share) * weights[name] + share * others[name] for name in weights}
+    first.load_state_dict(first.state_dict() | mean)
     return first
 
 
