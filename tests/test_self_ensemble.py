@@ -8,6 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from ebt_vision import cli
+from ebt_vision.benchmark.flops import CostMeter
+from ebt_vision.benchmark.images import load_images
+from ebt_vision.benchmark.measure import Bench, Subject
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.rows import RowSettings, prepare, rows_of
 from ebt_vision.data.image_files import read_image
@@ -148,3 +151,18 @@ def test_the_benchmark_has_a_row_for_each_number_of_copies() -> None:
     assert [row.method for row in rows_of("i", "identity", condition, RowSettings(self_ensembles=(2,)))] == ["noisy input"]
     with pytest.raises(ValueError, match="--self-ensemble 3"):
         RowSettings(self_ensembles=(3,))
+
+
+def test_the_benchmark_counts_one_pass_of_every_copy(tiny: EBTDenoiser, tmp_path: Path) -> None:
+    """The energy of a last image is only for the table, of every copy."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (24, 16), (200, 30, 30)).save(tmp_path / "images" / "a.png")
+    loaded = load_images(str(tmp_path / "images"), img_size=None)
+    bench = Bench(images=loaded, folder=tmp_path / "parts", batch_size=1, tile=None, lpips=None, meter=CostMeter())
+    subject = Subject(name="m", denoiser=tiny, hash=None)
+    condition = Condition(protocol="awgn", kind="sigma", strength=25.0, seed=0)
+    passes = []
+    for row in rows_of("m", "ebt", condition, RowSettings(steps=2, candidates=0, self_ensembles=(2, 8))):
+        parts = bench.measure(subject, row, condition, [[0]], bench.parts(subject, row, condition, [0]))
+        passes.append(parts[0]["passes"].tolist())
+    assert passes == [[[1, 2]], [[2, 4]], [[8, 16]]]

@@ -177,7 +177,7 @@ class Bench:
         """Return passes per pixel (of a tile, if tiled), FLOPs of the whole image, and used steps."""
         num_forward = result.num_forward.cpu().double().numpy() / tiles
         if row.kind == "ebt" and not row.needs_final_energy:
-            num_forward = num_forward - 1  # the energy of the last image is only for the table
+            num_forward = num_forward - row.self_ensemble  # the energy of the last image, of each copy, is only for the table
         side = [min(length, (self.tile or denoiser.tile_size) if tiles > 1 else length) for length in size]
         cost: Cost | None = self.meter.cost(denoiser, *side)
         shares = [step / row.num_steps for step in row.reported]
