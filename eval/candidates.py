@@ -214,13 +214,14 @@ def measure(settings: Any) -> Iterator[Result]:
     maker, patch = Candidates(model, settings), model.config.patch_size
     for level in settings.levels:
         condition = Condition(protocol="paper", kind="level", strength=level, seed=settings.seed)
-        parts: dict[str, list] = {kind: [] for kind in settings.kinds}
+        kinds = list(dict.fromkeys(settings.kinds))
+        parts: dict[str, list] = {kind: [] for kind in kinds}
         counts: dict[str, int] = {}
         for start in range(0, len(images), _BATCH_SIZE):
             ids = list(range(start, min(start + _BATCH_SIZE, len(images))))
             clean, noisy = observed(images, condition, ids)
             noisy = to_model_range(noisy)
-            for kind, candidates, energies in maker.each(settings.kinds, noisy, ids):
+            for kind, candidates, energies in maker.each(kinds, noisy, ids):
                 parts[kind].append(measure_batch(candidates, energies, clean, settings.temperatures, patch))
                 counts[kind] = len(candidates)
         for kind, measured in parts.items():

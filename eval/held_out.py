@@ -15,10 +15,12 @@ training. Columns:
 `MODEL+OTHER@0.3` mixes the weights of two models of one shape: 0.7 of MODEL and 0.3 of OTHER (Wortsman et al. 2022).
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,14 +66,18 @@ def mixed(first: PretrainedModel, second: PretrainedModel, share: float) -> Pret
 
 def load(name: str) -> Denoiser:
     """Return the denoiser of MODEL, or of MODEL+OTHER@SHARE, for photographs."""
-    path, plus, rest = name.partition("+")
-    model = load_pretrained(path)
+    path, plus, rest = (name, "", "") if Path(name).is_dir() else name.partition("+")
+    other, at, share = rest.rpartition("@")
+    if plus and not at:
+        raise ValueError(f"{name} has no share; write MODEL+OTHER@0.3")
+    try:
+        part = number(float, 0, 1)(share) if plus else 0.0
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"the share in {name}: {error}") from None
+    model = load_pretrained(path).float()
     if plus:
-        other, at, share = rest.rpartition("@")
-        if not at:
-            raise ValueError(f"{name} has no share; write MODEL+OTHER@0.3")
-        model = mixed(model.float(), load_pretrained(other).float(), number(float, 0, 1)(share))
-    return for_photographs(denoiser_for(model.float()))
+        model = mixed(model, load_pretrained(other).float(), part)
+    return for_photographs(denoiser_for(model))
 
 
 def white(sigma: float, seed: int) -> Noise:

@@ -430,6 +430,22 @@ def test_tolerance_of_needs_a_tolerance(run, good: Path) -> None:
     assert run(good, "--tolerance-of", "previous", "--tolerance", "0.1")[0] == 0
 
 
+def test_a_tolerance_needs_more_than_one_step(good: Path, tmp_path: Path, capsys) -> None:
+    words = [
+        "denoise",
+        str(good),
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        "tiny_imagenet_regressor",
+        "--tolerance",
+        "0.1",
+    ]
+    assert cli.main(words) == 2
+    assert "one step that tiny_imagenet_regressor suggests; add --steps" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert cli.main([*words, "--steps", "2"]) == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [

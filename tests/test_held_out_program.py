@@ -44,6 +44,8 @@ def test_weights_are_mixed_and_other_shapes_refused() -> None:
     assert all(torch.allclose(mixed[name], 0.75 * before[name] + 0.25 * others[name]) for name in mixed)
     with pytest.raises(ValueError, match="mix two trainings of one config"):
         held_out.mixed(regressor(0), regressor(1, embed_dim=32), 0.5)
+    with pytest.raises(ValueError, match="the share in photographs_ebt.photographs_ebt@2"):
+        held_out.load("photographs_ebt+photographs_ebt@2")
     with pytest.raises(ValueError, match="write MODEL"):
         held_out.load("photographs_ebt+photographs_ebt")
 

@@ -244,10 +244,20 @@ def test_several_runs_give_the_mean_of_the_runs_with_the_next_seeds(damage: str)
     assert mean.trajectory is not None and len(mean.trajectory) == 6
     assert [(step.index, step.num_steps) for step in steps] == [(number, 6) for number in range(1, 7)]
     torch.testing.assert_close(steps[-1].image, mean.image)
-    stopped = restore(
-        image(), likelihood, replace(options, num_runs=3), denoiser=denoiser, callback=lambda step: step.index == 3
-    )
-    torch.testing.assert_close(stopped.image, single[0].image)
+    for stop, finished in ((3, 1), (4, 2), (1, 0)):
+        runs = replace(options, num_runs=3)
+        stopped = restore(image(), likelihood, runs, denoiser=denoiser, callback=lambda step, stop=stop: step.index == stop)
+        if finished:
+            torch.testing.assert_close(stopped.image, sum(each.image for each in single[:finished]) / finished)
+        assert len(stopped.energies) == stop
+
+
+def test_several_runs_keep_known_pixels_of_any_dtype() -> None:
+    known = holes().known[0, 0]
+    for dtype in (torch.float32, torch.float64):
+        exact = image().to(dtype) / 3
+        mean = restore(exact, holes(), RestoreOptions(num_steps=1, num_runs=7), denoiser=tiny_ebt())
+        assert torch.equal(mean.image[..., known], exact[..., known])
 
 
 def test_several_runs_need_a_solver_with_noise() -> None:

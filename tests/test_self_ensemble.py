@@ -1,6 +1,7 @@
 """The mean over mirrored and rotated copies: the copies, the mean, the steps that are told, and stopping."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ebt_vision.benchmark.images import load_images
 from ebt_vision.benchmark.measure import Bench, Subject
 from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.benchmark.rows import RowSettings, prepare, rows_of
+from ebt_vision.benchmark.verification import has_candidates
 from ebt_vision.data.image_files import read_image
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
 from ebt_vision.denoising.classical import NonLocalMeansDenoiser
@@ -83,12 +85,12 @@ def test_steps_are_told_turned_back_and_copy_by_copy(tiny: EBTDenoiser) -> None:
     torch.testing.assert_close(steps[2].image, steps[0].image)
 
 
-@pytest.mark.parametrize("stop_at", [0, 2])
-def test_a_stop_keeps_the_finished_copies(tiny: EBTDenoiser, stop_at: int) -> None:
-    """Stopped before a step of the third copy: the mean of two. Stopped in the first copy: what it has so far."""
+@pytest.mark.parametrize(("stop_at", "index"), [(0, 1), (2, 1), (1, 2)])
+def test_a_stop_keeps_the_finished_copies(tiny: EBTDenoiser, stop_at: int, index: int) -> None:
+    """Stopped in the third copy, or after the last step of the second: the mean of two. In the first copy: its image so far."""
     noisy = images(1)
     options = DenoiseOptions(num_steps=2, self_ensemble=4)
-    stopped = tiny.denoise_whole(noisy, options, callback=lambda step: step.candidate == stop_at and step.index == 1)
+    stopped = tiny.denoise_whole(noisy, options, callback=lambda step: step.candidate == stop_at and step.index == index)
     if stop_at == 0:
         expected = tiny.denoise_whole(noisy, DenoiseOptions(num_steps=2), callback=lambda step: step.index == 1).image
     else:
@@ -96,12 +98,19 @@ def test_a_stop_keeps_the_finished_copies(tiny: EBTDenoiser, stop_at: int) -> No
     torch.testing.assert_close(stopped.image, expected, atol=1e-6, rtol=0)
 
 
+def test_a_strength_above_1_counts_the_passes_of_both_runs(tiny: EBTDenoiser) -> None:
+    noisy = images(1)
+    one, two = (tiny.denoise(noisy, DenoiseOptions(num_steps=1, self_ensemble=2, strength=s)) for s in (1.0, 1.5))
+    assert int(two.num_forward[0]) == 2 * int(one.num_forward[0])
+
+
 def test_tiles_a_strength_and_methods_without_a_network(tiny: EBTDenoiser) -> None:
     noisy = images(1, 40, 56)
     count = DenoiseOptions(num_steps=1, self_ensemble=2, tile_size=16)
     tiled, one = tiny.denoise(noisy, count), tiny.denoise(noisy, DenoiseOptions(num_steps=1, tile_size=16))
     assert int(tiled.num_forward[0]) == 2 * int(one.num_forward[0]) and not torch.equal(tiled.image, one.image)
-    assert torch.equal(IdentityDenoiser().denoise(noisy, DenoiseOptions(self_ensemble=8)).image, noisy)
+    for exact in (noisy, noisy.double() / 3):
+        assert torch.equal(IdentityDenoiser().denoise(exact, DenoiseOptions(self_ensemble=8)).image, exact)
     assert torch.equal(Ramp().denoise(noisy, DenoiseOptions(self_ensemble=2, strength=0)).image, noisy)
     stronger = Ramp().denoise(noisy, DenoiseOptions(self_ensemble=2, strength=1.5)).image
     torch.testing.assert_close(stronger, noisy - 0.05 + 0.1)  # the input of the second pass is x + 0.5 * (x - (x + 0.1))
@@ -165,4 +174,6 @@ def test_the_benchmark_counts_one_pass_of_every_copy(tiny: EBTDenoiser, tmp_path
     for row in rows_of("m", "ebt", condition, RowSettings(steps=2, candidates=0, self_ensembles=(2, 8))):
         parts = bench.measure(subject, row, condition, [[0]], bench.parts(subject, row, condition, [0]))
         passes.append(parts[0]["passes"].tolist())
+        measured = SimpleNamespace(row=row)
+        assert has_candidates(measured) == (row.self_ensemble == 1)  # type: ignore[arg-type]
     assert passes == [[[1, 2]], [[2, 4]], [[8, 16]]]

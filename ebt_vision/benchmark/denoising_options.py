@@ -145,7 +145,7 @@ def row_settings(settings: argparse.Namespace) -> RowSettings:
         langevin=settings.langevin,
         passes=tuple(sorted(set(settings.passes))),
         loops=settings.loops,
-        self_ensembles=tuple(settings.self_ensemble),
+        self_ensembles=tuple(sorted(set(settings.self_ensemble))),
     )
 
 

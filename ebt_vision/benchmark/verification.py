@@ -45,9 +45,12 @@ def verify_candidates(measured: Measured, *, num_resamples: int, seed: int) -> d
 
 
 def has_candidates(measured: Measured) -> bool:
-    """Whether verify_candidates has something to rank: best of N, or thinking with several measured steps."""
+    """Whether verify_candidates has something to rank: best of N, or thinking with several measured steps.
+
+    The energies of a mean over copies are those of the copies, so such a row has nothing to rank.
+    """
     row = measured.row
-    return row.num_candidates > 1 or (row.kind == "ebt" and len(row.reported) > 1)
+    return row.num_candidates > 1 or (row.kind == "ebt" and len(row.reported) > 1 and row.self_ensemble == 1)
 
 
 def verify_thinking(measured: Measured) -> list[dict]:

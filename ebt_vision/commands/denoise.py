@@ -173,6 +173,8 @@ def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
     given |= {"--step-size-scale": ("step_size_scale", args.step_size_scale - 1)}
     given |= {"--step-rule": ("step_rule", args.step_rule != "fixed")}
     given |= {"--likelihood-weight": ("likelihood_weight", args.likelihood_weight)}
+    if args.tolerance is not None and args.steps is None and denoiser.suggested_steps == 1:
+        raise ValueError(f"--tolerance has no effect on the one step that {denoiser.name} suggests; add --steps")
     for option, (field, value) in given.items():
         if value and field not in denoiser.options_used:
             raise ValueError(f"{option} has no effect on {denoiser.name}; leave it out")

@@ -177,7 +177,7 @@ def _restore(
     else:
         damaged = (transparent_file if args.kind == "inpaint" else jpeg_file)(image, job.source)
     result = restore(damaged.observed(), damaged.likelihood, options, denoiser=denoiser)
-    parts = [_energies(result), f"{len(result.likelihoods)} steps", f"{result.num_forward} passes"]
+    parts = ["" if args.runs > 1 else _energies(result), f"{len(result.likelihoods)} steps", f"{result.num_forward} passes"]
     line = f"{job.source} -> {job.target}: " + ", ".join(
         part for part in [*parts, duration(time.perf_counter() - start)] if part
     )

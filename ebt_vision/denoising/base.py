@@ -127,7 +127,9 @@ class Denoiser(nn.Module, ABC):
             result = denoise_copies(self._denoise, padded, options, ids, on_step)
             if options.strength > 1.0 and not stopped:
                 stronger = padded + (options.strength - 1.0) * (padded - result.image.to(padded))
+                first = result.num_forward
                 result = denoise_copies(self._denoise, stronger, options, ids, on_step)
+                result = replace(result, num_forward=result.num_forward + first)
             return apply_strength(restore_flat_images(finish_result(result, size, plain), plain), plain, options.strength)
 
     def forward(self, noisy: Tensor, options: DenoiseOptions | None = None) -> Tensor:

@@ -30,8 +30,8 @@ class DenoiseOptions(ThinkingOptions):
     returns x. It minimises a quadratic energy around the denoised image plus (1 - strength) / (2 * strength) * |y - x|^2. Above
     1 the network denoises a second time; the input is the denoised image plus `strength` times the noise that it found."""
     self_ensemble: int = 1
-    """Number of mirrored and rotated copies that are denoised, 1, 2, 4 or 8; the result is their mean (self_ensemble.py). More
-    copies are better, and slower in proportion. It works with every denoiser, and with one candidate only."""
+    """Number of mirrored and rotated copies that are denoised, 1, 2, 4 or 8; the result is their mean (self_ensemble.py). The
+    time grows with the number of copies. It works with every denoiser, and with one candidate only."""
     likelihood_weight: float | Literal["auto"] = 0.0
     """EBT: weight of a likelihood of the observation (core/energies.py), in [0, 1]. Thinking descends the sum of the model's
     energy and the likelihood; each step also moves the candidate by this fraction of the way back to the noisy image. The

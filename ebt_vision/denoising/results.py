@@ -42,9 +42,10 @@ class DenoiseResult:
     num_steps: Tensor
     """Number of steps of each image, int64 (B,)."""
     num_forward: Tensor
-    """Passes through the network for each image, over all candidates, int64 (B,); 0 for classical methods."""
+    """Passes through the network for each image, over all candidates and copies, int64 (B,); 0 for classical methods."""
     energies: Tensor | None = None
-    """Energy before the first and after every step, mean over patches, (T + 1, B); a stopped image repeats its last energy."""
+    """Energy before the first and after every step, mean over patches, (T + 1, B); a stopped image repeats its last energy.
+    With a self-ensemble it is the mean over the copies, not the energy of the mean image."""
     model_energy: Tensor | None = None
     """With a likelihood, which `energies` include: the model's own energy of the image, mean over patches, (B,)."""
     candidate_energies: Tensor | None = None

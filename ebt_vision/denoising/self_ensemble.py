@@ -38,23 +38,24 @@ def denoise_copies(
     """Denoise `options.self_ensemble` copies of (B, 3, H, W) one after another; return the mean of their images and energies.
 
     The callback gets the steps of each copy, turned back, as those of candidate 0, 1, ... If it stops the work, the result is
-    the mean of the copies that are finished; while none is, it is the first copy so far.
+    the mean of the finished copies. If the first copy is not finished, the result is its image so far.
     """
     count, finished = options.self_ensemble, list[DenoiseResult]()
     if count == 1:
         return denoise(noisy, options, image_ids, callback)
     for copy in range(count):
-        stopped = False
+        stopped = complete = False
 
         def on_step(step: DenoiseStep, copy: int = copy) -> object:
-            nonlocal stopped
+            nonlocal stopped, complete
             image = turned_back(step.image, copy)
             told = callback(replace(step, image=image, candidate=copy, num_candidates=count))
             stopped = stopped or told is True
+            complete = step.index == step.num_steps
             return told
 
         result = denoise(turned(noisy, copy), options, image_ids, on_step)
-        if not stopped or not finished:
+        if not stopped or complete or not finished:
             finished.append(_turned_result_back(result, copy))
         else:
             finished[-1] = replace(finished[-1], num_forward=finished[-1].num_forward + result.num_forward)
@@ -75,9 +76,17 @@ def _turned_result_back(result: DenoiseResult, copy: int) -> DenoiseResult:
     )
 
 
+def running_mean(mean: Tensor | None, value: Tensor, count: int) -> Tensor:
+    """Return the mean of `count` values from that of the first count - 1 (None for the first). Equal values keep every bit."""
+    return value if mean is None else mean + (value - mean) / count
+
+
 def _exact_mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Mean in float64, so that equal values keep every bit."""
-    return sum((tensor.double() for tensor in tensors), torch.zeros(())).div(len(tensors)).to(tensors[0])
+    mean = None
+    for number, tensor in enumerate(tensors, 1):
+        mean = running_mean(mean, tensor, number)
+    assert mean is not None
+    return mean
 
 
 def _mean(results: list[DenoiseResult]) -> DenoiseResult:

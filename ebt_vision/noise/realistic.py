@@ -40,7 +40,8 @@ class RealisticNoiseConfig:
     max_sigma: float = 75.0
     """Maximum standard deviation of white Gaussian noise, 0..255 units."""
     max_realistic_sigma: float = 50.0
-    """Maximum standard deviation of realistic noise; stronger correlated noise would hide most of the image."""
+    """Maximum standard deviation of realistic noise except processed noise; stronger correlated noise would hide most of the
+    image."""
     max_processed_sigma: float = 20.0
     """Maximum standard deviation of processed noise; stronger coarse colour noise looks like colours of the image."""
     sigma_power: float = 1.5

@@ -73,9 +73,11 @@ class RestoreStep:
     """The input of a callback after each step."""
 
     index: int
+    """Number of the step from 1 on, over all runs."""
     num_steps: int
+    """Number of steps of all runs."""
     image: Tensor
-    """(1, 3, H, W) in [0, 1]."""
+    """(1, 3, H, W) in [0, 1]; from the second run on the mean with the finished runs."""
     energy: float | None
     """Energy of the input of the network, mean over patches; None for a method without an energy."""
     likelihood: float

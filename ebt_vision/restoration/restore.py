@@ -10,6 +10,7 @@ from torch import Tensor
 from ebt_vision.denoising.base import Denoiser, for_photographs
 from ebt_vision.denoising.inputs import check_images, working
 from ebt_vision.denoising.load import load_denoiser
+from ebt_vision.denoising.self_ensemble import running_mean
 from ebt_vision.models.checkpoint import default_pretrained
 from ebt_vision.restoration.likelihoods import Likelihood, Mask
 from ebt_vision.restoration.options import Callback, RestoreOptions, RestoreResult, RestoreStep
@@ -55,32 +56,35 @@ def _mean_of_runs(
     denoiser: Denoiser,
     callback: Callback | None,
 ) -> RestoreResult:
-    """Return the mean of options.num_runs results. If the callback stops a run, only the finished ones count, or the first."""
+    """Return the mean of options.num_runs results. If the callback stops a run that is not the first, the run is left out of
+    the image; the history has its steps."""
     results: list[RestoreResult] = []
-    stopped = False
-    total = torch.zeros((), dtype=torch.float64)
+    stopped = complete = False
+    mean: Tensor | None = None
 
     def listen(step: RestoreStep) -> object:
-        nonlocal stopped
+        nonlocal stopped, complete
         assert callback is not None and options.num_steps is not None
-        image = (total.to(step.image) + step.image) / (len(results) + 1)
+        image = running_mean(mean, step.image, len(results) + 1)
         index, count = len(results) * options.num_steps + step.index, options.num_runs * options.num_steps
         stopped = callback(replace(step, index=index, num_steps=count, image=image)) is True
+        complete = step.index == step.num_steps
         return stopped
 
     for run in range(options.num_runs):
         result = restore_once(replace(options, seed=options.seed + run), denoiser, None if callback is None else listen)
-        if not stopped or not results:
-            total = total + result.image.double()
-            results.append(result)
+        results.append(result)
+        if not stopped or complete or mean is None:
+            mean = running_mean(mean, result.image, len(results))
         if stopped:
             break
     if len(results) == 1:
         return results[0]
+    assert mean is not None
     trajectories = [result.trajectory or () for result in results]
     return replace(
         results[-1],
-        image=(total / len(results)).to(results[0].image),
+        image=mean,
         energies=tuple(energy for result in results for energy in result.energies),
         likelihoods=tuple(value for result in results for value in result.likelihoods),
         sums=tuple(value for result in results for value in result.sums),
