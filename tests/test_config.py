@@ -68,7 +68,9 @@ def test_the_text_task_configs_share_budget_order_and_size():
     configs = [load_config(path) for path in CONFIGS if path.stem.startswith("text_tasks")]
     assert len(configs) >= 4
     assert len({(c.seed, c.train, c.data, c.validation) for c in configs}) == 1
-    assert len({(c.optim.lr, c.optim.weight_decay, c.optim.betas, c.optim.warmup_updates) for c in configs}) == 1
+    assert len({(c.optim.weight_decay, c.optim.betas, c.optim.warmup_updates) for c in configs}) == 1
+    rates = {c.name: c.optim.lr for c in configs}  # chosen for each recipe in short trainings (docs/results/text_thinking.md)
+    assert rates.pop("text_tasks_ebt_s1") == rates.pop("text_tasks_ebt_s2") == 3e-2 and set(rates.values()) == {1e-2}
     counts = []
     for config in configs:
         with torch.device("meta"):
