@@ -77,7 +77,10 @@ def _turned_result_back(result: DenoiseResult, copy: int) -> DenoiseResult:
 
 
 def running_mean(mean: Tensor | None, value: Tensor, count: int) -> Tensor:
-    """Return the mean of `count` values from that of the first count - 1 (None for the first). Equal values keep every bit."""
+    """Return the mean of `count` values (tensors of any shape) from the mean of the first count - 1, None for the first.
+
+    The mean of equal values keeps every bit.
+    """
     return value if mean is None else mean + (value - mean) / count
 
 
