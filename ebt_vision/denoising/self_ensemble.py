@@ -23,7 +23,7 @@ def turned(images: Tensor, copy: int) -> Tensor:
 
 
 def turned_back(images: Tensor, copy: int) -> Tensor:
-    """Undo `turned`."""
+    """Undo `turned` on images (..., H, W)."""
     images = images.flip(_mirrored(copy)) if copy & 3 else images
     return images.mT if copy & 4 else images
 
@@ -77,7 +77,7 @@ def _turned_result_back(result: DenoiseResult, copy: int) -> DenoiseResult:
 
 
 def running_mean(mean: Tensor | None, value: Tensor, count: int) -> Tensor:
-    """Return the mean of `count` values (tensors of any shape) from the mean of the first count - 1, None for the first.
+    """Return the mean of `count` values of any shape from the mean of the first count - 1, None for the first.
 
     The mean of equal values keeps every bit.
     """
