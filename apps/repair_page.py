@@ -21,8 +21,9 @@ DAMAGES: dict[str, str] = {
     "jpeg": "JPEG blocks",
 }
 
-INTRO = """The network was trained on noise alone, not on any damage. Its energy says what photographs look like. The likelihood
-says what your photograph shows, if the damage is as you describe it. The steps look for an image where both are low."""
+INTRO = """The network was trained to remove noise and JPEG artefacts, not other damages. Its energy says what photographs look
+like. The likelihood says what your photograph shows, if the damage is as you describe it. The steps look for an image where
+both are low."""
 
 API_HELP = """`/restore` repairs a known damage. `damage` is `holes`, `gaussian`, `motion`, `disk`, `enlarge` or `jpeg`.
 

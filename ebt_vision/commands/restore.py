@@ -1,4 +1,4 @@
-"""`ebt-vision restore`: fill in, deblur, enlarge and de-block images, with the network that was trained on noise alone."""
+"""`ebt-vision restore`: fill in, deblur, enlarge and de-block images, with the network that was trained to denoise."""
 
 from __future__ import annotations
 
