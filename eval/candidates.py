@@ -31,12 +31,11 @@ from torch import Tensor
 from ebt_vision.benchmark.images import load_images
 from ebt_vision.benchmark.measure import observed
 from ebt_vision.benchmark.options import OneLineParser, run_program
-from ebt_vision.benchmark.protocols import Condition
+from ebt_vision.benchmark.protocols import Condition, paper_psnr
 from ebt_vision.benchmark.statistics import bootstrap_means, intervals, spearman
 from ebt_vision.benchmark.tables import markdown
 from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
-from ebt_vision.core.metrics import psnr
 from ebt_vision.core.provenance import provenance
 from ebt_vision.core.rng import randn_like, sample_generators
 from ebt_vision.core.step_rules import BarzilaiBorwein, Momentum
@@ -179,29 +178,24 @@ def measure_batch(
     images = images.clamp(-1, 1)
     target = to_model_range(clean.float() / 255)
     errors = torch.stack([patchify((image - target).square(), patch_size).sum(-1) for image in images])  # (N, B, P)
-    whole, each = energies.flatten(2).sum(2), torch.stack([_psnr(image, clean) for image in images])  # (N, B)
+    whole, each = energies.flatten(2).sum(2), torch.stack([paper_psnr(image, clean) for image in images])  # (N, B)
     column = torch.arange(images.shape[1])
     ways = {
         "first": each[0],
         "mean candidate": each.mean(0),
         "lowest energy": each[whole.argmin(0), column],
-        "lowest energy per patch": _psnr(chosen_per_patch(images, energies, patch_size), clean),
+        "lowest energy per patch": paper_psnr(chosen_per_patch(images, energies, patch_size), clean),
     }
     for temperature in temperatures:
         mean = weighted_mean(images, energies, temperature, patch_size)
-        ways[f"weighted, temperature {temperature:g}"] = _psnr(mean, clean)
+        ways[f"weighted, temperature {temperature:g}"] = paper_psnr(mean, clean)
     ways |= {
-        "mean of the images": _psnr(images.mean(0), clean),
+        "mean of the images": paper_psnr(images.mean(0), clean),
         "oracle": each.amax(0),
-        "oracle per patch": _psnr(chosen_per_patch(images, errors.reshape(energies.shape), patch_size), clean),
+        "oracle per patch": paper_psnr(chosen_per_patch(images, errors.reshape(energies.shape), patch_size), clean),
     }
     ranks = spearman(whole.T.numpy(), errors.sum(2).T.numpy())
     return {name: value.double().numpy() for name, value in ways.items()}, ranks
-
-
-def _psnr(images: Tensor, clean: Tensor) -> Tensor:
-    """PSNR (B,) in dB of images on [-1, 1] and uint8 clean images, clamped as in the protocol of the paper."""
-    return psnr((images.clamp(-1, 1) + 1) * 127.5, clean.float(), data_range=255.0)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ebt_vision.benchmark.options import OneLineParser, run_program
+from ebt_vision.benchmark.tables import Column, markdown
 from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.metrics import psnr
@@ -38,6 +39,7 @@ from ebt_vision.denoising.base import Denoiser, for_photographs
 from ebt_vision.denoising.load import denoiser_for
 from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.noise.processes import add_gaussian_noise
 from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise
 
 REALISTIC = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0, processed_share=0.0, max_realistic_sigma=30.0)
@@ -82,12 +84,7 @@ def load(name: str) -> Denoiser:
 
 def white(sigma: float, seed: int) -> Noise:
     """White Gaussian noise of standard deviation `sigma` in 0..255 units; image i has its own numbers."""
-
-    def add(clean: Tensor) -> Tensor:
-        draws = [torch.randn(clean.shape[1:], generator=g) for g in sample_generators(seed, range(len(clean)), round(sigma))]
-        return clean + sigma / 255.0 * torch.stack(draws)
-
-    return add
+    return lambda clean: add_gaussian_noise(clean, sigma, sample_generators(seed, range(len(clean)), round(sigma)))
 
 
 def realistic(config: RealisticNoiseConfig, seed: int) -> Noise:
@@ -140,9 +137,9 @@ def run(settings: Any) -> None:
         denoiser = load(name)
         rows[name] = {column: score(denoiser, *pair) for column, pair in columns.items()}
         print(f"{name} is done", file=sys.stderr, flush=True)
-    lines = [f"| weights | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(f'{value:.2f}' for value in row.values())} |" for name, row in rows.items()]
-    print("\n".join(lines))
+    shown: list[Column] = [("weights", lambda record: record["weights"])]
+    shown += [(column, lambda record, column=column: f"{record[column]:.2f}") for column in columns]  # type: ignore[misc]
+    print(markdown(shown, [{"weights": name} | row for name, row in rows.items()]), end="")
     if settings.output:
         about = provenance("eval/held_out.py", settings.command)
         write_text(settings.output, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -20,12 +20,11 @@ from torch import Tensor
 from ebt_vision.benchmark.images import load_images
 from ebt_vision.benchmark.measure import observed
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.benchmark.protocols import Condition
+from ebt_vision.benchmark.protocols import Condition, paper_psnr
 from ebt_vision.benchmark.tables import markdown
 from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.atomic_files import write_text
 from ebt_vision.core.energies import auto_likelihood_weight, likelihood_context, with_likelihood
-from ebt_vision.core.metrics import psnr
 from ebt_vision.core.provenance import provenance
 from ebt_vision.core.step_rules import STEP_RULES, AnyStepRule, BarzilaiBorwein, find_step_rule
 from ebt_vision.core.thinking import think
@@ -123,7 +122,7 @@ def think_runs(
             context = (*context, *likelihood_context(noisy, share, alpha))
         config = ThinkingConfig(num_steps=num_steps, step_rule=rule)
         result = think(energy_fn, noisy, config, context=context, step_size=alpha)
-        psnrs.append(torch.stack([_psnr(image, clean) for image in result.predictions]))
+        psnrs.append(torch.stack([paper_psnr(image, clean) for image in result.predictions]))
         energies.append(result.energies)
         passes.append(result.num_forward + read - 1)  # the last energy is for the table alone
     measured, spent = torch.cat(psnrs, 1), torch.cat(passes)
@@ -141,16 +140,11 @@ def apply_runs(model: PatchRegressor, batches: Sequence[tuple[Tensor, Tensor]], 
         for _ in range(num_steps):
             after = model(noisy)
             moved.append((after - noisy).square().flatten(1).sum(1))
-            rows.append(_psnr(after, clean))
+            rows.append(paper_psnr(after, clean))
             noisy = after
         psnrs.append(torch.stack(rows))
         changes.append(torch.stack(moved))
     return torch.cat(psnrs, 1), torch.cat(changes, 1)
-
-
-def _psnr(images: Tensor, clean: Tensor) -> Tensor:
-    """PSNR (B,) in dB of images and uint8 clean images, clamped as in the protocol of the paper."""
-    return psnr((images.clamp(-1, 1) + 1) * 127.5, clean.float(), data_range=255.0)
 
 
 def _stopped(tolerance: float, psnrs: Tensor, kept: Tensor, passes: Tensor, start: Tensor) -> Stopped:
@@ -180,7 +174,7 @@ def measure(settings) -> Iterator[Run]:
         condition = Condition(protocol="paper", kind="level", strength=level, seed=settings.seed)
         pairs = [observed(images, condition, indices[i : i + _BATCH_SIZE]) for i in range(0, len(indices), _BATCH_SIZE)]
         batches = [(clean, to_model_range(noisy)) for clean, noisy in pairs]
-        start = torch.cat([_psnr(noisy, clean) for clean, noisy in batches])
+        start = torch.cat([paper_psnr(noisy, clean) for clean, noisy in batches])
         for rule, weight in ways:
             psnrs, passes, stops = think_runs(
                 ebt, batches, rule, weight, settings.steps, settings.tolerances, settings.patience

@@ -17,6 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ebt_vision.core.metrics import psnr
 from ebt_vision.core.rng import Generators, sample_generators
 from ebt_vision.noise import processes
 
@@ -132,3 +133,8 @@ def same_shapes(images: Sequence[Tensor]) -> list[list[int]]:
         else:
             groups.append([position])
     return groups
+
+
+def paper_psnr(images: Tensor, clean: Tensor) -> Tensor:
+    """PSNR (B,) in dB of images (B, 3, H, W) on [-1, 1] and uint8 clean images, clamped, as in the paper's protocol."""
+    return psnr((images.clamp(-1, 1) + 1) * 127.5, clean.float(), data_range=255.0)
