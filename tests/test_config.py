@@ -35,7 +35,7 @@ def test_the_configs_that_the_project_promises_are_there():
     names = {path.stem for path in CONFIGS}
     assert {"smoke", "paper_id_128_large", "tiny_imagenet_ebt_gpu", "tiny_imagenet_ebt_cpu"} <= names
     cpu = [load_config(path) for path in CONFIGS if path.stem.endswith("_cpu")]
-    assert {config.model_type for config in cpu} == {"patch_ebt", "dit", "patch_regressor"}
+    assert {config.model_type for config in cpu} == {"patch_ebt", "dit", "patch_regressor", "patch_eqm"}
     same = {(c.seed, c.train.batch_size, c.train.ema_decay, c.optim, c.objective.level, c.data) for c in cpu}
     assert len(same) == 1  # equal order, weight decay and averaging
     first, second = (load_config(CONFIGS[0].with_name(f"tiny_imagenet_ebt_cpu{stage}.yaml")) for stage in ("", "_stage2"))

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ebt_vision.core.rng import make_generator, sample_generators
 from ebt_vision.noise import realistic
-from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise
+from ebt_vision.noise.processes import add_jpeg
+from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise, realistic_pairs
 
 
 def clean_images(count: int = 6, height: int = 37, width: int = 31) -> torch.Tensor:
@@ -50,6 +52,46 @@ def test_realistic_draws_are_8_bit_values():
     noisy = add_realistic_noise(clean_images(24), config, sample_generators(1, range(24)))
     assert noisy.min() >= 0 and noisy.max() <= 1
     torch.testing.assert_close(noisy * 255, (noisy * 255).round(), rtol=0, atol=1e-4)
+
+
+def test_a_full_size_draw_enlarges_the_middle_of_its_image():
+    images = torch.rand(3, 3, 40, 24, generator=make_generator(0))
+    config = RealisticNoiseConfig(
+        gaussian_share=0.0, clean_share=0.0, max_realistic_sigma=0.0, max_processed_sigma=0.0, jpeg_share=0.0, full_size_share=1.0
+    )
+    clean, noisy = realistic_pairs(images, dataclasses.replace(config, full_size_zoom=(2.0, 2.0)), sample_generators(0, range(3)))
+    middle = images[..., 10:30, 6:18]
+    expected = F.interpolate(middle, size=(40, 24), mode="bicubic", align_corners=False).clamp(0, 1)
+    jpeg_first = torch.stack([torch.rand(8, generator=g)[3] < 0.2 for g in sample_generators(0, range(3))])
+    torch.testing.assert_close(clean, expected)
+    assert not jpeg_first.all()
+    torch.testing.assert_close(noisy[~jpeg_first], expected[~jpeg_first], rtol=0, atol=0.51 / 255)
+
+
+def test_full_size_goes_with_realistic_noise_only():
+    images = torch.rand(24, 3, 16, 16, generator=make_generator(1))
+    config = RealisticNoiseConfig(gaussian_share=0.5, full_size_share=1.0)
+    clean, noisy = realistic_pairs(images, config, sample_generators(2, range(24)))
+    same = (clean == images).flatten(1).all(1)
+    white = torch.tensor([draw[1] < config.clean_share or draw[2] < 0.5 for draw in _first_draws(2, 24)])
+    assert torch.equal(same, white) and 4 < white.sum() < 20
+    shares_off = dataclasses.replace(config, full_size_share=0.0)
+    assert torch.equal(
+        add_realistic_noise(images, config, sample_generators(2, range(24))),
+        realistic_pairs(images, shares_off, sample_generators(2, range(24)))[1],
+    )
+    torch.testing.assert_close(noisy[white], add_realistic_noise(images, config, sample_generators(2, range(24)))[white])
+
+
+def test_jpeg_only_draws_have_a_jpeg_and_no_noise():
+    images = clean_images(8, 24, 24)
+    config = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0, jpeg_only_share=1.0, jpeg_quality=(30, 30))
+    noisy = add_realistic_noise(images, config, sample_generators(0, range(8)))
+    torch.testing.assert_close(noisy, add_jpeg(images, 30), rtol=0, atol=0)
+
+
+def _first_draws(seed: int, count: int) -> list[list[float]]:
+    return [torch.rand(8, generator=g).tolist() for g in sample_generators(seed, range(count))]
 
 
 @pytest.mark.parametrize("field", sorted({f.__name__ for f in realistic._FIELDS}))
@@ -174,6 +216,10 @@ def test_developing_a_flat_mosaic_gives_the_flat_colour_back():
         {"processed_share": -0.5},
         {"jpeg_quality": (0, 95)},
         {"jpeg_quality": (90, 80)},
+        {"jpeg_only_share": 1.5},
+        {"full_size_share": -0.1},
+        {"full_size_zoom": (0.5, 2.0)},
+        {"full_size_zoom": (3.0, 2.0)},
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict):

@@ -15,11 +15,15 @@ The other draws simulate cameras and the web. Each part has its own probability:
 The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1), with the
 maximum of its kind. Weak noise is drawn often, because most photographs have weak noise. Some draws have no noise. The target
 is the clean image, so a network learns to remove JPEG artefacts as well as noise.
+
+Photographs at the full size of a camera are smooth: lens and demosaicing leave little detail of one pixel. A network can therefore
+remove coarse noise there more strongly than in a photograph that was made smaller. `full_size_share` pairs the two in training: that
+fraction of the realistic draws enlarges its clean image first.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +62,13 @@ class RealisticNoiseConfig:
     """Fraction of the realistic draws that pass through a JPEG after the noise, in [0, 1]; a fifth of these also before it."""
     jpeg_quality: tuple[int, int] = (30, 95)
     """Lowest and highest quality."""
+    jpeg_only_share: float = 0.0
+    """Fraction of the realistic draws, in [0, 1], with a JPEG and no noise."""
+    full_size_share: float = 0.0
+    """Fraction of the realistic draws, in [0, 1], whose clean image is the middle of the given one, enlarged (bicubic). Only
+    for `realistic_pairs`."""
+    full_size_zoom: tuple[float, float] = (1.5, 3.0)
+    """Smallest and largest factor of this enlargement, log-uniform."""
 
     def __post_init__(self) -> None:
         for name in ("max_sigma", "max_realistic_sigma", "max_processed_sigma"):
@@ -65,35 +76,56 @@ class RealisticNoiseConfig:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in 0..255")
         if self.sigma_power <= 0:
             raise ValueError(f"sigma_power={self.sigma_power:g} must be positive; 1 draws strengths uniformly")
-        for name in ("clean_share", "gaussian_share", "correlated_share", "processed_share", "jpeg_share"):
+        for name in [field.name for field in fields(self) if field.name.endswith("_share")]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
         low, high = self.jpeg_quality
         if not 1 <= low <= high <= 100:
             raise ValueError(f"jpeg_quality=[{low}, {high}] is not a range in 1..100")
+        small, large = self.full_size_zoom
+        if not 1 <= small <= large <= 8:
+            raise ValueError(f"full_size_zoom=[{small:g}, {large:g}] is not a range in 1..8")
 
 
 def add_realistic_noise(clean: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]) -> Tensor:
     """Return noisy images (B, 3, H, W), float32 on the CPU, of clean images in [0, 1]; generator i makes every draw of image i.
 
-    White Gaussian draws may leave [0, 1]; realistic draws are whole 8-bit values. Raises ValueError unless there is one
-    generator per image and the images have three channels.
+    White Gaussian draws may leave [0, 1]; realistic draws are whole 8-bit values. The images stay as they are: full_size_share
+    is for `realistic_pairs`. Raises ValueError unless there is one generator per image and the images have three channels.
     """
-    if clean.ndim != 4 or clean.shape[1] != 3:
-        raise ValueError(f"clean has shape {tuple(clean.shape)}; give RGB images, (B, 3, H, W)")
-    if len(generators) != len(clean):
-        raise ValueError(f"got {len(generators)} generators for {len(clean)} images; give one per image")
-    return torch.stack([_one(image, config, g) for image, g in zip(clean.float().cpu(), generators, strict=True)])
+    return realistic_pairs(clean, replace(config, full_size_share=0.0), generators)[1]
 
 
-def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator) -> Tensor:
-    """(3, H, W) -> (3, H, W)."""
+def realistic_pairs(
+    images: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Return clean and noisy images, both (B, 3, H, W), float32 on the CPU, of images (B, 3, H, W) in [0, 1].
+
+    The clean images are the given ones, or the middle of them enlarged (full_size_share). The noise and the errors are those of
+    `add_realistic_noise`.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"clean has shape {tuple(images.shape)}; give RGB images, (B, 3, H, W)")
+    if len(generators) != len(images):
+        raise ValueError(f"got {len(generators)} generators for {len(images)} images; give one per image")
+    pairs = [_one(image, config, g) for image, g in zip(images.float().cpu(), generators, strict=True)]
+    clean, noisy = zip(*pairs, strict=True)
+    return torch.stack(clean), torch.stack(noisy)
+
+
+def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(3, H, W) -> clean and noisy image, (3, H, W) each."""
     draw = torch.rand(8, generator=generator).tolist()
     strength = draw[0] ** config.sigma_power / 255.0
     if draw[1] < config.clean_share:
-        return clean.clone()
+        return clean, clean.clone()
     if draw[2] < config.gaussian_share:
-        return clean + config.max_sigma * strength * torch.randn(clean.shape, generator=generator)
+        return clean, clean + config.max_sigma * strength * torch.randn(clean.shape, generator=generator)
+    # Two parts that draw numbers only where they are in use, so that the noise of a seed stays the same without them.
+    if config.full_size_share:
+        clean = _full_size(clean, config, generator)
+    if config.jpeg_only_share and float(torch.rand((), generator=generator)) < config.jpeg_only_share:
+        return clean, _jpeg(clean, config, generator)
     image = _jpeg(clean, config, generator) if draw[3] < 0.2 else clean
     if draw[7] < config.processed_share:
         image = image + _processed_noise(image, config.max_processed_sigma * strength, generator)
@@ -102,8 +134,20 @@ def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator
         correlation = _random_correlation(generator) if draw[5] < config.correlated_share else None
         image = image + field(image, config.max_realistic_sigma * strength, correlation, generator)
     if draw[6] < config.jpeg_share:
-        return _jpeg(image, config, generator)
-    return to_8_bit(image) / 255.0
+        return clean, _jpeg(image, config, generator)
+    return clean, to_8_bit(image) / 255.0
+
+
+def _full_size(image: Tensor, config: RealisticNoiseConfig, generator: torch.Generator) -> Tensor:
+    """Enlarge the middle of (3, H, W) to (3, H, W), or return the image as it is."""
+    chosen, amount = torch.rand(2, generator=generator).tolist()
+    if chosen >= config.full_size_share:
+        return image
+    small, large = config.full_size_zoom
+    size = [max(1, round(side / (small * (large / small) ** amount))) for side in image.shape[-2:]]
+    top, left = ((side - part) // 2 for side, part in zip(image.shape[-2:], size, strict=True))
+    part = image[None, :, top : top + size[0], left : left + size[1]]
+    return F.interpolate(part, size=image.shape[-2:], mode="bicubic", align_corners=False)[0].clamp(0, 1)
 
 
 _Correlation = Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ebt_vision.core.rng import make_generator, randn_like
 from ebt_vision.data.images import DataConfig, ImageSet, load_image_set
 from ebt_vision.noise import processes
-from ebt_vision.noise.realistic import add_realistic_noise
+from ebt_vision.noise.realistic import realistic_pairs
 from ebt_vision.objectives.image import ImageBatch, ObjectiveConfig
 from ebt_vision.training.settings import ValidationConfig
 from ebt_vision.training.task import Task
@@ -46,15 +46,18 @@ class ImageTask(Task):
             count = len(clean) // len(indices)
             generators = [make_generator(self.config.seed, CUT_STREAM, *at) for at in _places(indices, epochs, count)]
         noise = randn_like(clean.cpu(), generators).to(device)
-        return ImageBatch(clean=clean, noise=noise, generators=generators, observation=self._observation(clean, generators))
+        clean, observation = self._observed(clean, generators)
+        return ImageBatch(clean=clean, noise=noise, generators=generators, observation=observation)
 
-    def _observation(self, clean: Tensor, generators: list[torch.Generator]) -> Tensor | None:
-        """Return images with realistic noise, (B, 3, H, W) in [-1, 1]; None if the objective adds the noise."""
+    def _observed(self, clean: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor | None]:
+        """Return the clean images and the same with realistic noise, (B, 3, H, W) in [-1, 1]; None for the second if the objective
+        adds the noise."""
         objective = self.config.objective
         if not isinstance(objective, ObjectiveConfig) or objective.realistic_noise is None:
-            return None
-        noisy = add_realistic_noise(processes.to_image_range(clean), objective.realistic_noise, generators)
-        return processes.to_model_range(noisy).to(clean.device)
+            return clean, None
+        pair = realistic_pairs(processes.to_image_range(clean), objective.realistic_noise, generators)
+        chosen, noisy = (processes.to_model_range(images).to(clean.device) for images in pair)
+        return chosen, noisy
 
     def _cut_size(self, epoch: int) -> int | None:
         """Return the side of the squares in this epoch; None if crops stay whole."""
