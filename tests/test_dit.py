@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from ebt_vision.models.dit import CLEAN, DiT, ddim_step, ddim_timesteps
+from ebt_vision.models.diffusion import CLEAN, ddim_step, ddim_timesteps
+from ebt_vision.models.dit import DiT
 from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.noise.processes import alphas_cumprod
 

@@ -105,9 +105,9 @@ def test_the_core_knows_torch_alone(path: Path) -> None:
     assert packages <= CORE_PACKAGES | sys.stdlib_module_names
 
 
-def test_only_dit_imports_diffusers() -> None:
+def test_only_diffusion_models_import_diffusers() -> None:
     users = [path for path in library_files() if any(n.split(".")[0] == "diffusers" for n in imported_modules(path))]
-    assert {path.name for path in users} <= {"dit.py"}
+    assert {path.name for path in users} <= {"dit.py", "patch_diffusion.py"}
 
 
 @pytest.mark.parametrize("path", program_files(), ids=lambda path: path.relative_to(ROOT).as_posix())

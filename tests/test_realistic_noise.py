@@ -57,9 +57,16 @@ def test_realistic_draws_are_8_bit_values():
 def test_a_full_size_draw_enlarges_the_middle_of_its_image():
     images = torch.rand(3, 3, 40, 24, generator=make_generator(0))
     config = RealisticNoiseConfig(
-        gaussian_share=0.0, clean_share=0.0, max_realistic_sigma=0.0, max_processed_sigma=0.0, jpeg_share=0.0, full_size_share=1.0
+        gaussian_share=0.0,
+        clean_share=0.0,
+        max_realistic_sigma=0.0,
+        max_processed_sigma=0.0,
+        jpeg_share=0.0,
+        full_size_share=1.0,
     )
-    clean, noisy = realistic_pairs(images, dataclasses.replace(config, full_size_zoom=(2.0, 2.0)), sample_generators(0, range(3)))
+    clean, noisy = realistic_pairs(
+        images, dataclasses.replace(config, full_size_zoom=(2.0, 2.0)), sample_generators(0, range(3))
+    )
     middle = images[..., 10:30, 6:18]
     expected = F.interpolate(middle, size=(40, 24), mode="bicubic", align_corners=False).clamp(0, 1)
     jpeg_first = torch.stack([torch.rand(8, generator=g)[3] < 0.2 for g in sample_generators(0, range(3))])

@@ -16,6 +16,7 @@ from ebt_vision.benchmark.statistics import auroc_of
 from ebt_vision.core.rng import randn_like, sample_generators
 from ebt_vision.denoising.dit import DiTDenoiser
 from ebt_vision.denoising.network import ModelDenoiser, signal_scale_of
+from ebt_vision.models.diffusion import Diffusion
 from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patches import patchify
@@ -68,9 +69,7 @@ class Scorer:
         return 0.5 * patchify(change, self.denoiser.patch_size).square().sum(-1).unflatten(1, grid)
 
     def _dit_error(self, images: Tensor, first: int) -> Tensor:
-        from ebt_vision.models.dit import DiT  # diffusers takes seconds to import
-
-        model = cast(DiT, self.denoiser.model)
+        model = cast(Diffusion, self.denoiser.model)
         clean = to_model_range(self.denoiser.to_network(images))
         timesteps = torch.full((len(images),), self.timestep, dtype=torch.int64, device=clean.device)
         total = torch.zeros(len(images), device=clean.device)

@@ -1,8 +1,8 @@
-"""The DiT as a denoiser: DDIM sampling, its one-call prediction, and its recursion."""
+"""A diffusion model (DiT, PatchDiffusion) as a denoiser: DDIM sampling, its one-call prediction, and its recursion."""
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from ebt_vision.denoising.classical import estimate_sigma
 from ebt_vision.denoising.network import ModelDenoiser, SampleWatch
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import Callback, DenoiseResult, join_results
+from ebt_vision.models.diffusion import Diffusion
 from ebt_vision.noise.processes import alphas_cumprod, level_to_timestep, sigma_to_timestep, to_image_range, to_model_range
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from ebt_vision.models.dit import DiT
 
 
 class DiTDenoiser(ModelDenoiser):
@@ -24,18 +22,18 @@ class DiTDenoiser(ModelDenoiser):
     `mode`: "ddim" uses options.num_steps passes from the timestep of the noise to the clean image; "x0" predicts the clean
     image in one call and ignores num_steps; "recursion" runs the whole chain num_steps times on its own output.
 
-    A DiT needs the noise level of its input. With options.noise_level the input is an image of the VP process at this level
+    It needs the noise level of its input. With options.noise_level the input is an image of the VP process at this level
     (times input_scale). Otherwise it is a photograph with AWGN of options.sigma, given or estimated. It then gets the timestep
     of the same noise-to-signal ratio and is scaled by the sqrt(alpha_bar) of this timestep, without input_scale; num_steps is
     lowered to the number of available timesteps. Images with their own estimates are sampled one by one, without callbacks.
     """
 
-    model: "DiT"
+    model: Diffusion
     options_used = frozenset(("num_steps", "noise_level", "sigma"))
 
     def __init__(
         self,
-        model: "DiT",
+        model: Diffusion,
         *,
         mode: Literal["ddim", "x0", "recursion"] = "ddim",
         name: str = "dit",

@@ -1,7 +1,6 @@
 """Load a denoiser by name or folder."""
 
 import importlib
-from typing import TYPE_CHECKING, cast
 
 from ebt_vision.core.precision import Precision
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
@@ -11,13 +10,12 @@ from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.equilibrium import EqMDenoiser
 from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.models.checkpoint import load_pretrained
+from ebt_vision.models.diffusion import Diffusion
 from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import PretrainedModel
+from ebt_vision.models.registry import image_model_types
 from ebt_vision.models.regressor import PatchRegressor
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from ebt_vision.models.dit import DiT
 
 LIBRARIES = {"spandrel": "ebt_vision.interop.spandrel", "deepinv": "ebt_vision.interop.deepinv"}
 """Prefixes of names, each with the module whose `load` takes the rest; imported when asked for: it is above this package."""
@@ -55,7 +53,7 @@ def denoiser_for(
     input_scale: float | None = 1.0,
     precision: Precision = "float32",
 ) -> Denoiser:
-    """The denoiser of a model of any type (DiT: by DDIM); ValueError for one that has none, such as a text model."""
+    """The denoiser of a model of any type (diffusion: by DDIM); ValueError for one that has none, such as a text model."""
     name = name or model.model_type
     if isinstance(model, PatchEBT):
         return EBTDenoiser(model, name=name, input_scale=input_scale, precision=precision)
@@ -63,6 +61,6 @@ def denoiser_for(
         return EqMDenoiser(model, name=name, input_scale=input_scale, precision=precision)
     if isinstance(model, PatchRegressor):
         return RegressorDenoiser(model, name=name, input_scale=input_scale, precision=precision)
-    if model.model_type == "dit":
-        return DiTDenoiser(cast("DiT", model), name=name, input_scale=input_scale, precision=precision)
-    raise ValueError(f"a {model.model_type!r} model does not denoise images; use patch_ebt, patch_eqm, patch_regressor or dit")
+    if isinstance(model, Diffusion):
+        return DiTDenoiser(model, name=name, input_scale=input_scale, precision=precision)
+    raise ValueError(f"a {model.model_type!r} model does not denoise images; use one of {', '.join(image_model_types())}")

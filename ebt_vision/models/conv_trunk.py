@@ -96,10 +96,18 @@ class ConvTrunk(PatchTrunk):
         return ConvDecoder(self.config)
 
     def reconstruct_patches(self, head: nn.Module, *images: Tensor) -> Tensor:
+        return patchify(images[0] + self._output(head, *images), self.config.patch_size)
+
+    def output_patches(self, head: nn.Module, *images: Tensor, conditioning: Tensor | None = None) -> Tensor:
+        return patchify(self._output(head, *images, conditioning=conditioning), self.config.patch_size)
+
+    def _output(self, head: nn.Module, *images: Tensor, conditioning: Tensor | None = None) -> Tensor:
+        """Return the output of the decoder, (B, in_chans, H, W)."""
         grid = check_image_size(images[0], self.config.patch_size)
         x, skips = self.stem(torch.cat(images, dim=1))
+        x = x if conditioning is None else x + conditioning[:, None]
         tokens = self.norm(self._run_blocks(x, grid, [self.config.depth - 1])[0])
-        return patchify(images[0] + head(tokens, skips, grid), self.config.patch_size)
+        return head(tokens, skips, grid)
 
     def _embed(self, images: Tensor) -> Tensor:
         return self.stem(images)[0]

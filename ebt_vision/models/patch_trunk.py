@@ -53,14 +53,24 @@ class PatchTrunk(nn.Module):
 
     def reconstruct_patches(self, head: nn.Module, *images: Tensor) -> Tensor:
         """Reconstruct the first of the images as patches (B, N, patch_dim), with a head of make_head."""
-        return head(self(*images))
+        return self.output_patches(head, *images)
 
-    def forward_intermediates(self, *images: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
-        """Return tokens (B, N, embed_dim) after the blocks of take_indices (default all), before the final norm."""
+    def output_patches(self, head: nn.Module, *images: Tensor, conditioning: Tensor | None = None) -> Tensor:
+        """Return the output of a head of make_head as patches (B, N, patch_dim); `conditioning`: see forward_intermediates."""
+        tokens = self.forward_intermediates(*images, indices=[self.config.depth - 1], conditioning=conditioning)[0]
+        return head(self.norm(tokens))
+
+    def forward_intermediates(
+        self, *images: Tensor, indices: int | Sequence[int] | None = None, conditioning: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return tokens (B, N, embed_dim) after the blocks of take_indices (default all), before the final norm.
+
+        `conditioning` (B, embed_dim) is added to every token before the blocks.
+        """
         grid = check_image_size(images[0], self.config.patch_size)
         # Embed. The patches of a candidate and of its context are concatenated along the channels.
         x = self._embed(torch.cat(images, dim=1))  # (B, N, embed_dim)
-        return self._run_blocks(x, grid, indices)
+        return self._run_blocks(x if conditioning is None else x + conditioning[:, None], grid, indices)
 
     def _embed(self, images: Tensor) -> Tensor:
         """Stacked images (B, num_inputs * in_chans, H, W) -> tokens (B, N, embed_dim)."""

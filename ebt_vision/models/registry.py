@@ -32,7 +32,13 @@ MODEL_TYPES = {
     "dit": ModelType(
         model="models.dit:DiT",
         config="models.dit_config:DiTConfig",
-        objective="objectives.image:DiTObjective",
+        objective="objectives.image:DiffusionObjective",
+        modality="image",
+    ),
+    "patch_diffusion": ModelType(
+        model="models.patch_diffusion:PatchDiffusion",
+        config="models.patch_diffusion_config:PatchDiffusionConfig",
+        objective="objectives.image:DiffusionObjective",
         modality="image",
     ),
     "patch_regressor": ModelType(
@@ -67,6 +73,11 @@ def find_model_type(name: str) -> ModelType:
     if name not in MODEL_TYPES:
         raise UnknownModelTypeError(f"model_type={name!r} is unknown; use one of {', '.join(MODEL_TYPES)}")
     return MODEL_TYPES[name]
+
+
+def image_model_types() -> list[str]:
+    """Return the names of the model types of images."""
+    return [name for name, entry in MODEL_TYPES.items() if entry.modality == "image"]
 
 
 def model_class(model_type: str) -> Any:

@@ -16,9 +16,9 @@ The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u *
 maximum of its kind. Weak noise is drawn often, because most photographs have weak noise. Some draws have no noise. The target
 is the clean image, so a network learns to remove JPEG artefacts as well as noise.
 
-Photographs at the full size of a camera are smooth: lens and demosaicing leave little detail of one pixel. A network can therefore
-remove coarse noise there more strongly than in a photograph that was made smaller. `full_size_share` pairs the two in training: that
-fraction of the realistic draws enlarges its clean image first.
+Photographs at the full size of a camera are smooth: lens and demosaicing leave little detail of one pixel. A network can
+therefore remove coarse noise there more strongly than in a photograph that was made smaller. `full_size_share` pairs the two
+in training: that fraction of the realistic draws enlarges its clean image first.
 """
 
 import math
@@ -96,9 +96,7 @@ def add_realistic_noise(clean: Tensor, config: RealisticNoiseConfig, generators:
     return realistic_pairs(clean, replace(config, full_size_share=0.0), generators)[1]
 
 
-def realistic_pairs(
-    images: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]
-) -> tuple[Tensor, Tensor]:
+def realistic_pairs(images: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
     """Return clean and noisy images, both (B, 3, H, W), float32 on the CPU, of images (B, 3, H, W) in [0, 1].
 
     The clean images are the given ones, or the middle of them enlarged (full_size_share). The noise and the errors are those of

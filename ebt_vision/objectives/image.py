@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from ebt_vision.core.energy_functions import CompiledEnergy, EnergyFunction
 from ebt_vision.core.thinking import think
 from ebt_vision.core.thinking_config import ThinkingConfig
 from ebt_vision.core.thinking_results import ThinkingResult
+from ebt_vision.models.diffusion import Diffusion
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.models.trunk_config import noise_process_of
@@ -21,9 +22,6 @@ from ebt_vision.noise import processes
 from ebt_vision.noise.realistic import RealisticNoiseConfig
 from ebt_vision.objectives.base import Objective, put_last, thinking_logs, thinking_output
 from ebt_vision.objectives.energy_order import energy_as_error, energy_order_loss
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from ebt_vision.models.dit import DiT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,16 +48,16 @@ class ObjectiveConfig:
     """Settings of the loss; `thinking` and `loss_steps` are only for the EBT."""
 
     level: float = 0.1
-    """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. The DiT trains on all timesteps up to it."""
+    """Noise level of the training images in (0, 1]: 0.1 is timestep 99 of 1000. Diffusion trains on all timesteps up to it."""
     lower_level_share: float = 0.0
     """Share of the samples, in [0, 1], whose level is drawn uniformly between 0 and `level`; the others have `level` itself. 0
-    is the paper's protocol. Models of noise_process "vp" but for the DiT, which trains on all timesteps up to it anyway."""
+    is the paper's protocol. Models of noise_process "vp" but for diffusion, which trains on all timesteps up to it anyway."""
     sigmas: tuple[float, float] = (0.0, 75.0)
     """For models of noise_process "awgn", instead of `level`: range of the uniform standard deviation (0..255 units)."""
     realistic_noise: RealisticNoiseConfig | None = None
     """For models of noise_process "awgn", instead of `sigmas`: the mixture of noise.realistic. null: only Gaussian noise."""
     loss: Literal["smooth_l1", "mse", "l1"] = "smooth_l1"
-    """Distance between a prediction and the clean image; the paper uses smooth_l1 (beta 1). The DiT has its own loss."""
+    """Distance between a prediction and the clean image; the paper uses smooth_l1 (beta 1). Diffusion has its own loss."""
     loss_steps: Literal["every", "last"] = "every"
     """Average the loss over all thinking steps, or use only the last step."""
     reconstruction_weight: float = 0.0
@@ -302,22 +300,22 @@ class RegressorObjective(ImageObjective):
         return Prediction(images=images)
 
 
-class DiTObjective(ImageObjective):
-    """Noise prediction with learned variance, timesteps uniform up to the training level (paper's code: [0, 100))."""
+class DiffusionObjective(ImageObjective):
+    """Noise prediction, with the model's variance term if it has one; timesteps uniform up to the training level (paper's code:
+    [0, 100))."""
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         limit = processes.level_to_timestep(self.config.level) + 1
         draws = [torch.randint(limit, (), generator=g, device=g.device) for g in batch.generators]
         timesteps = torch.stack(draws).to(batch.clean.device)
-        model: DiT = self.model  # type: ignore[assignment]
+        model: Diffusion = self.model  # type: ignore[assignment]
         return {"loss": model.loss(batch.clean, batch.noise, timesteps).mean()}
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, level: float | None, num_steps: int) -> Prediction:
         """Return num_steps images (B, 3, H, W): x0 in one call first, then DDIM with 2..num_steps passes."""
-        assert level is not None, "a DiT is trained on the VP process"
-        dit = cast("DiT", model)
+        assert level is not None and isinstance(model, Diffusion)  # trained on the VP process
         timestep = processes.level_to_timestep(level)
-        images = [dit.predict_clean(noisy, timestep)]
-        images += [dit.ddim(noisy, timestep, num_steps=n) for n in range(2, num_steps + 1)]
+        images = [model.predict_clean(noisy, timestep)]
+        images += [model.ddim(noisy, timestep, num_steps=n) for n in range(2, num_steps + 1)]
         return Prediction(images=images)

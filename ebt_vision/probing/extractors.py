@@ -8,7 +8,7 @@ sideS               pixels: the image averaged to S x S, one token
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ebt_vision.core.thinking import think
 from ebt_vision.core.thinking_config import ThinkingConfig
+from ebt_vision.models.diffusion import Diffusion
 from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patch_trunk import PatchTrunk
@@ -23,9 +24,6 @@ from ebt_vision.models.patches import patchify
 from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.models.trunk_config import noise_process_of
 from ebt_vision.noise import processes
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from ebt_vision.models.dit import DiT
 
 PIXELS = "pixels"
 PIXEL_SIDES = (4, 8, 16, 32)
@@ -110,25 +108,25 @@ class TrunkExtractor(FeatureExtractor):
         return gradient
 
 
-class DiTExtractor(FeatureExtractor):
-    """DiT: blocks at a timestep; `final` is layer-normed without modulation."""
+class DiffusionExtractor(FeatureExtractor):
+    """A diffusion model: blocks at a timestep; `final` is normed, in a DiT without modulation."""
 
     takes_timestep = True
 
-    def __init__(self, model: "DiT", name: str, identity: str) -> None:
+    def __init__(self, model: Diffusion, name: str, identity: str) -> None:
         super().__init__(name, model.config.img_size, model.config.depth, ("final",), identity)
         self.model = model.requires_grad_(False).eval()
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.device = next(model.parameters()).device
 
     def tokens(self, candidate: Tensor, observation: Tensor, timestep: int | None, layers: Sequence[str]) -> dict[str, Tensor]:
-        assert timestep is not None, "a DiT always needs a timestep"
+        assert timestep is not None, "a diffusion model always needs a timestep"
         t = torch.full((len(candidate),), timestep, dtype=torch.int64, device=candidate.device)
         found = _by_layer(
             layers, lambda wanted: self.model.forward_intermediates(candidate, t, indices=wanted), len(self.blocks)
         )
         if "final" in layers:
-            found["final"] = self.model.transformer.norm_out(found["final"])
+            found["final"] = self.model.final_norm(found["final"])
         return found
 
 

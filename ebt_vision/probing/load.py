@@ -4,20 +4,25 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from ebt_vision.models.checkpoint import load_pretrained, resolve
+from ebt_vision.models.diffusion import Diffusion
 from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import CONFIG_NAME, checkpoint_class, read_config
+from ebt_vision.models.registry import image_model_types
 from ebt_vision.models.regressor import PatchRegressor
-from ebt_vision.probing.extractors import PIXELS, DiTExtractor, FeatureExtractor, PixelExtractor, TimmExtractor, TrunkExtractor
-
-if TYPE_CHECKING:  # diffusers takes seconds to import
-    from ebt_vision.models.dit import DiT
+from ebt_vision.probing.extractors import (
+    PIXELS,
+    DiffusionExtractor,
+    FeatureExtractor,
+    PixelExtractor,
+    TimmExtractor,
+    TrunkExtractor,
+)
 
 TIMM_PREFIX, RANDOM_PREFIX = "timm:", "random:"
 
@@ -50,9 +55,9 @@ def load_extractor(
     identity = weights_hash(model, json.dumps(model.network_config, sort_keys=True))
     if isinstance(model, PatchEBT | PatchRegressor | PatchEqM):
         return TrunkExtractor(model, name, identity)
-    if model.model_type == "dit":
-        return DiTExtractor(cast("DiT", model), name, identity)
-    raise ValueError(f"a {model.model_type!r} model has no image features; use patch_ebt, patch_eqm, patch_regressor or dit")
+    if isinstance(model, Diffusion):
+        return DiffusionExtractor(model, name, identity)
+    raise ValueError(f"a {model.model_type!r} model has no image features; use one of {', '.join(image_model_types())}")
 
 
 def _load_timm(name: str, img_size: int, device: str, seed: int, weights: str | None) -> FeatureExtractor:

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from ebt_vision.data.images import DataConfig
 from ebt_vision.data.text import TextDataConfig
 from ebt_vision.models.checkpoint import load_pretrained
-from ebt_vision.models.equilibrium import PatchEqM
 from ebt_vision.models.patch_ebt import PatchEBT
+from ebt_vision.models.patch_trunk import PatchTrunk
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.registry import model_class, objective_class
-from ebt_vision.models.regressor import PatchRegressor
 from ebt_vision.objectives.base import Objective
 from ebt_vision.objectives.image import ObjectiveConfig
 from ebt_vision.training.config import ConfigError, ExperimentConfig
@@ -82,11 +81,12 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
     if reconstructs and not (isinstance(model, PatchEBT) and model.config.energy_head == "quadratic"):
         raise ConfigError("objective.reconstruction_weight is only for patch_ebt with a quadratic energy_head; use 0")
     if config.train.checkpoint_blocks:
-        if not isinstance(model, PatchEBT | PatchRegressor | PatchEqM):
+        trunk = getattr(model, "trunk", None)
+        if not isinstance(trunk, PatchTrunk):
             raise ConfigError(
-                f"train.checkpoint_blocks is for patch_ebt, patch_eqm and patch_regressor, not {config.model_type}; use false"
+                f"train.checkpoint_blocks is for models on the patch trunk (patch_*), not {config.model_type}; use false"
             )
-        model.trunk.checkpoint_blocks = True
+        trunk.checkpoint_blocks = True
     if cls.thinks:  # the gradient of the energy is compiled
         objective: Objective = cls(model, config.objective, compile_gradient=config.train.compile)
         return objective

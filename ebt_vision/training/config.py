@@ -18,6 +18,7 @@ from ebt_vision.models.causal_text_ebt import CausalTextEBTConfig
 from ebt_vision.models.causal_transformer import CausalTransformerConfig
 from ebt_vision.models.dit_config import DiTConfig
 from ebt_vision.models.equilibrium import PatchEqMConfig
+from ebt_vision.models.patch_diffusion_config import PatchDiffusionConfig
 from ebt_vision.models.patch_ebt import PatchEBTConfig
 from ebt_vision.models.registry import MODEL_TYPES, UnknownModelTypeError, config_class, find_model_type
 from ebt_vision.models.regressor import PatchRegressorConfig
@@ -27,7 +28,15 @@ from ebt_vision.objectives.text import TextObjectiveConfig
 from ebt_vision.training.replay_buffer import ReplayConfig
 from ebt_vision.training.settings import OptimConfig, TextValidationConfig, TrainConfig, ValidationConfig
 
-ModelConfig = PatchEBTConfig | DiTConfig | PatchRegressorConfig | PatchEqMConfig | CausalTextEBTConfig | CausalTransformerConfig
+ModelConfig = (
+    PatchEBTConfig
+    | DiTConfig
+    | PatchDiffusionConfig
+    | PatchRegressorConfig
+    | PatchEqMConfig
+    | CausalTextEBTConfig
+    | CausalTransformerConfig
+)
 _IMAGE_SECTIONS: dict[str, type] = {"data": DataConfig, "objective": ObjectiveConfig, "validation": ValidationConfig}
 _TEXT_SECTIONS: dict[str, type] = {
     "data": TextDataConfig,
@@ -46,7 +55,9 @@ class ExperimentConfig:
 
     name: str
     """Names the run's folder under runs/ where no --output is given."""
-    model_type: Literal["patch_ebt", "dit", "patch_regressor", "patch_eqm", "causal_text_ebt", "causal_transformer"]
+    model_type: Literal[
+        "patch_ebt", "dit", "patch_diffusion", "patch_regressor", "patch_eqm", "causal_text_ebt", "causal_transformer"
+    ]
     """Decides what kind of model, data, objective and validation there are: of images or of text."""
     model: ModelConfig
     data: DataConfig | TextDataConfig

@@ -50,7 +50,7 @@ class ImageTask(Task):
         return ImageBatch(clean=clean, noise=noise, generators=generators, observation=observation)
 
     def _observed(self, clean: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor | None]:
-        """Return the clean images and the same with realistic noise, (B, 3, H, W) in [-1, 1]; None for the second if the objective
+        """Return clean images and the same with realistic noise, (B, 3, H, W) in [-1, 1]; None for the second if the objective
         adds the noise."""
         objective = self.config.objective
         if not isinstance(objective, ObjectiveConfig) or objective.realistic_noise is None:
