@@ -14,7 +14,7 @@ from apps.background import in_thread
 from apps.sources import Request, Source, open_source, to_bytes
 from ebt_vision.denoising.base import Denoiser, adapt_to_noise
 from ebt_vision.denoising.options import DenoiseOptions
-from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
+from ebt_vision.denoising.tiling import denoise_tiled, tile_grid
 
 COMPARED = 512
 """Longest side in pixels of the compared image."""
@@ -71,9 +71,7 @@ def _column(
         result = denoise_tiled(denoiser, source.noisy, options, tile_size=request.tile_size, on_step=lambda step: stop.is_set())
     except (ValueError, OSError, RuntimeError) as error:
         return Column(name=name, problem=str(error))
-    height, width = source.noisy.shape[-2:]
-    tile_size = request.tile_size or denoiser.tile_size
-    tiles = num_tiles(height, width, tile_size, denoiser.overlap_for(tile_size))
+    tiles = tile_grid(denoiser, source.noisy.shape[-2:], request.tile_size).count
     return Column(
         name=name,
         image=to_bytes(result.image),

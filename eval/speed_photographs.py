@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ebt_vision.benchmark.timing import Version
 from ebt_vision.core.precision import autocast, has_fast_bfloat16
+from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.models.checkpoint import default_pretrained
 
@@ -28,7 +29,8 @@ def dncnn() -> nn.Module:
 def photographs(settings: argparse.Namespace) -> dict:
     """Time the network of DnCNN first, then each of --photograph-models as in `ebt-vision denoise`, on one square photograph.
 
-    If the processor is fast at bfloat16, which these models then use, DnCNN is also measured in bfloat16.
+    If the processor is fast at bfloat16, which these models then use, DnCNN is also measured in bfloat16. An EBT is also
+    measured with its proposal compiled, unless --no-compile is given; the compilation is not timed.
     """
     side = settings.photograph_size
     generator = torch.Generator().manual_seed(settings.seed)
@@ -47,4 +49,11 @@ def photographs(settings: argparse.Namespace) -> dict:
     for name in settings.photograph_models or [default_pretrained()]:
         denoiser = load_denoiser(name, device=settings.device)
         versions.append(Version(name=name, call=functools.partial(denoiser.denoise, noisy), units=side * side))
+        if settings.compile and isinstance(denoiser, EBTDenoiser):
+            compiled = load_denoiser(name, device=settings.device)
+            assert isinstance(compiled, EBTDenoiser)
+            compiled.model.propose = torch.compile(compiled.model.propose)  # type: ignore[method-assign]
+            versions.append(
+                Version(name=f"{name}, compiled", call=functools.partial(compiled.denoise, noisy), units=side * side)
+            )
     return timed(settings, versions, (side * side // 64, 576, 64), "pixels")

@@ -5,8 +5,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# Another program on the machine can make any example slow, so a time limit fails by chance.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 # A shell starts its background jobs with SIGINT ignored, and so would be the signals of the tests that interrupt a training.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from ebt_vision.data.image_files import read_image, write_image
 from ebt_vision.denoising.base import Denoiser, IdentityDenoiser, for_photographs
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
-from ebt_vision.denoising.tiling import num_tiles
+from ebt_vision.denoising.tiling import tile_grid
 from ebt_vision.noise.named import Noise
 
 ROOT = Path(__file__).parent.parent
@@ -115,9 +115,7 @@ def test_candidates_are_shown_with_the_winner(tiny: Denoiser, photo: str) -> Non
     _, answer = run(Request(path=photo, noise=GAUSSIAN, num_steps=2, num_candidates=3), tiny)
     shown = figures.candidates(answer.steps)
     assert len(answer.steps.candidates) == 3 and shown.count("<img") == 3 and shown.count(" won</b>") == 1
-    assert sum(candidate.wins for candidate in answer.steps.candidates) == num_tiles(
-        45, 61, tiny.tile_size, tiny.overlap_for(tiny.tile_size)
-    )
+    assert sum(candidate.wins for candidate in answer.steps.candidates) == tile_grid(tiny, (45, 61)).count
 
 
 def test_stop_ends_after_the_step_under_way(tiny: Denoiser, photo: str) -> None:

@@ -19,7 +19,7 @@ from ebt_vision.denoising.classical import NonLocalMeansDenoiser
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.regressor import RegressorDenoiser
-from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
+from ebt_vision.denoising.tiling import denoise_tiled, tile_grid
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise.processes import alphas_cumprod, to_image_range, to_model_range
@@ -180,10 +180,10 @@ def test_tiles_are_counted_as_they_are_cut():
     )
     image = torch.rand(1, 3, 37, 16)
     denoise_tiled(denoiser, image, callback=lambda done, total: calls.append(total))
-    assert set(calls) == {num_tiles(37, 16, 16, denoiser.overlap_for(16))} == {3}
+    assert set(calls) == {tile_grid(denoiser, (37, 16)).count} == {3}
     calls.clear()
     denoise_tiled(denoiser, image, overlap=12, callback=lambda done, total: calls.append(total))
-    assert set(calls) == {num_tiles(37, 16, 16, overlap=12)} == {7}
+    assert set(calls) == {tile_grid(denoiser, (37, 16), overlap=12).count} == {7}
 
 
 def test_a_tolerance_of_the_previous_step_is_a_row_of_its_own():

@@ -34,7 +34,7 @@ def test_tail_and_head_are_joined_and_every_sample_is_seen_once_an_epoch():
     assert [b.step for b in batches] == [0, 1, 2, 3, 4]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     num_samples=st.integers(1, 23),
     per_process=st.integers(1, 7),

@@ -346,7 +346,7 @@ def test_a_loaded_denoiser_takes_images_for_photographs_unless_told_of_the_vp_pr
             assert torch.equal(loaded.denoise(noisy, options).image, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(height=st.integers(2, 20), width=st.integers(2, 20), multiple=st.integers(1, 40))
 def test_padding_reflects_and_is_undone(height, width, multiple):
     images = torch.rand(1, 3, height, width)

@@ -10,9 +10,18 @@ from ebt_vision.denoising.base import Denoiser, IdentityDenoiser
 from ebt_vision.denoising.classical import NonLocalMeansDenoiser
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.denoising.results import no_network_result
-from ebt_vision.denoising.tiling import denoise_tiled, energy_map_tiled, tile_starts, tile_weights
+from ebt_vision.denoising.tiling import (
+    denoise_tiled,
+    energy_map_tiled,
+    fitted_side,
+    tile_grid,
+    tile_starts,
+    tile_weights,
+)
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 
 
 def tiny_ebt() -> EBTDenoiser:
@@ -46,7 +55,34 @@ class BatchRecorder(IdentityDenoiser):
         return 1000
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
+@given(length=st.integers(8, 600), longest=st.integers(2, 16), overlap=st.integers(0, 15))
+def test_fitted_tiles_are_no_more_and_no_shorter_works(length, longest, overlap):
+    longest, multiple = 8 * longest, 8
+    side = fitted_side(length, longest, overlap, multiple)
+    count = len(tile_starts(length, longest, overlap))
+    assert side <= longest and len(tile_starts(length, side, overlap)) == count
+    shorter = side - multiple
+    assert count == 1 or shorter <= overlap or len(tile_starts(length, shorter, overlap)) > count
+
+
+def test_the_own_tiles_of_a_network_with_a_convolutional_stem_fit_the_image():
+    sizes = dict(img_size=64, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    conv = RegressorDenoiser(PatchRegressor(PatchRegressorConfig(**sizes, stem_widths=(8, 8), stem_unshuffle=2)))
+    plain = RegressorDenoiser(PatchRegressor(PatchRegressorConfig(**sizes)))
+    grid = tile_grid(conv, (100, 150))  # overlap 8: two rows of (100 + 8) / 2, three columns of (150 + 16) / 3
+    assert (grid.tile, grid.overlap, grid.tops, grid.lefts) == ((56, 56), 8, [0, 44], [0, 48, 94])
+    assert tile_grid(conv, (100, 150), 64).tile == (64, 64) and tile_grid(plain, (100, 150)).tile == (64, 64)
+    assert tile_grid(conv, (40, 150)).tile == (40, 56) and tile_grid(conv, (100, 150), 0).tile == (100, 150)
+    seen = []
+    original = conv.model.forward
+    conv.model.forward = lambda x: seen.append(tuple(x.shape[-2:])) or original(x)
+    image = torch.rand(1, 3, 100, 150, generator=torch.Generator().manual_seed(0))
+    result = conv.denoise(image)
+    assert set(seen) == {(56, 56)} and int(result.num_forward) == 6
+    assert energy_map_tiled(conv, image, image) is None
+
+
 @given(length=st.integers(8, 200), tile=st.integers(8, 64), share=st.floats(0, 0.99))
 def test_tiles_cover_the_side_and_their_weights_sum_to_one(length, tile, share):
     tile = min(tile, length)

@@ -19,7 +19,7 @@ from ebt_vision.core import metrics
 from ebt_vision.core.names import file_name
 from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.results import DenoiseResult, join_results
-from ebt_vision.denoising.tiling import denoise_tiled, num_tiles
+from ebt_vision.denoising.tiling import TileGrid, denoise_tiled, tile_grid
 from ebt_vision.models.pretrained_model import PretrainedModel
 
 FORMAT = 2
@@ -128,16 +128,16 @@ class Bench:
 
     def denoise(
         self, denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor, indices: Sequence[int]
-    ) -> tuple[DenoiseResult, int]:
-        """Return the result of a row for noisy images (B, 3, H, W) of one shape, and the number of tiles of each image."""
+    ) -> tuple[DenoiseResult, TileGrid]:
+        """Return the result of a row for noisy images (B, 3, H, W) of one shape, and the tiles of each image."""
         denoiser, noisy, options = prepare(denoiser, row, condition, noisy)
-        height, width = noisy.shape[-2:]
-        tile = denoiser.tile_size if self.tile == 0 else self.tile
-        if tile is None or max(height, width) <= tile:
-            return denoiser.denoise_whole(noisy, options, image_ids=indices), 1
-        overlap = denoiser.overlap_for(tile) if self.overlap is None else self.overlap
-        results = [denoise_tiled(denoiser, image[None], options, tile_size=tile, overlap=overlap) for image in noisy]
-        return join_results(results), num_tiles(height, width, tile, overlap)
+        # Here 0 is the denoiser's own tile and None the whole image; for denoise_tiled it is the other way round.
+        tile = {0: None, None: 0}.get(self.tile, self.tile)
+        grid = tile_grid(denoiser, noisy.shape[-2:], tile, None if tile == 0 else self.overlap)
+        if grid.count == 1:
+            return denoiser.denoise_whole(noisy, options, image_ids=indices), grid
+        results = [denoise_tiled(denoiser, image[None], options, tile_size=tile, overlap=grid.overlap) for image in noisy]
+        return join_results(results), grid
 
     def _measure_part(self, denoiser: Denoiser, row: Row, condition: Condition, indices: Sequence[int]) -> Part:
         pieces = []
@@ -145,10 +145,10 @@ class Bench:
             chosen = [indices[position] for position in group]
             clean, noisy = observed(self.images, condition, chosen)
             begin = time.perf_counter()
-            result, tiles = self.denoise(denoiser, row, condition, noisy, chosen)
+            result, grid = self.denoise(denoiser, row, condition, noisy, chosen)
             seconds = (time.perf_counter() - begin) / len(group)
             piece = self._score(row, condition, clean, result)
-            piece |= self._spent(denoiser, row, result, clean.shape[-2:], tiles)
+            piece |= self._spent(denoiser, row, result, grid)
             pieces.append(piece | {"seconds": np.full(len(group), seconds)})
         return join(pieces)
 
@@ -173,16 +173,15 @@ class Bench:
             part["candidate_energy"] = result.candidate_energies.T.cpu().double().numpy()
         return part
 
-    def _spent(self, denoiser: Denoiser, row: Row, result: DenoiseResult, size: Sequence[int], tiles: int) -> Part:
+    def _spent(self, denoiser: Denoiser, row: Row, result: DenoiseResult, grid: TileGrid) -> Part:
         """Return passes per pixel (of a tile, if tiled), FLOPs of the whole image, and used steps."""
-        num_forward = result.num_forward.cpu().double().numpy() / tiles
+        num_forward = result.num_forward.cpu().double().numpy() / grid.count
         if row.kind == "ebt" and not row.needs_final_energy:
             num_forward = num_forward - row.self_ensemble  # the energy of the last image, of each copy, is only for the table
-        side = [min(length, (self.tile or denoiser.tile_size) if tiles > 1 else length) for length in size]
-        cost: Cost | None = self.meter.cost(denoiser, *side)
+        cost: Cost | None = self.meter.cost(denoiser, *grid.tile)
         shares = [step / row.num_steps for step in row.reported]
         flops = [
-            [tiles * cost.of_run(row, passes, step) if cost else np.nan for step in row.reported] for passes in num_forward
+            [grid.count * cost.of_run(row, passes, step) if cost else np.nan for step in row.reported] for passes in num_forward
         ]
         return {
             "passes": np.outer(num_forward, shares),

@@ -50,6 +50,8 @@ class Denoiser(nn.Module, ABC):
     """Side in pixels of the tiles for large images; for a network, its training size."""
     overlap_share: float = 0.25
     """Default overlap of neighbouring tiles, as a fraction of the tile."""
+    fits_tiles: bool = False
+    """Whether tiles may be smaller than tile_size where the same number of them covers the image; see tiling.tile_grid."""
     patch_size: int = 1
     """Images are padded to multiples of this size."""
     options_used: frozenset[str] = frozenset()

@@ -41,6 +41,7 @@ class ModelDenoiser(Denoiser):
         self.tile_size = model.config.img_size
         if getattr(model.config, "stem_widths", ()):
             self.overlap_share = 0.125  # a convolutional stem sees across patches; a quarter was not better (docs/results)
+            self.fits_tiles = True  # its training has crops of several sizes
         self.patch_size = model.config.patch_size
         self.model = model.eval()
 

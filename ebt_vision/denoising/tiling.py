@@ -28,6 +28,7 @@ class TiledDenoiser(Protocol):
     """The methods of a denoiser that tiling needs; base.Denoiser documents and implements them."""
 
     tile_size: int
+    fits_tiles: bool
     patch_size: int
 
     def options_or_suggested(self, options: DenoiseOptions | None) -> DenoiseOptions: ...
@@ -85,14 +86,13 @@ def denoise_tiled(
     callback: Progress | None = None,
     on_step: StepCallback | None = None,
 ) -> DenoiseResult:
-    """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in square tiles of `tile_size` px that overlap by `overlap`
-    px.
+    """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in tiles of `tile_size` px that overlap by `overlap` px.
 
-    The tile size defaults to the options, or else to the denoiser's own; 0 means the whole image. The overlap defaults to the
-    denoiser's fraction of the tile, the batch to what fits into `memory_budget` bytes, the options to the suggested ones.
-    Overlapping tiles are blended with weights that sum to 1 (see tile_weights). The last tile of a row or column is moved
-    inside the image. The result does not depend on batch_size: the random numbers of a tile depend only on the seed, `image_id`
-    and its position.
+    The tile size defaults to the options, or else to the denoiser's own (see tile_grid); 0 means the whole image. The overlap
+    defaults to the denoiser's fraction of the tile, the batch to what fits into `memory_budget` bytes, the options to the
+    suggested ones. Overlapping tiles are blended with weights that sum to 1 (see tile_weights). The last tile of a row or
+    column is moved inside the image. The result does not depend on batch_size: the random numbers of a tile depend only on the
+    seed, `image_id` and its position.
 
     The result is as from Denoiser.denoise with B = 1. Energies are means over the tiles, and so over all patches. num_steps is
     the maximum over tiles, num_forward the sum. `chosen` is None, because each tile has its own winner; see `candidate_wins`.
@@ -104,36 +104,72 @@ def denoise_tiled(
     if len(noisy) != 1:
         raise ValueError(f"noisy is a batch of {len(noisy)}; tile one image at a time, or call Denoiser.denoise for all")
     options = denoiser.options_or_suggested(options)
-    tile_size, overlap = _checked_tile(denoiser, noisy, options, tile_size, overlap)
-    height, width = (min(tile_size, side) for side in noisy.shape[-2:])
+    grid = tile_grid(denoiser, noisy.shape[-2:], options.tile_size if tile_size is None else tile_size, overlap)
     if batch_size is None:
-        batch_size = memory_budget // max(denoiser.activation_bytes(height, width), 1)
+        batch_size = memory_budget // max(denoiser.activation_bytes(*grid.tile), 1)
         batch_size = min(max(batch_size, 1), MAX_BATCH_SIZE)
     elif batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more")
     with torch.no_grad():
         image = working(noisy)
         options = denoiser.resolve_options(image, options)
-        tiling = _Tiling(image, (height, width), overlap, image_id)
+        tiling = _Tiling(image, grid, image_id)
         return _of_dtype(_run(denoiser, tiling, options, batch_size, callback, on_step), noisy.dtype)
 
 
-def _checked_tile(
-    denoiser: TiledDenoiser, noisy: Tensor, options: DenoiseOptions, tile_size: int | None, overlap: int | None
-) -> tuple[int, int]:
-    """Return the tile side and the overlap in pixels. Raises ValueError for invalid values."""
-    tile_size = options.tile_size if tile_size is None else tile_size
-    tile_size = denoiser.tile_size if tile_size is None else tile_size
-    check_whole("tile_size", tile_size)
-    if tile_size == 0:
-        tile_size = max(noisy.shape[-2:])
-    if tile_size < MIN_SIDE:
-        raise ValueError(f"tile_size={tile_size} is too small; use {MIN_SIDE} px or more")
-    overlap = denoiser.overlap_for(tile_size) if overlap is None else overlap
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileGrid:
+    """The tiles of one image: their size, (height, width) in pixels, and their first rows and columns."""
+
+    tile: tuple[int, int]
+    overlap: int
+    tops: list[int]
+    lefts: list[int]
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return len(self.tops) * len(self.lefts)
+
+
+def tile_grid(
+    denoiser: TiledDenoiser, size: Sequence[int], tile_size: int | None = None, overlap: int | None = None
+) -> TileGrid:
+    """Return the tiles of `denoise_tiled` for an image of `size` (height, width).
+
+    `tile_size` None is the denoiser's own, and 0 the whole image; `overlap` None is the denoiser's fraction of the tile. For a
+    denoiser with `fits_tiles`, its own tiles get as small as possible without more of them. Raises ValueError for a tile below
+    8 px and for an overlap that leaves no stride.
+    """
+    longest = denoiser.tile_size if tile_size is None else tile_size
+    check_whole("tile_size", longest)
+    longest = longest or max(size)
+    if longest < MIN_SIDE:
+        raise ValueError(f"tile_size={longest} is too small; use {MIN_SIDE} px or more")
+    overlap = denoiser.overlap_for(longest) if overlap is None else overlap
     check_whole("overlap", overlap)
-    if not 0 <= overlap < tile_size:
-        raise ValueError(f"overlap={overlap} does not fit tile_size={tile_size}; use 0..{tile_size - 1}")
-    return tile_size, overlap
+    if not 0 <= overlap < longest:
+        raise ValueError(f"overlap={overlap} does not fit tile_size={longest}; use 0..{longest - 1}")
+    height, width = size
+    tile = (min(longest, height), min(longest, width))
+    if tile_size is None and denoiser.fits_tiles:
+        tile = (
+            fitted_side(height, longest, overlap, denoiser.patch_size),
+            fitted_side(width, longest, overlap, denoiser.patch_size),
+        )
+    return TileGrid(
+        tile=tile, overlap=overlap, tops=tile_starts(height, tile[0], overlap), lefts=tile_starts(width, tile[1], overlap)
+    )
+
+
+def fitted_side(length: int, longest: int, overlap: int, multiple: int) -> int:
+    """Return the shortest side of the tiles along `length`, a multiple of `multiple` or `longest`, for which there are no more
+    of them than with sides of `longest`."""
+    count = len(tile_starts(length, longest, overlap))
+    if count == 1:
+        return min(longest, length)
+    shortest = math.ceil((length + (count - 1) * overlap) / count)
+    return min(longest, math.ceil(shortest / multiple) * multiple)
 
 
 def _of_dtype(result: DenoiseResult, dtype: torch.dtype) -> DenoiseResult:
@@ -187,11 +223,11 @@ def denoise_each_tiled(
 class _Tiling:
     """An image cut into tiles: their positions, their pixels, and sums that blend them."""
 
-    def __init__(self, noisy: Tensor, tile: tuple[int, int], overlap: int, image_id: int = 0):
-        self.noisy, self.tile, self.image_id = noisy, tile, image_id
-        self.tops, self.lefts = (tile_starts(side, size, overlap) for side, size in zip(noisy.shape[-2:], tile, strict=True))
-        self.row_weights = tile_weights(self.tops, tile[0], noisy.shape[-2], overlap).to(noisy)
-        self.column_weights = tile_weights(self.lefts, tile[1], noisy.shape[-1], overlap).to(noisy)
+    def __init__(self, noisy: Tensor, grid: TileGrid, image_id: int = 0):
+        self.noisy, self.tile, self.image_id = noisy, grid.tile, image_id
+        self.tops, self.lefts = grid.tops, grid.lefts
+        self.row_weights = tile_weights(self.tops, grid.tile[0], noisy.shape[-2], grid.overlap).to(noisy)
+        self.column_weights = tile_weights(self.lefts, grid.tile[1], noisy.shape[-1], grid.overlap).to(noisy)
         self.places = [(i, j) for i in range(len(self.tops)) for j in range(len(self.lefts))]
 
     def ids(self, start: int, stop: int) -> list[int]:
@@ -349,12 +385,6 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
-def num_tiles(height: int, width: int, tile_size: int, overlap: int) -> int:
-    """Return the number of tiles of `denoise_tiled`; Denoiser.overlap_for gives its default overlap."""
-    rows, columns = (len(tile_starts(side, min(tile_size, side), overlap)) for side in (height, width))
-    return rows * columns
-
-
 def tile_weights(starts: list[int], tile: int, length: int, overlap: int) -> Tensor:
     """Weights of the tiles along one side, float64 (num_tiles, tile), that sum to 1 at every pixel of `length`.
 
@@ -382,11 +412,10 @@ def energy_map_tiled(denoiser: TiledDenoiser, images: Tensor, noisy: Tensor, *, 
     without an energy.
     """
     check_images(images)
-    tile_size = denoiser.tile_size if tile_size is None else tile_size
-    tile = (min(tile_size, images.shape[-2]), min(tile_size, images.shape[-1]))
-    tiling = _Tiling(images, tile, tile_size // 4)
+    grid = tile_grid(denoiser, images.shape[-2:], tile_size, (tile_size or denoiser.tile_size) // 4)
+    tiling = _Tiling(images, grid)
     total = torch.zeros_like(images[:, :1])
-    batch_size = min(max(MEMORY_BUDGET // max(denoiser.activation_bytes(*tile), 1), 1), MAX_BATCH_SIZE)
+    batch_size = min(max(MEMORY_BUDGET // max(denoiser.activation_bytes(*grid.tile), 1), 1), MAX_BATCH_SIZE)
     for start in range(0, len(tiling.places), batch_size):
         tiles, sources = (
             pad_to_multiple(tiling.cut(whole, start, start + batch_size), denoiser.patch_size) for whole in (images, noisy)
@@ -395,5 +424,5 @@ def energy_map_tiled(denoiser: TiledDenoiser, images: Tensor, noisy: Tensor, *, 
         if energies is None:
             return None
         pixels = energies.repeat_interleave(denoiser.patch_size, 1).repeat_interleave(denoiser.patch_size, 2)
-        tiling.add(total, crop(pixels[:, None].to(total), tile), start)
+        tiling.add(total, crop(pixels[:, None].to(total), grid.tile), start)
     return total[0, 0]

@@ -15,7 +15,7 @@ from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.inputs import MIN_SIDE
 from ebt_vision.denoising.options import DenoiseOptions
-from ebt_vision.denoising.tiling import tile_starts, tile_weights
+from ebt_vision.denoising.tiling import fitted_side, tile_starts, tile_weights
 from ebt_vision.models.patch_ebt import num_patches
 from ebt_vision.noise.processes import to_model_range
 
@@ -48,6 +48,7 @@ class Prior:
         if self.tile < MIN_SIDE:
             raise ValueError(f"tile_size={self.tile} is too small; use {MIN_SIDE} or more")
         self.overlap = denoiser.overlap_for(self.tile)
+        self.fits = denoiser.fits_tiles and tile_size is None
         self.region = region
         self._total: Tensor | None = None
 
@@ -96,10 +97,14 @@ class Prior:
         )
         return top, left
 
+    def _side(self, length: int) -> int:
+        """Side of the tiles along a side that is longer than a tile."""
+        return fitted_side(length, self.tile, self.overlap, self.denoiser.patch_size) if self.fits else self.tile
+
     def _tiles(self, size: Sequence[int], shift: tuple[int, int]) -> list["_Tile"]:
         """Return the tiles to denoise, for an image of this size (H, W)."""
         sides = [side + add for side, add in zip(size, shift, strict=True)]
-        tile = [total if side <= self.tile else self.tile for total, side in zip(sides, size, strict=True)]
+        tile = [total if side <= self.tile else self._side(total) for total, side in zip(sides, size, strict=True)]
         starts = [tile_starts(side, length, self.overlap) for side, length in zip(sides, tile, strict=True)]
         weights = [
             tile_weights(places, length, side, self.overlap) for places, length, side in zip(starts, tile, sides, strict=True)
