@@ -9,6 +9,8 @@ training. Columns:
     sigma N     white Gaussian noise on the photographs, not clipped
     realistic   the realistic mixture up to sigma 30 without white and processed noise (noise/realistic.py)
     processed   processed noise up to sigma 20, as JPEG of quality 80 to 95
+    full size   the same on photographs that are enlarged first, as smooth as those at the full size of a camera
+    JPEG 10     JPEG of quality 10, without noise
     drawings    drawings of the training's program, without noise and with sigma 25
     waves       one picture of coloured waves with sigma 25, on which a denoiser loses that takes strong colours for noise
 
@@ -39,11 +41,13 @@ from ebt_vision.denoising.base import Denoiser, for_photographs
 from ebt_vision.denoising.load import denoiser_for
 from ebt_vision.models.checkpoint import load_pretrained
 from ebt_vision.models.pretrained_model import PretrainedModel
-from ebt_vision.noise.processes import add_gaussian_noise
-from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise
+from ebt_vision.noise.processes import add_gaussian_noise, add_jpeg
+from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise, realistic_pairs
 
 REALISTIC = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0, processed_share=0.0, max_realistic_sigma=30.0)
+JPEG_QUALITY = 10
 PROCESSED = replace(REALISTIC, processed_share=1.0, max_processed_sigma=20.0, jpeg_share=1.0, jpeg_quality=(80, 95))
+FULL_SIZE = replace(PROCESSED, full_size_share=1.0)
 NUM_DRAWINGS = 16
 _BATCH_SIZE = 8
 
@@ -103,15 +107,20 @@ def conditions(photographs: Tensor, sigmas: Sequence[float], seed: int) -> dict[
     """Return name -> (clean, noisy) images of every column."""
     size = photographs.shape[-1]
     drawn = torch.stack([torch.from_numpy(draw_graphic(size, make_generator(seed, i))) for i in range(NUM_DRAWINGS)]) / 255.0
-    pictures = {
-        **{f"sigma {sigma:g}": (photographs, white(sigma, seed)) for sigma in sigmas},
-        "realistic": (photographs, realistic(REALISTIC, seed)),
-        "processed": (photographs, realistic(PROCESSED, seed)),
-        "drawings": (drawn, lambda clean: clean),
-        "drawings, 25": (drawn, white(25.0, seed)),
-        "waves, 25": (waves(), white(25.0, seed)),
+
+    def noisy(clean: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        return clean, noise(clean)
+
+    return {
+        **{f"sigma {sigma:g}": noisy(photographs, white(sigma, seed)) for sigma in sigmas},
+        "realistic": noisy(photographs, realistic(REALISTIC, seed)),
+        "processed": noisy(photographs, realistic(PROCESSED, seed)),
+        "full size": realistic_pairs(photographs, FULL_SIZE, sample_generators(seed, range(len(photographs)))),
+        f"JPEG {JPEG_QUALITY}": noisy(photographs, lambda clean: add_jpeg(clean, JPEG_QUALITY)),
+        "drawings": noisy(drawn, lambda clean: clean),
+        "drawings, 25": noisy(drawn, white(25.0, seed)),
+        "waves, 25": noisy(waves(), white(25.0, seed)),
     }
-    return {name: (clean, noise(clean)) for name, (clean, noise) in pictures.items()}
 
 
 def score(denoise: Callable[[Tensor], Tensor], clean: Tensor, noisy: Tensor) -> float:
