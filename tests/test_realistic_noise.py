@@ -90,11 +90,19 @@ def test_full_size_goes_with_realistic_noise_only():
     torch.testing.assert_close(noisy[white], add_realistic_noise(images, config, sample_generators(2, range(24)))[white])
 
 
-def test_jpeg_only_draws_have_a_jpeg_and_no_noise():
-    images = clean_images(8, 24, 24)
+def test_jpeg_only_draws_have_a_jpeg_and_no_noise_with_blocks_anywhere():
+    image = torch.rand(1, 3, 32, 40, generator=make_generator(3))
+    count = 40
     config = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0, jpeg_only_share=1.0, jpeg_quality=(30, 30))
-    noisy = add_realistic_noise(images, config, sample_generators(0, range(8)))
-    torch.testing.assert_close(noisy, add_jpeg(images, 30), rtol=0, atol=0)
+    noisy = add_realistic_noise(image.repeat(count, 1, 1, 1), config, sample_generators(0, range(count)))
+    places = {(0, 0): add_jpeg(image, 30)[0]}
+    for rows in range(16):
+        for columns in range(16):
+            wide = F.pad(image, (columns, 0, rows, 0), mode="replicate")
+            places[rows, columns] = add_jpeg(wide, 30)[0, :, rows:, columns:]
+    found = [next(place for place, expected in places.items() if torch.equal(result, expected)) for result in noisy]
+    aligned = found.count((0, 0))
+    assert 10 <= aligned <= 30 and len(set(found)) > 8
 
 
 def _first_draws(seed: int, count: int) -> list[list[float]]:

@@ -9,7 +9,7 @@ The other draws simulate cameras and the web. Each part has its own probability:
                  colour. In smooth parts of real noisy photographs (RNI15, Lebrun et al. 2015) neighbouring pixels have a
                  median correlation of 0.3 in luminance and 0.7 in colour (docs/results/photographs.md).
    correlation   The field is blurred or enlarged, so that neighbouring pixels are similar, as after denoising or resizing.
-   JPEG          before the noise, after it, or both.
+   JPEG          before the noise, after it, or both; its blocks begin anywhere.
    8 bits        clipped and rounded.
 
 The strength of a draw is a standard deviation in 0..255 units: `max_sigma * u ** sigma_power`, u uniform in [0, 1), with the
@@ -33,6 +33,8 @@ from ebt_vision.noise.processes import add_jpeg, to_8_bit
 
 _FROM_LUMA_CHROMA = torch.tensor([[1.0, 0.0, 1.0], [1.0, -0.194, -0.509], [1.0, 1.0, 0.0]])
 """Luminance and the differences B - Y and R - Y -> RGB, (3, 3), with the luminance of ITU-R BT.601."""
+_JPEG_CELL = 16
+"""Side of the blocks of colour in a JPEG with half the resolution for colour; that of brightness is 8."""
 _BAYER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
 """Position of each colour in a 2x2 cell of the mosaic (RGGB), (3, 2, 2)."""
 
@@ -244,8 +246,18 @@ def _unit_std(noise: Tensor) -> Tensor:
 
 
 def _jpeg(image: Tensor, config: RealisticNoiseConfig, generator: torch.Generator) -> Tensor:
+    """(3, H, W) -> (3, H, W). The blocks of half of the draws begin anywhere, as in a photograph that was cut afterwards.
+
+    A network that has only seen blocks in line with its patches does not recognise others.
+    """
     low, high = config.jpeg_quality
-    return add_jpeg(image[None], int(torch.randint(low, high + 1, (), generator=generator)))[0]
+    quality = int(torch.randint(low, high + 1, (), generator=generator))
+    moved, top, left = torch.rand(3, generator=generator).tolist()
+    if moved < 0.5:
+        return add_jpeg(image[None], quality)[0]
+    rows, columns = int(_JPEG_CELL * top), int(_JPEG_CELL * left)
+    wide = F.pad(image[None], (columns, 0, rows, 0), mode="replicate")
+    return add_jpeg(wide, quality)[0, :, rows:, columns:]
 
 
 def _mosaic(image: Tensor) -> Tensor:
