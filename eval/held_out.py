@@ -10,7 +10,7 @@ training. Columns:
     realistic   the realistic mixture up to sigma 30 without white and processed noise (noise/realistic.py)
     processed   processed noise up to sigma 20, as JPEG of quality 80 to 95
     full size   the same on photographs that are enlarged first, as smooth as those at the full size of a camera
-    JPEG 10     JPEG of quality 10, without noise
+    JPEG 10     JPEG of quality 10, without noise; "moved": its blocks begin inside the patches of the network
     drawings    drawings of the training's program, without noise and with sigma 25
     waves       one picture of coloured waves with sigma 25, on which a denoiser loses that takes strong colours for noise
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ebt_vision.benchmark.options import OneLineParser, run_program
@@ -96,6 +97,12 @@ def realistic(config: RealisticNoiseConfig, seed: int) -> Noise:
     return lambda clean: add_realistic_noise(clean, config, sample_generators(seed, range(len(clean))))
 
 
+def moved_jpeg(clean: Tensor) -> Tensor:
+    """JPEG of images (B, 3, H, W) whose blocks begin 4 px above and to the left of the image."""
+    wide = F.pad(clean, (4, 0, 4, 0), mode="replicate")
+    return add_jpeg(wide, JPEG_QUALITY)[..., 4:, 4:]
+
+
 def waves(size: int = 64) -> Tensor:
     """Return a picture of coloured waves, (1, 3, size, size)."""
     rows, columns = torch.arange(size)[:, None] / 7.0, torch.arange(size) / 5.0
@@ -117,6 +124,7 @@ def conditions(photographs: Tensor, sigmas: Sequence[float], seed: int) -> dict[
         "processed": noisy(photographs, realistic(PROCESSED, seed)),
         "full size": realistic_pairs(photographs, FULL_SIZE, sample_generators(seed, range(len(photographs)))),
         f"JPEG {JPEG_QUALITY}": noisy(photographs, lambda clean: add_jpeg(clean, JPEG_QUALITY)),
+        f"JPEG {JPEG_QUALITY}, moved": noisy(photographs, moved_jpeg),
         "drawings": noisy(drawn, lambda clean: clean),
         "drawings, 25": noisy(drawn, white(25.0, seed)),
         "waves, 25": noisy(waves(), white(25.0, seed)),
