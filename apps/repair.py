@@ -160,7 +160,8 @@ def _filling(
     index: int,
     count: int,
 ) -> Filling:
-    options = RestoreOptions(seed=request.seed + index, noise=request.noise if _is_blur(request) else None)
+    # One run, so that the curve of the energies is one descent.
+    options = RestoreOptions(seed=request.seed + index, noise=request.noise if _is_blur(request) else None, num_runs=1)
     frames: list[Frame] = []
     before: list[np.ndarray] = []
 

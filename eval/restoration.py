@@ -163,9 +163,10 @@ def _methods(task: str, settings: Any, denoisers: dict[str, Denoiser], others: l
                 continue
             options = RestoreOptions(seed=settings.seed, solver=solver)
             yield NamedMethod(name, solver or "", functools.partial(_ours, denoiser, options), is_network=True)
-        if settings.runs > 1 and task != "jpeg":
+        if settings.runs and task != "jpeg":
             options = RestoreOptions(seed=settings.seed, num_runs=settings.runs)
-            yield NamedMethod(name, f"{settings.runs} runs", functools.partial(_ours, denoiser, options), is_network=True)
+            label = "1 run" if settings.runs == 1 else f"{settings.runs} runs"
+            yield NamedMethod(name, label, functools.partial(_ours, denoiser, options), is_network=True)
         if settings.dpir and task != "jpeg":
             yield NamedMethod(name, "deepinv DPIR", functools.partial(_dpir, for_photographs(denoiser)), is_network=True)
 
@@ -215,7 +216,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--models", nargs="*", default=["photographs_ebt"], help="priors: any denoiser, bm3d too")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--solvers", nargs="*", choices=SOLVERS, default=[], help="rows of these solvers as well")
-    parser.add_argument("--runs", type=count, default=1, help="rows of the mean of this many runs as well; not for JPEG")
+    parser.add_argument("--runs", type=count, help="rows of the mean of this many runs as well; not for JPEG")
     parser.add_argument("--dpir", action="store_true", help="rows of deepinv's DPIR with each model as well")
     parser.add_argument("--lpips-backbone", metavar="FILE", help="torchvision's AlexNet weights, or 'download'")
     parser.add_argument("--skip", nargs="*", default=[], metavar="METHOD", help="classical methods to leave out, say BM3D")

@@ -239,6 +239,7 @@ def test_several_runs_give_the_mean_of_the_runs_with_the_next_seeds(damage: str)
     assert not torch.allclose(single[0].image, single[1].image)
     if damage == "holes":
         assert torch.equal(mean.image[..., likelihood.known[0, 0]], image()[..., likelihood.known[0, 0]])
+    assert mean.num_runs == 3 and all(each.num_runs == 1 for each in single)
     assert mean.num_forward == sum(each.num_forward for each in single)
     assert mean.energies == tuple(energy for each in single for energy in each.energies)
     assert mean.trajectory is not None and len(mean.trajectory) == 6
@@ -250,6 +251,18 @@ def test_several_runs_give_the_mean_of_the_runs_with_the_next_seeds(damage: str)
         if finished:
             torch.testing.assert_close(stopped.image, sum(each.image for each in single[:finished]) / finished)
         assert len(stopped.energies) == stop
+
+
+def test_the_default_number_of_runs_suits_the_damage_and_other_settings_have_one() -> None:
+    denoiser = tiny_ebt()
+    assert restore(image(), holes(), denoiser=denoiser).num_runs == 2
+    for options in (RestoreOptions(num_steps=3), RestoreOptions(solver="splitting"), RestoreOptions(num_runs=1)):
+        assert restore(image(), holes(), options, denoiser=denoiser).num_runs == 1
+    enlarged, blurred = Downsampling(2), Convolution(gaussian_kernel(1.0))
+    for likelihood, runs in ((enlarged, 2), (blurred, 3)):
+        result = restore(image(), likelihood, denoiser=denoiser)
+        single = restore(image(), likelihood, RestoreOptions(num_runs=1), denoiser=denoiser)
+        assert result.num_runs == runs and result.num_forward == runs * single.num_forward
 
 
 def test_several_runs_keep_known_pixels_of_any_dtype() -> None:

@@ -72,8 +72,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--runs",
         metavar="N",
         type=count,
-        default=1,
-        help="mean over N whole runs with the seeds S, S + 1 ...: less error for N times the time (not for deblock)",
+        help="mean over N whole runs with the seeds S, S + 1 ...: less error for N times the time (default: as suits the "
+        "damage, and 1 with --solver or --steps; not for deblock)",
     )
     parser.add_argument("--tile", metavar="SIZE", type=count, help="tile side in pixels")
     parser.add_argument("--png", action="store_true", help="write PNG whatever the format of the input")
@@ -177,7 +177,8 @@ def _restore(
     else:
         damaged = (transparent_file if args.kind == "inpaint" else jpeg_file)(image, job.source)
     result = restore(damaged.observed(), damaged.likelihood, options, denoiser=denoiser)
-    parts = ["" if args.runs > 1 else _energies(result), f"{len(result.likelihoods)} steps", f"{result.num_forward} passes"]
+    outcome = _energies(result) if result.num_runs == 1 else f"{result.num_runs} runs"
+    parts = [outcome, f"{len(result.likelihoods)} steps", f"{result.num_forward} passes"]
     line = f"{job.source} -> {job.target}: " + ", ".join(
         part for part in [*parts, duration(time.perf_counter() - start)] if part
     )

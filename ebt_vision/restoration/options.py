@@ -34,9 +34,10 @@ class RestoreOptions:
     """Move the grid of tiles from step to step. Without it seams can be visible."""
     seed: int = 0
     """Seed of the noise of renoising."""
-    num_runs: int = 1
+    num_runs: int | None = None
     """Number of whole runs, with the seeds `seed`, `seed` + 1 ...; the result is their mean. Each run of renoising is close to
-    one draw from the images that explain the observation, and the mean has a smaller squared error. Renoising only."""
+    one draw from the images that explain the observation, and the mean has a smaller squared error. Renoising only. None: as
+    suits the damage, and 1 if `solver` or `num_steps` is given."""
     tile_size: int | None = None
     """Side of the tiles in pixels; None: the network's own."""
     keep_trajectory: bool = False
@@ -62,8 +63,9 @@ class RestoreOptions:
             check(value is None or 0.1 <= value <= 255, name, value, "use 0.1..255")
         weight = self.prior_weight
         check(weight is None or weight > 0, "prior_weight", weight, "use a number above 0")
-        check_whole("num_runs", self.num_runs)
-        check(self.num_runs >= 1, "num_runs", self.num_runs, "use 1 or more")
+        if self.num_runs is not None:
+            check_whole("num_runs", self.num_runs)
+            check(self.num_runs >= 1, "num_runs", self.num_runs, "use 1 or more")
         check_whole("seed", self.seed)
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
 
@@ -103,6 +105,8 @@ class RestoreResult:
     num_forward: int
     """Passes through the network, over all tiles."""
     solver: SolverName
+    num_runs: int
+    """Number of runs that the image is the mean of."""
     noise: float | None
     """The noise of the observation, given or estimated, in 0..255 units."""
     trajectory: tuple[Tensor, ...] | None = None

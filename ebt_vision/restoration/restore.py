@@ -41,6 +41,7 @@ def restore(
     with torch.inference_mode(False), torch.no_grad():
         observed = working(image.clone() if image.is_inference() else image)
         options = complete(options or RestoreOptions(), likelihood, observed)
+        assert options.num_runs is not None
         if options.num_runs > 1 and options.solver != "renoising":
             raise ValueError(f"num_runs={options.num_runs} needs noise; solver={options.solver!r} has none, so use num_runs=1")
         if isinstance(likelihood, Mask):
@@ -64,14 +65,14 @@ def _mean_of_runs(
 
     def listen(step: RestoreStep) -> object:
         nonlocal stopped, complete
-        assert callback is not None and options.num_steps is not None
+        assert callback is not None and options.num_steps is not None and options.num_runs is not None
         image = running_mean(mean, step.image, len(results) + 1)
         index, count = len(results) * options.num_steps + step.index, options.num_runs * options.num_steps
         stopped = callback(replace(step, index=index, num_steps=count, image=image)) is True
         complete = step.index == step.num_steps
         return stopped
 
-    for run in range(options.num_runs):
+    for run in range(options.num_runs or 1):
         result = restore_once(replace(options, seed=options.seed + run), denoiser, None if callback is None else listen)
         results.append(result)
         if not stopped or complete or mean is None:
@@ -85,6 +86,7 @@ def _mean_of_runs(
     return replace(
         results[-1],
         image=mean,
+        num_runs=len(results) if not stopped or complete else max(len(results) - 1, 1),
         energies=tuple(energy for result in results for energy in result.energies),
         likelihoods=tuple(value for result in results for value in result.likelihoods),
         sums=tuple(value for result in results for value in result.sums),
@@ -137,6 +139,7 @@ def _run(
         sums=tuple(record.sums),
         num_forward=record.num_forward,
         solver=options.solver,
+        num_runs=1,
         noise=options.noise,
         trajectory=tuple(record.trajectory) or None,
     )

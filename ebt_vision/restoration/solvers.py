@@ -42,13 +42,27 @@ DESCENT_STEP = 0.5
 
 SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
     Mask: RestoreOptions(
-        solver="renoising", num_steps=26, num_averaged=16, first_sigma=40.0, last_sigma=15.0, noise=0.0, prior_weight=1.0
+        solver="renoising",
+        num_steps=26,
+        num_averaged=16,
+        first_sigma=40.0,
+        last_sigma=15.0,
+        noise=0.0,
+        prior_weight=1.0,
+        num_runs=2,
     ),
     Convolution: RestoreOptions(
-        solver="renoising", num_steps=8, num_averaged=1, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23
+        solver="renoising", num_steps=8, num_averaged=1, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23, num_runs=3
     ),
     Downsampling: RestoreOptions(
-        solver="renoising", num_steps=20, num_averaged=16, first_sigma=20.0, last_sigma=15.0, noise=0.0, prior_weight=0.23
+        solver="renoising",
+        num_steps=20,
+        num_averaged=16,
+        first_sigma=20.0,
+        last_sigma=15.0,
+        noise=0.0,
+        prior_weight=0.23,
+        num_runs=2,
     ),
     JpegIntervals: RestoreOptions(
         solver="splitting", num_steps=5, num_averaged=1, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
@@ -67,6 +81,9 @@ def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) 
         steps = options.num_steps or suggested.num_steps
         same = options.solver in (None, suggested.solver)
         filled["num_averaged"] = max(round(steps * suggested.num_averaged / suggested.num_steps), 1) if same else 1
+    if options.num_runs is None:
+        chosen_by_user = options.solver is not None or options.num_steps is not None
+        filled["num_runs"] = 1 if chosen_by_user else suggested.num_runs or 1
     options = replace(options, **filled)
     if options.noise is None:
         options = replace(options, noise=min(estimate_sigma(observed)[0], 255.0))
