@@ -76,19 +76,7 @@ def test_the_page_and_the_command_make_the_same_pixels(
 ) -> None:
     Image.fromarray(square().astype(np.uint8) * 255).save(tmp_path / "mask.png")
     _, answer = run(RepairRequest(path=str(photo), damage="holes", mask=str(tmp_path / "mask.png"), seed=3), tiny)
-    command = [
-        "restore",
-        "inpaint",
-        photo,
-        "--mask",
-        tmp_path / "mask.png",
-        "--seed",
-        3,
-        "--runs",
-        1,
-        "--model",
-        tiny_checkpoint,
-    ]
+    command = ["restore", "inpaint", photo, "--mask", tmp_path / "mask.png", "--seed", 3, "--runs", 1]
     assert (
         cli.main(
             [str(word) for word in [*command, "--model", tiny_checkpoint, "--output", tmp_path / "out", "--device", "cpu"]]
