@@ -93,7 +93,7 @@ def test_the_pages_are_read():
     assert len(found) > 25
     assert "ebt-vision denoise photo.jpg --steps 10 --tolerance 0.1 --output out/" in found
     assert any(word.startswith("accelerate") and word.endswith("optim.lr=5.0e-4") for word in found)
-    assert 'make demo ARGS="--port 8000 --share --checkpoint runs/mine --device cuda"' in found
+    assert 'make demo ARGS="--port 8000 --share --checkpoint runs/mine/model --device cuda"' in found
     with_code = {page.relative_to(ROOT).as_posix(): len(code_blocks(page, "python")) for page in PAGES}
     with_code = {name: count for name, count in with_code.items() if count and "tutorials/" not in name}
     assert with_code == WITH_CODE  # each of them is run below
