@@ -25,6 +25,7 @@ from ebt_vision.benchmark.headline import (
     BM3D,
     DIT,
     EBT,
+    EQM,
     LEVELS,
     LINES,
     PHOTOGRAPHS,
@@ -35,6 +36,7 @@ from ebt_vision.benchmark.headline import (
     best,
     has_true_sigma,
     is_applied,
+    is_descended,
     is_stopped_by_rule,
     is_thinking,
     read_evidence,
@@ -248,7 +250,12 @@ def draw(evidence: Evidence, path: Path) -> None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
     for axis, level in zip(axes, LEVELS, strict=True):
-        series = (("EBT", EBT, is_thinking), ("regressor", REGRESSOR, is_applied), ("DiT, DDIM", DIT, lambda m: m == "ddim"))
+        series = (
+            ("EBT", EBT, is_thinking),
+            ("regressor", REGRESSOR, is_applied),
+            ("DiT, DDIM", DIT, lambda method: method == "ddim"),
+            ("Equilibrium Matching", EQM, is_descended),
+        )
         for label, model, method in series:
             rows = rows_of(evidence.paper, model, level, method)
             axis.plot([r["steps"] for r in rows], [r["psnr_image"] for r in rows], marker="o", markersize=3, label=label)

@@ -10,6 +10,7 @@ from ebt_vision.models.checkpoint import checkpoint_hash, list_pretrained
 from ebt_vision.probing.load import load_extractor
 
 EBT, DIT, REGRESSOR, BM3D = "tiny_imagenet_ebt", "tiny_imagenet_dit", "tiny_imagenet_regressor", "bm3d"
+EQM = "tiny_imagenet_eqm"
 PHOTOGRAPHS = "photographs_ebt"
 LEVELS, SIGMA = (0.1, 0.2), 25.0
 
@@ -139,6 +140,10 @@ def is_applied(method: str) -> bool:
     return method == "applied"
 
 
+def is_descended(method: str) -> bool:
+    return method == "descent"
+
+
 def has_true_sigma(method: str) -> bool:
     return method == "told sigma"
 
@@ -171,6 +176,7 @@ LINES = (
     Line(title="DiT, best number of passes", model=DIT, method=is_sampled),
     Line(title="regressor, once", model=REGRESSOR, method=is_applied, steps=1, probed=REGRESSOR, rate="regressor, once"),
     Line(title="regressor, best number of times", model=REGRESSOR, method=is_applied),
+    Line(title="Equilibrium Matching, best number of steps", model=EQM, method=is_descended),
     Line(title="BM3D, true noise level", model=BM3D, method=has_true_sigma, photographs=BM3D),
     Line(title="noisy input", model="identity", method=is_noisy_input, photographs="identity"),
 )
