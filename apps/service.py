@@ -34,7 +34,13 @@ MAX_SEED = 2**53
 """The largest number up to which a browser represents all whole numbers exactly."""
 NOISY_ALREADY, ADD = "My photo is already noisy", "Add noise first"
 OWN_TILES = "Default of the model"
-KIND_OF_MODEL = {"patch_ebt": "EBT", "dit": "DiT", "patch_regressor": "Regressor"}
+KIND_OF_MODEL = {
+    "patch_ebt": "EBT",
+    "dit": "DiT",
+    "patch_diffusion": "Diffusion on the trunk",
+    "patch_regressor": "Regressor",
+    "patch_eqm": "Equilibrium Matching",
+}
 
 
 class Service:
@@ -150,7 +156,8 @@ class Service:
         return self.load(self.models[label])
 
     def _methods(self, label: str) -> dict[str, Callable[[], Denoiser]]:
-        """Return the loaders of the chosen EBT (or the first EBT), DiT, regressor, networks of other libraries and BM3D."""
+        """Return the loaders of the chosen EBT (or the first), one model of each other kind, networks of other libraries,
+        and BM3D."""
         found = {kind: name for name in reversed(self.models.values()) for kind in [model_type_of(name)]}
         if model_type_of(self.models.get(label, "")) == "patch_ebt":
             found["patch_ebt"] = self.models[label]

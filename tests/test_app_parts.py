@@ -23,6 +23,7 @@ from ebt_vision.denoising.base import Denoiser, IdentityDenoiser, for_photograph
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.tiling import tile_grid
+from ebt_vision.models.registry import config_class, model_class
 from ebt_vision.noise.named import Noise
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +149,14 @@ def test_a_large_image_begins_with_a_close_up(tiny: Denoiser, photo: str, monkey
 def test_what_raises_in_the_thread_is_raised_here(photo: str, tiny: Denoiser) -> None:
     with pytest.raises(ValueError, match="num_steps=0"):
         run(Request(path=photo, num_steps=0), tiny)
+
+
+@pytest.mark.parametrize("model_type", ["patch_diffusion", "patch_eqm"])
+def test_a_checkpoint_of_any_image_model_is_compared(model_type: str, tmp_path: Path) -> None:
+    sizes = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    model_class(model_type)(config_class(model_type)(**sizes)).save_pretrained(tmp_path / "mine")
+    methods = Service(denoise.find_models(str(tmp_path / "mine")), load_denoiser, "cpu")._methods("mine")
+    assert str(tmp_path / "mine") in [method.args[0] for method in methods.values()]
 
 
 def test_methods_are_compared_and_one_that_is_missing_says_why(tiny: Denoiser, photo: str) -> None:

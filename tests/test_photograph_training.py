@@ -167,6 +167,14 @@ def test_a_replay_buffer_and_cut_crops_do_not_go_together(photos: Path):
         build_objective(build_model(config), config)
 
 
+@pytest.mark.parametrize("model_type", ["patch_diffusion", "patch_regressor", "dit"])
+def test_realistic_noise_is_not_for_the_vp_process(model_type: str, photos: Path):
+    sizes = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    config = build_config(experiment(photos, model_type) | {"model": sizes})
+    with pytest.raises(ConfigError, match=f"'awgn', not for this {model_type}; use null"):
+        build_objective(build_model(config), config)
+
+
 def test_thinking_trains_on_a_share_of_the_batch(photos: Path):
     objective = honest_objective(thinking_share=0.25, proposal_share=0.0)
     batch = tiny_batch(16)

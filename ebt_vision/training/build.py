@@ -12,6 +12,7 @@ from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.patch_trunk import PatchTrunk
 from ebt_vision.models.pretrained_model import PretrainedModel
 from ebt_vision.models.registry import model_class, objective_class
+from ebt_vision.models.trunk_config import noise_process_of
 from ebt_vision.objectives.base import Objective
 from ebt_vision.objectives.image import ObjectiveConfig
 from ebt_vision.training.config import ConfigError, ExperimentConfig
@@ -80,6 +81,11 @@ def build_objective(model: nn.Module, config: ExperimentConfig) -> Objective:
     reconstructs = isinstance(config.objective, ObjectiveConfig) and config.objective.reconstruction_weight > 0
     if reconstructs and not (isinstance(model, PatchEBT) and model.config.energy_head == "quadratic"):
         raise ConfigError("objective.reconstruction_weight is only for patch_ebt with a quadratic energy_head; use 0")
+    realistic = isinstance(config.objective, ObjectiveConfig) and config.objective.realistic_noise is not None
+    if realistic and noise_process_of(model) != "awgn":
+        raise ConfigError(
+            f"objective.realistic_noise is for models of noise_process 'awgn', not for this {config.model_type}; use null"
+        )
     if config.train.checkpoint_blocks:
         trunk = getattr(model, "trunk", None)
         if not isinstance(trunk, PatchTrunk):
