@@ -261,9 +261,9 @@ def _answers() -> tuple[gr.Tabs, list, gr.HTML]:
             tried = gr.HTML('<p class="hint">No result yet. Press Denoise.</p>', elem_id="tried")
         with gr.Tab("Compare", id="compare", render_children=True):
             gr.Markdown(
-                "EBT, DiT, regressor and BM3D denoise the same noisy image (only the middle of a large image). EBT and DiT use "
-                "the selected number of steps, the regressor one step. DiT and BM3D get the noise level or estimate it. EBT "
-                "and regressor do not use the noise level."
+                "The EBT, its baselines and BM3D denoise the same noisy image (only the middle of a large image). The "
+                "regressor makes one step, the other networks the selected number of steps. Diffusion models and BM3D get "
+                "the noise level or estimate it. The others do not use the noise level."
             )
             compared = gr.HTML('<p class="hint">Press Compare.</p>', elem_id="columns")
         with gr.Tab("Download", id="take", render_children=True):

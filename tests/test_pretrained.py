@@ -21,7 +21,7 @@ from ebt_vision.models.patch_ebt import PatchEBT
 from ebt_vision.models.pretrained_model import PRETRAINED_DIR, CheckpointError, PretrainedModel
 from ebt_vision.noise import processes
 
-NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_regressor"]
+NAMES = ["tiny_imagenet_dit", "tiny_imagenet_ebt", "tiny_imagenet_eqm", "tiny_imagenet_regressor"]
 PHOTO_NAME = "photographs_ebt"
 TEXT_NAMES = ["text_shakespeare_ebt", "text_shakespeare_transformer"]
 TASK_NAMES = ["text_tasks_ebt", "text_tasks_transformer"]

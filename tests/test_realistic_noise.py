@@ -245,5 +245,7 @@ def test_options_out_of_range_are_refused(changes: dict):
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="RGB"):
         add_realistic_noise(torch.zeros(2, 1, 8, 8), RealisticNoiseConfig(), sample_generators(0, range(2)))
+    with pytest.raises(ValueError, match="2 px or more"):
+        add_realistic_noise(torch.zeros(1, 3, 8, 1), RealisticNoiseConfig(), sample_generators(0, range(1)))
     with pytest.raises(ValueError, match="one per image"):
         add_realistic_noise(torch.zeros(2, 3, 8, 8), RealisticNoiseConfig(), sample_generators(0, range(3)))

@@ -25,6 +25,7 @@ FIGURES = {
     ("tiny_imagenet_dit", "ddim", 100): (23.2, 16.5),
     ("tiny_imagenet_regressor", "applied", 1): (25.1, 17.0),
     ("tiny_imagenet_regressor", "applied", 3): (20.0, 21.25),
+    ("tiny_imagenet_eqm", "descent", 2): (24.0, 17.0),
     ("bm3d", "told sigma", 1): (24.5, 20.5),
     ("identity", "noisy input", 1): (16.4, 11.6),
 }

@@ -112,6 +112,8 @@ class Bench:
             "lpips-backbone": self.lpips and self.lpips.name,
             "format": FORMAT,
         } | ({} if self.overlap is None else {"overlap": self.overlap})
+        if self.tile == 0 and subject.denoiser.fits_tiles:
+            key["fitted-tiles"] = True  # parts with the former tiles stay apart
         precision = getattr(subject.denoiser, "precision", "float32")
         if precision != "float32":
             key["precision"] = precision

@@ -93,7 +93,8 @@ def add_realistic_noise(clean: Tensor, config: RealisticNoiseConfig, generators:
     """Return noisy images (B, 3, H, W), float32 on the CPU, of clean images in [0, 1]; generator i makes every draw of image i.
 
     White Gaussian draws may leave [0, 1]; realistic draws are whole 8-bit values. The images stay as they are: full_size_share
-    is for `realistic_pairs`. Raises ValueError unless there is one generator per image and the images have three channels.
+    is for `realistic_pairs`. Raises ValueError unless there is one generator per image and the images have three channels
+    and sides of 2 px or more.
     """
     return realistic_pairs(clean, replace(config, full_size_share=0.0), generators)[1]
 
@@ -108,6 +109,8 @@ def realistic_pairs(images: Tensor, config: RealisticNoiseConfig, generators: li
         raise ValueError(f"clean has shape {tuple(images.shape)}; give RGB images, (B, 3, H, W)")
     if len(generators) != len(images):
         raise ValueError(f"got {len(generators)} generators for {len(images)} images; give one per image")
+    if min(images.shape[-2:]) < 2:
+        raise ValueError(f"clean has shape {tuple(images.shape)}; both sides must be 2 px or more")
     pairs = [_one(image, config, g) for image, g in zip(images.float().cpu(), generators, strict=True)]
     clean, noisy = zip(*pairs, strict=True)
     return torch.stack(clean), torch.stack(noisy)
