@@ -292,6 +292,11 @@ def test_options_are_filled_in_and_the_noise_of_a_blurred_image_is_estimated() -
     assert levels == pytest.approx([0.2, 0.04, 0.008, 0.008, 0.008])
     assert complete(RestoreOptions(num_steps=13), holes(), image()).num_averaged == 8  # the suggested share of the steps
     assert complete(RestoreOptions(solver="splitting"), holes(), image()).num_averaged == 1
+    assert complete(RestoreOptions(), holes(), image()).moving_tiles is True
+    assert complete(RestoreOptions(moving_tiles=False), holes(), image()).moving_tiles is False
+    jpeg = JpegIntervals(JpegTables(luma=(16,) * 64, chroma=(16,) * 64, subsampling=(1, 1)))
+    assert complete(RestoreOptions(), jpeg, image()).moving_tiles is False  # blocks in line with the patches
+    assert complete(RestoreOptions(moving_tiles=True), jpeg, image()).moving_tiles is True
     with pytest.raises(ValueError, match="num_averaged=4 .*use 1 to num_steps"):
         RestoreOptions(num_steps=3, num_averaged=4)
 

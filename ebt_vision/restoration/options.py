@@ -30,8 +30,9 @@ class RestoreOptions:
     """Noise level of the last step, 0.1 or more."""
     prior_weight: float | None = None
     """Weight of the prior relative to the likelihood, above 0; 1 follows from the noise levels."""
-    moving_tiles: bool = True
-    """Move the grid of tiles from step to step. Without it seams can be visible."""
+    moving_tiles: bool | None = None
+    """Move the grid of tiles from step to step. Without it seams can be visible. None: as suits the damage; not for JPEG, whose
+    blocks the network recognises best in line with its patches."""
     seed: int = 0
     """Seed of the noise of renoising."""
     num_runs: int | None = None

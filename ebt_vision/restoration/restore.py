@@ -128,7 +128,7 @@ def _run(
     callback: Callback | None,
     region: Tensor | None = None,
 ) -> RestoreResult:
-    assert options.solver is not None and options.num_steps is not None
+    assert options.solver is not None and options.num_steps is not None and options.moving_tiles is not None
     prior = Prior(denoiser, tile_size=options.tile_size, moving=options.moving_tiles, region=region)
     record = Record(num_steps=options.num_steps, callback=callback, keep_trajectory=options.keep_trajectory)
     x = SOLVERS[options.solver](prior, likelihood, observed, options, record)

@@ -65,7 +65,14 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
         num_runs=2,
     ),
     JpegIntervals: RestoreOptions(
-        solver="splitting", num_steps=5, num_averaged=1, first_sigma=49.0, last_sigma=2.0, noise=0.0, prior_weight=1.0
+        solver="splitting",
+        num_steps=5,
+        num_averaged=1,
+        first_sigma=49.0,
+        last_sigma=2.0,
+        noise=0.0,
+        prior_weight=1.0,
+        moving_tiles=False,
     ),
 }
 """Default options for each damage. A noise of None is estimated from the image."""
@@ -84,6 +91,8 @@ def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) 
     if options.num_runs is None:
         chosen_by_user = options.solver is not None or options.num_steps is not None
         filled["num_runs"] = 1 if chosen_by_user else suggested.num_runs or 1
+    if options.moving_tiles is None:
+        filled["moving_tiles"] = suggested.moving_tiles is not False
     options = replace(options, **filled)
     if options.noise is None:
         options = replace(options, noise=min(estimate_sigma(observed)[0], 255.0))
