@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ebt_vision.benchmark.options import OneLineParser, run_program
@@ -97,12 +96,6 @@ def realistic(config: RealisticNoiseConfig, seed: int) -> Noise:
     return lambda clean: add_realistic_noise(clean, config, sample_generators(seed, range(len(clean))))
 
 
-def moved_jpeg(clean: Tensor) -> Tensor:
-    """JPEG of images (B, 3, H, W) whose blocks begin 4 px above and to the left of the image."""
-    wide = F.pad(clean, (4, 0, 4, 0), mode="replicate")
-    return add_jpeg(wide, JPEG_QUALITY)[..., 4:, 4:]
-
-
 def waves(size: int = 64) -> Tensor:
     """Return a picture of coloured waves, (1, 3, size, size)."""
     rows, columns = torch.arange(size)[:, None] / 7.0, torch.arange(size) / 5.0
@@ -124,7 +117,7 @@ def conditions(photographs: Tensor, sigmas: Sequence[float], seed: int) -> dict[
         "processed": noisy(photographs, realistic(PROCESSED, seed)),
         "full size": realistic_pairs(photographs, FULL_SIZE, sample_generators(seed, range(len(photographs)))),
         f"JPEG {JPEG_QUALITY}": noisy(photographs, lambda clean: add_jpeg(clean, JPEG_QUALITY)),
-        f"JPEG {JPEG_QUALITY}, moved": noisy(photographs, moved_jpeg),
+        f"JPEG {JPEG_QUALITY}, moved": noisy(photographs, lambda clean: add_jpeg(clean, JPEG_QUALITY, origin=(4, 4))),
         "drawings": noisy(drawn, lambda clean: clean),
         "drawings, 25": noisy(drawn, white(25.0, seed)),
         "waves, 25": noisy(waves(), white(25.0, seed)),

@@ -120,18 +120,24 @@ def add_speckle(clean: Tensor, std: float, generator: Generators | None = None) 
     return clean + clean * std * randn_like(clean, generator)
 
 
-def add_jpeg(clean: Tensor, quality: int) -> Tensor:
-    """Round images (B, 3, H, W) in [0, 1] to 8 bits and pass them through a JPEG of `quality` 1..100; no random draw."""
+def add_jpeg(clean: Tensor, quality: int, *, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """Round images (B, 3, H, W) in [0, 1] to 8 bits and pass them through a JPEG of `quality` 1..100; no random draw.
+
+    `origin`: how many rows above and columns to the left of the image the blocks begin, as if it had been cut afterwards.
+    """
     from PIL import Image
 
     if not 1 <= quality <= 100:
         raise ValueError(f"quality={quality} is not in 1..100")
+    rows, columns = origin
+    wide = F.pad(clean, (columns, 0, rows, 0), mode="replicate")
     decoded = []
-    for image in to_8_bit(clean).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy():  # NCHW -> NHWC
+    for image in to_8_bit(wide).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy():  # NCHW -> NHWC
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=quality)
         decoded.append(torch.from_numpy(np.array(Image.open(file))))
-    return (torch.stack(decoded).permute(0, 3, 1, 2).to(clean.dtype) / 255.0).to(clean.device)  # NHWC -> NCHW
+    images = torch.stack(decoded)[:, rows:, columns:].permute(0, 3, 1, 2)  # NHWC -> NCHW
+    return (images.to(clean.dtype) / 255.0).to(clean.device)
 
 
 def add_motion_blur(clean: Tensor, length: int, angle: float = 45.0) -> Tensor:

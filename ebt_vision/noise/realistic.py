@@ -256,11 +256,8 @@ def _jpeg(image: Tensor, config: RealisticNoiseConfig, generator: torch.Generato
     low, high = config.jpeg_quality
     quality = int(torch.randint(low, high + 1, (), generator=generator))
     moved, top, left = torch.rand(3, generator=generator).tolist()
-    if moved < 0.5:
-        return add_jpeg(image[None], quality)[0]
-    rows, columns = int(_JPEG_CELL * top), int(_JPEG_CELL * left)
-    wide = F.pad(image[None], (columns, 0, rows, 0), mode="replicate")
-    return add_jpeg(wide, quality)[0, :, rows:, columns:]
+    origin = (0, 0) if moved < 0.5 else (int(_JPEG_CELL * top), int(_JPEG_CELL * left))
+    return add_jpeg(image[None], quality, origin=origin)[0]
 
 
 def _mosaic(image: Tensor) -> Tensor:

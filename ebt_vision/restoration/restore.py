@@ -59,20 +59,22 @@ def _mean_of_runs(
 ) -> RestoreResult:
     """Return the mean of options.num_runs results. If the callback stops a run that is not the first, the run is left out of
     the image; the history has its steps."""
+    assert options.num_runs is not None and options.num_steps is not None
+    num_runs, num_steps = options.num_runs, options.num_steps
     results: list[RestoreResult] = []
     stopped = complete = False
     mean: Tensor | None = None
 
     def listen(step: RestoreStep) -> object:
         nonlocal stopped, complete
-        assert callback is not None and options.num_steps is not None and options.num_runs is not None
+        assert callback is not None
         image = running_mean(mean, step.image, len(results) + 1)
-        index, count = len(results) * options.num_steps + step.index, options.num_runs * options.num_steps
+        index, count = len(results) * num_steps + step.index, num_runs * num_steps
         stopped = callback(replace(step, index=index, num_steps=count, image=image)) is True
         complete = step.index == step.num_steps
         return stopped
 
-    for run in range(options.num_runs or 1):
+    for run in range(num_runs):
         result = restore_once(replace(options, seed=options.seed + run), denoiser, None if callback is None else listen)
         results.append(result)
         if not stopped or complete or mean is None:

@@ -50,9 +50,17 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
         noise=0.0,
         prior_weight=1.0,
         num_runs=2,
+        moving_tiles=True,
     ),
     Convolution: RestoreOptions(
-        solver="renoising", num_steps=8, num_averaged=1, first_sigma=49.0, last_sigma=2.0, prior_weight=0.23, num_runs=3
+        solver="renoising",
+        num_steps=8,
+        num_averaged=1,
+        first_sigma=49.0,
+        last_sigma=2.0,
+        prior_weight=0.23,
+        num_runs=3,
+        moving_tiles=True,
     ),
     Downsampling: RestoreOptions(
         solver="renoising",
@@ -63,6 +71,7 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
         noise=0.0,
         prior_weight=0.23,
         num_runs=2,
+        moving_tiles=True,
     ),
     JpegIntervals: RestoreOptions(
         solver="splitting",
@@ -72,6 +81,7 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
         last_sigma=2.0,
         noise=0.0,
         prior_weight=1.0,
+        num_runs=1,
         moving_tiles=False,
     ),
 }
@@ -81,7 +91,7 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
 def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) -> RestoreOptions:
     """Return the options for an observation (1, 3, h, w), with defaults in place of None."""
     suggested = next((SUGGESTED[c] for c in type(likelihood).__mro__ if c in SUGGESTED), SUGGESTED[Convolution])
-    names = ("solver", "num_steps", "num_averaged", "first_sigma", "last_sigma", "noise", "prior_weight")
+    names = ("solver", "num_steps", "num_averaged", "first_sigma", "last_sigma", "noise", "prior_weight", "moving_tiles")
     filled = {name: getattr(suggested, name) for name in names if getattr(options, name) is None}
     if options.num_averaged is None:  # the suggested share of other numbers of steps; 1 for another solver
         assert suggested.num_steps is not None and suggested.num_averaged is not None
@@ -90,9 +100,7 @@ def complete(options: RestoreOptions, likelihood: Likelihood, observed: Tensor) 
         filled["num_averaged"] = max(round(steps * suggested.num_averaged / suggested.num_steps), 1) if same else 1
     if options.num_runs is None:
         chosen_by_user = options.solver is not None or options.num_steps is not None
-        filled["num_runs"] = 1 if chosen_by_user else suggested.num_runs or 1
-    if options.moving_tiles is None:
-        filled["moving_tiles"] = suggested.moving_tiles is not False
+        filled["num_runs"] = 1 if chosen_by_user else suggested.num_runs
     options = replace(options, **filled)
     if options.noise is None:
         options = replace(options, noise=min(estimate_sigma(observed)[0], 255.0))
