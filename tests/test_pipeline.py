@@ -13,8 +13,11 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from ebt_vision.commands.console import BAD_INPUT
+from ebt_vision.commands.image_jobs import run_jobs, write_result
 from ebt_vision.commands.pipeline import Job, Pipeline
 from ebt_vision.core.sharing import CLAIMS, Share, shared_folder
+from ebt_vision.data.image_files import ImageFile
 
 
 def jobs_in(folder: Path, count: int) -> list[Job]:
@@ -142,6 +145,26 @@ def test_shares_are_whole_and_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         shares.append(share.of(jobs))
     assert sorted(sum(shares, []), key=jobs.index) == jobs
     assert [len(share) for share in shares] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_process_that_starts_late_has_the_same_share(first: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / f"{i}.png")
+    worked: list[list[str]] = []
+
+    def work(job: Job, image: ImageFile) -> Callable[[], str]:
+        worked[-1].append(job.source.name)
+        return lambda: write_result(job, image, job.source.name, overwrite=False)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (first, 1 - first):
+        worked.append([])
+        monkeypatch.setenv("RANK", str(rank))
+        assert run_jobs([tmp_path / "in"], tmp_path / "out", lambda: work, overwrite=False, png=False) == 0
+    assert worked[first] == ["0.png", "2.png", "4.png"] and worked[1 - first] == ["1.png", "3.png"]
+    assert run_jobs([tmp_path / "in"], tmp_path / "out", lambda: work, overwrite=False, png=False) == BAD_INPUT  # they exist
 
 
 @pytest.mark.slow

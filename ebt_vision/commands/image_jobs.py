@@ -28,10 +28,16 @@ def run_jobs(inputs: Sequence[Path], output: Path, prepare: Callable[[], Work], 
     from ebt_vision.core.sharing import Share
 
     share = Share.of_environment()
-    jobs, problems = _plan(inputs, output, overwrite, png)
+    planned, problems = _plan(inputs, output, png)
     for problem in problems if share.index == 0 else ():
         say(problem)
-    jobs = share.of(jobs)
+    jobs = []
+    for job in share.of(planned):  # before any look at results: the other processes may have written theirs already
+        if job.target.exists() and not overwrite:
+            problems.append(f"{job.source}: {job.target} exists; choose another --output, or add --overwrite to replace it")
+            say(problems[-1])
+        else:
+            jobs.append(job)
     failed, done, num_all = len(problems), 0, len(jobs)
     if jobs:
         _make_folder(output)
@@ -76,8 +82,8 @@ def _is_done(target: Path, since: int | None) -> bool:
         return False
 
 
-def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> tuple[list[Job], list[str]]:
-    """Return the jobs, and one line for each input that cannot be used."""
+def _plan(inputs: Sequence[Path], output: Path, png: bool) -> tuple[list[Job], list[str]]:
+    """Return the jobs, with or without a result, and one line for each input that cannot be used."""
     from ebt_vision.commands.pipeline import Job
 
     jobs: dict[Path, Job] = {}
@@ -95,8 +101,6 @@ def _plan(inputs: Sequence[Path], output: Path, overwrite: bool, png: bool) -> t
                 problems.append(f"{source}: {jobs[target].source} has the same result {target}; rename one of the inputs")
             elif target.is_dir():
                 problems.append(f"{source}: its result {target} is a folder; choose another --output")
-            elif target.exists() and not overwrite:
-                problems.append(f"{source}: {target} exists; choose another --output, or add --overwrite to replace it")
             else:
                 jobs[target] = Job(source=source, target=target)
     for target, job in list(jobs.items()):
