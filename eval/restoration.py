@@ -4,7 +4,8 @@
         --images 20 --size 160 --output out/restoration
 
 The parameters of the classical methods are chosen by PSNR on the training images of --choose-on, like the defaults of
-restore(). results.json is written after every task, and report.md at the end.
+restore(). results.json is written after every task, and report.md at the end. --classical-from takes the classical rows from
+the results.json of an earlier run on the same images, so that new weights are compared without the slow classical methods.
 """
 
 import functools
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ from ebt_vision.restoration.options import RestoreOptions
 from ebt_vision.restoration.restore import restore
 from ebt_vision.restoration.solvers import SOLVERS
 
+SAME_PSNR = 0.01
+"""Differences of a PSNR in dB up to this value are rounding: decoders of JPEG differ between machines."""
 Restorer = Callable[[Any], tuple[Tensor, int]]
 """Damaged image -> (restored image, passes through a network)."""
 
@@ -111,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         denoisers = {name: load_denoiser(name, device=device) for name in settings.models}
         images = _load(settings.data, settings.size, settings.images)
         others = _load(settings.choose_on, settings.size, settings.choose_images) if settings.choose_on else []
+        earlier = _classical_rows(settings.classical_from, settings, images) if settings.classical_from else None
         if settings.dpir:
             import_deepinv()
         lpips = _lpips(settings.lpips_backbone, device)
@@ -127,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": [],
     }
     for task in settings.tasks:
-        rows = []
+        rows = [] if earlier is None else [row for row in earlier if row["task"] == task]
         for method in _methods(task, settings, denoisers, others):
             row = measure(task, images, method.run, seed=settings.seed, lpips=lpips)
             rows.append(
@@ -153,7 +158,7 @@ class NamedMethod:
 
 def _methods(task: str, settings: Any, denoisers: dict[str, Denoiser], others: list[Tensor]) -> Iterator[NamedMethod]:
     """The classical methods, then for each denoiser: restore(), the other solvers, deepinv's DPIR."""
-    for name, (method, _) in CLASSICAL[task].items():
+    for name, (method, _) in CLASSICAL[task].items() if settings.classical_from is None else ():
         if name not in settings.skip:
             value = choose(task, name, others, seed=settings.seed + 1)
             yield NamedMethod(name, value or "", functools.partial(_classical, method, value))
@@ -183,6 +188,32 @@ def _ours(denoiser: Denoiser, options: RestoreOptions, damaged: Any) -> tuple[Te
 def _dpir(denoiser: Denoiser, damaged: Any) -> tuple[Tensor, int]:
     noise = BLUR_NOISE if isinstance(damaged.likelihood, Convolution) else 0.0
     return dpir(damaged.observed, damaged.likelihood, denoiser, noise=noise)
+
+
+def _classical_rows(path: Path, settings: Any, images: list[Tensor]) -> list[dict[str, Any]]:
+    """Return the rows without a network of an earlier results.json. Raises ValueError if it is of other images or settings."""
+    try:
+        earlier = json.loads(path.read_text())
+        rows = [row for row in earlier["rows"] if not row["is_network"]]
+        theirs = {"seed": earlier["seed"], "size": earlier["size"], "num_images": earlier["num_images"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results.json of this program; choose another --classical-from") from error
+    rows = [row for row in rows if row["method"] not in settings.skip]
+    ours = {"seed": settings.seed, "size": list(images[0].shape[-2:]), "num_images": len(images)}
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ValueError(
+                f"{path} has {name}={theirs[name]}, and this run {value}; the classical rows must be of the same images"
+            )
+    for task in settings.tasks:
+        name, (method, _) = next(iter(CLASSICAL[task].items()))  # the damaged image itself
+        theirs = [row["psnrs"] for row in rows if (row["task"], row["method"]) == (task, name)]
+        if not theirs:
+            raise ValueError(f"{path} has no classical rows of {task}; leave out --classical-from")
+        found = measure(task, images, functools.partial(_classical, method, 0.0), seed=settings.seed)["psnrs"]
+        if not np.allclose(found, theirs[0], rtol=0, atol=SAME_PSNR):
+            raise ValueError(f"{path} is of other images: {name} of {task} has other PSNR values; leave out --classical-from")
+    return rows
 
 
 def _lpips(backbone: str | None, device: str) -> PerceptualDistance | None:
@@ -220,6 +251,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--dpir", action="store_true", help="rows of deepinv's DPIR with each model as well")
     parser.add_argument("--lpips-backbone", metavar="FILE", help="torchvision's AlexNet weights, or 'download'")
     parser.add_argument("--skip", nargs="*", default=[], metavar="METHOD", help="classical methods to leave out, say BM3D")
+    parser.add_argument("--classical-from", metavar="FILE", type=named_path, help="classical rows of this earlier results.json")
     parser.add_argument("--images", type=count, default=20)
     parser.add_argument("--choose-images", type=count, default=4)
     parser.add_argument("--size", type=number(int, 32), default=256, help="side of the squares; a multiple of 4")

@@ -15,6 +15,7 @@ from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.decoded import TurnedImage, _orient
 from ebt_vision.denoising.base import IdentityDenoiser, for_photographs
 from ebt_vision.denoising.ebt import EBTDenoiser
+from ebt_vision.denoising.self_ensemble import turned, turned_back
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.restoration import solvers
 from ebt_vision.restoration.jpeg import JpegIntervals, JpegTables
@@ -131,6 +132,41 @@ def test_the_grid_of_tiles_moves_and_leaves_no_seam() -> None:
     for step in range(3):
         torch.testing.assert_close(prior.denoise(x, step).image, x, atol=1e-6, rtol=0)
     assert Prior(denoiser, tile_size=None, moving=False).shift(5, x) == (0, 0)
+
+
+class RightNeighbour(IdentityDenoiser):
+    """Moves the image by one pixel to the left: not the same on a mirrored or rotated copy."""
+
+    def _denoise(self, noisy, options, image_ids, callback):
+        result = super()._denoise(noisy, options, image_ids, callback)
+        return replace(result, image=result.image.roll(-1, -1))
+
+
+def test_each_step_denoises_another_copy_of_the_tiles() -> None:
+    x = image(16, 16)
+    prior = Prior(RightNeighbour(), tile_size=16, moving=False, turning=True, first_copy=6)
+    for step, copy in enumerate((6, 7, 0, 1, 2)):
+        expected = turned_back(turned(x, copy).roll(-1, -1), copy)
+        torch.testing.assert_close(prior.denoise(x, step).image, expected)
+    same = Prior(RightNeighbour(), tile_size=16, moving=False)
+    assert all(torch.equal(same.denoise(x, step).image, x.roll(-1, -1)) for step in range(3))
+
+
+def test_copies_of_tiles_that_are_no_squares_come_back_in_place() -> None:
+    x = image(37, 45)
+    prior = Prior(IdentityDenoiser(), tile_size=16, moving=True, turning=True, region=~holes().known[0, 0])
+    for step in range(8):
+        torch.testing.assert_close(prior.denoise(x, step).image, x, atol=1e-6, rtol=0)
+        torch.testing.assert_close(prior.fill(x.clone(), step).image, x, atol=1e-6, rtol=0)
+
+
+def test_the_seed_chooses_the_first_copy() -> None:
+    observed, mask = image(), holes()
+    options = RestoreOptions(solver="splitting", num_steps=1, turning_tiles=False)
+    chosen = (options, *(replace(options, seed=seed, turning_tiles=True) for seed in (0, 8, 5)))
+    plain, first, again, other = (restore(observed, mask, o, denoiser=tiny_ebt()).image for o in chosen)
+    assert torch.equal(plain, first) and torch.equal(plain, again)  # copy 0 is the tile itself
+    assert not torch.equal(plain, other)
 
 
 def test_descent_never_raises_the_sum_on_a_grid_that_stays() -> None:

@@ -86,6 +86,46 @@ def test_the_program_writes_rows_and_a_table(tmp_path: Path, capsys: pytest.Capt
     assert "use a --size of 48 or less" in capsys.readouterr().err
 
 
+def test_classical_rows_of_an_earlier_run_are_taken_if_they_are_of_the_same_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, turns in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        array = (waves()[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)) // (turns + 1)).save(tmp_path / name / "0.png")
+
+    def run(folder: str, output: str, *more: str) -> int:
+        command = [
+            "--data",
+            str(tmp_path / folder),
+            "--models",
+            "identity",
+            "--tasks",
+            "upscale2",
+            "--size",
+            "40",
+            "--skip",
+            "TV",
+        ]
+        return restoration.main([*command, "--images", "1", "--output", str(tmp_path / output), *more])
+
+    assert run("a", "first") == 0
+    earlier = tmp_path / "first" / "results.json"
+    assert run("a", "second", "--classical-from", str(earlier)) == 0
+    first, second = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("first", "second"))
+    assert [row["method"] for row in second] == ["bicubic", "back-projection", "identity"]
+    assert first[:2] == second[:2]  # the seconds too: they were not measured again
+    assert second[2]["against"] == "back-projection" and second[2]["gain"] == first[2]["gain"]
+    for arguments, said in (
+        (("b", "third", "--classical-from", str(earlier)), "is of other images"),
+        (("a", "third", "--classical-from", str(earlier), "--seed", "1"), "has seed=0, and this run 1"),
+        (("a", "third", "--classical-from", str(earlier), "--tasks", "jpeg"), "has no classical rows of jpeg"),
+        (("a", "third", "--classical-from", str(tmp_path / "a" / "0.png")), "is no results.json of this program"),
+        (("a", "third", "--classical-from", str(tmp_path / "none.json")), "No such file"),
+    ):
+        assert run(*arguments) == 2 and said in capsys.readouterr().err
+
+
 def test_differences_are_paired_and_against_the_best_classical_method() -> None:
     def row(method: str, psnrs: list[float], is_network: bool) -> dict:
         return {"method": method, "psnr": float(np.mean(psnrs)), "psnrs": psnrs, "is_network": is_network}

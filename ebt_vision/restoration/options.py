@@ -33,8 +33,10 @@ class RestoreOptions:
     moving_tiles: bool | None = None
     """Move the grid of tiles from step to step. Without it seams can be visible. None: as suits the damage; not for JPEG, whose
     blocks the network recognises best in line with its patches."""
+    turning_tiles: bool = True
+    """Denoise another mirrored or rotated copy of the tiles in each step; their errors average out. Not for the descent."""
     seed: int = 0
-    """Seed of the noise of renoising."""
+    """Seed of the noise of renoising; it also selects the first copy of turning_tiles."""
     num_runs: int | None = None
     """Number of whole runs, with the seeds `seed`, `seed` + 1 ...; the result is their mean. Each run of renoising is close to
     one draw from the images that explain the observation, and the mean has a smaller squared error. Renoising only. None: as

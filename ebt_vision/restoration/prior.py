@@ -1,6 +1,8 @@
 """A denoiser as the prior of a restoration. It works on tiles, and the grid of tiles moves from step to step.
 
-On a fixed grid, errors at the borders of the tiles add up over the steps. On a moving grid these errors average out.
+On a fixed grid, errors at the borders of the tiles add up over the steps. On a moving grid these errors average out. The network
+makes different errors on mirrored and rotated copies of a tile. If each step takes another copy, these errors average out as
+well (the periodical self-ensemble of DPIR, Zhang et al. 2021).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.inputs import MIN_SIDE
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.self_ensemble import NUM_COPIES, turned, turned_back
 from ebt_vision.denoising.tiling import fitted_side, tile_starts, tile_weights
 from ebt_vision.models.patch_ebt import num_patches
 from ebt_vision.noise.processes import to_model_range
@@ -39,11 +42,21 @@ class Denoised:
 class Prior:
     """Denoise an image (1, 3, H, W) in tiles. With `region`, bool (H, W), only tiles that touch the region are denoised.
 
-    Pixels of other tiles stay as they are.
+    Pixels of other tiles stay as they are. With `turning`, step k denoises copy k + first_copy of each tile (see
+    self_ensemble.turned).
     """
 
-    def __init__(self, denoiser: Denoiser, *, tile_size: int | None, moving: bool, region: Tensor | None = None):
-        self.denoiser, self.moving = denoiser, moving
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        tile_size: int | None,
+        moving: bool,
+        turning: bool = False,
+        first_copy: int = 0,
+        region: Tensor | None = None,
+    ):
+        self.denoiser, self.moving, self.turning, self.first_copy = denoiser, moving, turning, first_copy
         self.tile = denoiser.tile_size if tile_size is None else tile_size
         if self.tile < MIN_SIDE:
             raise ValueError(f"tile_size={self.tile} is too small; use {MIN_SIDE} or more")
@@ -82,7 +95,8 @@ class Prior:
         return Denoised(image=image, energy=found.energy, num_forward=found.num_forward)
 
     def _work_on(self, image: Tensor, step: int, noise: Tensor | None = None) -> "_Work":
-        return _Work(self.denoiser, image, noise, self._tiles(image.shape[-2:], self.shift(step, image)))
+        copy = (self.first_copy + step) % NUM_COPIES if self.turning else 0
+        return _Work(self.denoiser, image, noise, self._tiles(image.shape[-2:], self.shift(step, image)), copy)
 
     def shift(self, step: int, image: Tensor) -> tuple[int, int]:
         """Return how many pixels the grid of this step begins above and to the left of the image, below a quarter of a tile.
@@ -136,8 +150,8 @@ class _Tile:
 class _Work:
     """One pass of a denoiser over tiles of image + noise."""
 
-    def __init__(self, denoiser: Denoiser, image: Tensor, noise: Tensor | None, tiles: list[_Tile]):
-        self.denoiser, self.image, self.noise, self.tiles = denoiser, image, noise, tiles
+    def __init__(self, denoiser: Denoiser, image: Tensor, noise: Tensor | None, tiles: list[_Tile], copy: int):
+        self.denoiser, self.image, self.noise, self.tiles, self.copy = denoiser, image, noise, tiles, copy
         self.energy: float | None = None
         """Mean over all tiles; known after `outputs`."""
         self.num_forward = 0
@@ -147,11 +161,11 @@ class _Work:
         energies: list[float] = []
         for start in range(0, len(self.tiles), TILES_AT_ONCE):
             group = self.tiles[start : start + TILES_AT_ONCE]
-            shown = torch.cat([self._cut(tile) for tile in group])
+            shown = turned(torch.cat([self._cut(tile) for tile in group]), self.copy)
             result = self.denoiser.denoise_whole(shown, DenoiseOptions(num_steps=1, final_energy=False))
             self.num_forward += int(result.num_forward.sum())
             energies += [] if result.energies is None else result.energies[0].tolist()
-            for tile, clean in zip(group, result.image, strict=True):
+            for tile, clean in zip(group, turned_back(result.image, self.copy), strict=True):
                 above, beside = tile.mirrored
                 yield tile, tile.weight.to(clean) * clean[:, above:, beside:]
         self.energy = sum(energies) / len(energies) if energies else None

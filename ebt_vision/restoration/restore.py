@@ -131,7 +131,14 @@ def _run(
     region: Tensor | None = None,
 ) -> RestoreResult:
     assert options.solver is not None and options.num_steps is not None and options.moving_tiles is not None
-    prior = Prior(denoiser, tile_size=options.tile_size, moving=options.moving_tiles, region=region)
+    prior = Prior(
+        denoiser,
+        tile_size=options.tile_size,
+        moving=options.moving_tiles,
+        turning=options.turning_tiles,
+        first_copy=options.seed,
+        region=region,
+    )
     record = Record(num_steps=options.num_steps, callback=callback, keep_trajectory=options.keep_trajectory)
     x = SOLVERS[options.solver](prior, likelihood, observed, options, record)
     return RestoreResult(

@@ -64,13 +64,13 @@ SUGGESTED: dict[type[Likelihood], RestoreOptions] = {
     ),
     Downsampling: RestoreOptions(
         solver="renoising",
-        num_steps=20,
-        num_averaged=16,
+        num_steps=44,
+        num_averaged=40,
         first_sigma=20.0,
         last_sigma=15.0,
         noise=0.0,
         prior_weight=0.23,
-        num_runs=2,
+        num_runs=1,
         moving_tiles=True,
     ),
     JpegIntervals: RestoreOptions(
