@@ -207,11 +207,11 @@ def _classical_rows(path: Path, settings: Any, images: list[Tensor]) -> list[dic
             )
     for task in settings.tasks:
         name, (method, _) = next(iter(CLASSICAL[task].items()))  # the damaged image itself
-        theirs = [row["psnrs"] for row in rows if (row["task"], row["method"]) == (task, name)]
-        if not theirs:
+        before = [row["psnrs"] for row in rows if (row["task"], row["method"]) == (task, name)]
+        if not before:
             raise ValueError(f"{path} has no classical rows of {task}; leave out --classical-from")
         found = measure(task, images, functools.partial(_classical, method, 0.0), seed=settings.seed)["psnrs"]
-        if not np.allclose(found, theirs[0], rtol=0, atol=SAME_PSNR):
+        if not np.allclose(found, before[0], rtol=0, atol=SAME_PSNR):
             raise ValueError(f"{path} is of other images: {name} of {task} has other PSNR values; leave out --classical-from")
     return rows
 

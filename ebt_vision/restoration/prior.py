@@ -1,8 +1,8 @@
 """A denoiser as the prior of a restoration. It works on tiles, and the grid of tiles moves from step to step.
 
-On a fixed grid, errors at the borders of the tiles add up over the steps. On a moving grid these errors average out. The network
-makes different errors on mirrored and rotated copies of a tile. If each step takes another copy, these errors average out as
-well (the periodical self-ensemble of DPIR, Zhang et al. 2021).
+On a fixed grid, errors at the borders of the tiles add up over the steps. On a moving grid these errors average out. The
+network makes different errors on mirrored and rotated copies of a tile. If each step takes another copy, these errors average
+out as well (the periodical self-ensemble of DPIR, Zhang et al. 2021).
 """
 
 from collections.abc import Callable, Iterator, Sequence
