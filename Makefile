@@ -1,5 +1,5 @@
 # make demo     set everything up and open the Gradio page (ARGS="--port 8000 --share" passes options)
-# make test     set everything up and run the checks and all tests
+# make test     set everything up and run the checks and all tests, in two processes
 # make check    ruff, mypy, the docs' links   make format   apply the fixes of ruff
 # make docs     serve the documentation at http://127.0.0.1:8000 (ARGS="--dev-addr 0.0.0.0:8001" passes options)
 # make setup    create the virtual environment .venv with all developer tools
@@ -23,7 +23,7 @@ demo: .venv/ready-demo
 	@.venv/bin/python apps/denoise.py $(ARGS)
 
 test: check
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: .venv/ready-dev
 	@.venv/bin/ruff check .

@@ -1,4 +1,7 @@
-"""Common settings and fixtures: at most two CPU threads, no network, and a tiny model with random weights."""
+"""Common settings and fixtures: at most two CPU threads, no network, and a tiny model with random weights.
+
+`make test` runs the tests in two processes (pytest-xdist). Each then has one thread, and one of them has all tests of the page.
+"""
 
 import os
 import signal
@@ -14,9 +17,17 @@ hypothesis.settings.load_profile("project")
 # A shell starts its background jobs with SIGINT ignored, and so would be the signals of the tests that interrupt a training.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+PAGE_TESTS = ("test_app", "test_page_load")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests that open the page to one process: two browsers and servers at once are too slow for their time limits."""
+    for item in items:
+        if item.path.name.startswith(PAGE_TESTS):
+            item.add_marker(pytest.mark.xdist_group("page"))
 
 
 @pytest.fixture

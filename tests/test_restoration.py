@@ -290,15 +290,15 @@ def test_several_runs_give_the_mean_of_the_runs_with_the_next_seeds(damage: str)
 
 
 def test_the_default_number_of_runs_suits_the_damage_and_other_settings_have_one() -> None:
-    denoiser = tiny_ebt()
-    assert restore(image(), holes(), denoiser=denoiser).num_runs == 2
+    for likelihood, runs in ((holes(), 2), (Downsampling(2), 1), (Convolution(gaussian_kernel(1.0)), 3)):
+        assert complete(RestoreOptions(), likelihood, image()).num_runs == runs
     for options in (RestoreOptions(num_steps=3), RestoreOptions(solver="splitting"), RestoreOptions(num_runs=1)):
-        assert restore(image(), holes(), options, denoiser=denoiser).num_runs == 1
-    enlarged, blurred = Downsampling(2), Convolution(gaussian_kernel(1.0))
-    for likelihood, runs in ((enlarged, 2), (blurred, 3)):
-        result = restore(image(), likelihood, denoiser=denoiser)
-        single = restore(image(), likelihood, RestoreOptions(num_runs=1), denoiser=denoiser)
-        assert result.num_runs == runs and result.num_forward == runs * single.num_forward
+        assert complete(options, holes(), image()).num_runs == 1
+    denoiser = tiny_ebt()
+    blur = Convolution(gaussian_kernel(1.0))
+    result = restore(image(), blur, denoiser=denoiser)
+    single = restore(image(), blur, RestoreOptions(num_runs=1), denoiser=denoiser)
+    assert result.num_runs == 3 and result.num_forward == 3 * single.num_forward
 
 
 def test_several_runs_keep_known_pixels_of_any_dtype() -> None:
