@@ -235,6 +235,9 @@ def test_developing_a_flat_mosaic_gives_the_flat_colour_back():
         {"full_size_share": -0.1},
         {"full_size_zoom": (0.5, 2.0)},
         {"full_size_zoom": (3.0, 2.0)},
+        {"full_size_zoom": 2.0},
+        {"jpeg_quality": 80},
+        {"jpeg_quality": (30, 60, 90)},
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict):

@@ -81,6 +81,10 @@ class RealisticNoiseConfig:
         for name in [field.name for field in fields(self) if field.name.endswith("_share")]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
+        for name in ("jpeg_quality", "full_size_zoom"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or len(value) != 2:
+                raise ValueError(f"{name}={value!r} is not a range; write [lowest, highest]")
         low, high = self.jpeg_quality
         if not 1 <= low <= high <= 100:
             raise ValueError(f"jpeg_quality=[{low}, {high}] is not a range in 1..100")
