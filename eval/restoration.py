@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         denoisers = {name: load_denoiser(name, device=device) for name in settings.models}
         images = _load(settings.data, settings.size, settings.images)
         others = _load(settings.choose_on, settings.size, settings.choose_images) if settings.choose_on else []
-        earlier = _classical_rows(settings.classical_from, settings, images) if settings.classical_from else None
+        earlier, about = _classical_rows(settings.classical_from, settings, images) if settings.classical_from else (None, None)
         if settings.dpir:
             import_deepinv()
         lpips = _lpips(settings.lpips_backbone, device)
@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         "num_images": len(images),
         "size": list(images[0].shape[-2:]),
         "threads": torch.get_num_threads(),
+        "classical_from": about,
         "rows": [],
     }
     for task in settings.tasks:
@@ -190,30 +191,38 @@ def _dpir(denoiser: Denoiser, damaged: Any) -> tuple[Tensor, int]:
     return dpir(damaged.observed, damaged.likelihood, denoiser, noise=noise)
 
 
-def _classical_rows(path: Path, settings: Any, images: list[Tensor]) -> list[dict[str, Any]]:
-    """Return the rows without a network of an earlier results.json. Raises ValueError if it is of other images or settings."""
+def _classical_rows(path: Path, settings: Any, images: list[Tensor]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows without a network of an earlier results.json, and what made them.
+
+    Raises ValueError if they are of other images or settings, or incomplete.
+    """
+    if settings.choose_on:
+        raise ValueError("--choose-on has no effect with --classical-from, whose parameters were chosen before; leave out one")
     try:
         earlier = json.loads(path.read_text())
         rows = [row for row in earlier["rows"] if not row["is_network"]]
+        found = {(row["task"], row["method"]): np.array(row["psnrs"], dtype=float) for row in rows}
         theirs = {"seed": earlier["seed"], "size": earlier["size"], "num_images": earlier["num_images"]}
-    except (ValueError, KeyError, TypeError) as error:
+        about = earlier.get("classical_from") or {name: earlier[name] for name in ("command", "commit", "hardware", "date")}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); choose another --classical-from") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no results.json of this program; choose another --classical-from") from error
-    rows = [row for row in rows if row["method"] not in settings.skip]
     ours = {"seed": settings.seed, "size": list(images[0].shape[-2:]), "num_images": len(images)}
     for name, value in ours.items():
         if theirs[name] != value:
-            raise ValueError(
-                f"{path} has {name}={theirs[name]}, and this run {value}; the classical rows must be of the same images"
-            )
+            said = f"{path} has {name}={theirs[name]}, and this run {value}"
+            raise ValueError(f"{said}; the classical rows must be of the same images")
     for task in settings.tasks:
+        for name in CLASSICAL[task]:
+            if name not in settings.skip and (task, name) not in found:
+                raise ValueError(f"{path} has no row {name} of {task}; add --skip {name}, or leave out --classical-from")
         name, (method, _) = next(iter(CLASSICAL[task].items()))  # the damaged image itself
-        before = [row["psnrs"] for row in rows if (row["task"], row["method"]) == (task, name)]
-        if not before:
-            raise ValueError(f"{path} has no classical rows of {task}; leave out --classical-from")
-        found = measure(task, images, functools.partial(_classical, method, 0.0), seed=settings.seed)["psnrs"]
-        if not np.allclose(found, before[0], rtol=0, atol=SAME_PSNR):
+        before = found.get((task, name), np.empty(0))
+        now = np.array(measure(task, images, functools.partial(_classical, method, 0.0), seed=settings.seed)["psnrs"])
+        if before.shape != now.shape or not np.allclose(before, now, rtol=0, atol=SAME_PSNR):
             raise ValueError(f"{path} is of other images: {name} of {task} has other PSNR values; leave out --classical-from")
-    return rows
+    return [row for row in rows if row["method"] not in settings.skip], about
 
 
 def _lpips(backbone: str | None, device: str) -> PerceptualDistance | None:
@@ -251,7 +260,9 @@ def _parser() -> OneLineParser:
     parser.add_argument("--dpir", action="store_true", help="rows of deepinv's DPIR with each model as well")
     parser.add_argument("--lpips-backbone", metavar="FILE", help="torchvision's AlexNet weights, or 'download'")
     parser.add_argument("--skip", nargs="*", default=[], metavar="METHOD", help="classical methods to leave out, say BM3D")
-    parser.add_argument("--classical-from", metavar="FILE", type=named_path, help="classical rows of this earlier results.json")
+    parser.add_argument(
+        "--classical-from", metavar="FILE", type=named_path, help="take the classical rows of this results.json"
+    )
     parser.add_argument("--images", type=count, default=20)
     parser.add_argument("--choose-images", type=count, default=4)
     parser.add_argument("--size", type=number(int, 32), default=256, help="side of the squares; a multiple of 4")

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -23,11 +24,25 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 PAGE_TESTS = ("test_app", "test_page_load")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests that open the page to one process: two browsers and servers at once are too slow for their time limits."""
-    for item in items:
-        if item.path.name.startswith(PAGE_TESTS):
-            item.add_marker(pytest.mark.xdist_group("page"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, and all tests that open the page to the same one.
+
+    Two browsers and servers at once are too slow for their time limits.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class PageInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return PageInOneProcess(config, log)
+
+
+def scope_of(nodeid: str) -> str:
+    """Return the name of the tests that one process gets together with this one."""
+    file = nodeid.partition("::")[0].rpartition("/")[2]
+    return "page" if file.startswith(PAGE_TESTS) else file
 
 
 @pytest.fixture

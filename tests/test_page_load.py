@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 from browser import chromium_path
+from conftest import scope_of
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import page_load
 import page_picture
+
+
+def test_one_process_has_all_tests_that_open_the_page():
+    folder = Path(__file__).parent
+    opening = [path.name for path in folder.glob("test_*.py") if "from browser import" in path.read_text()]
+    assert len(opening) >= 3 and {scope_of(f"tests/{name}::test_it[a-b]") for name in opening} == {"page"}
+    assert scope_of("tests/test_thinking.py::test_it") == "test_thinking.py"
 
 
 @pytest.mark.slow

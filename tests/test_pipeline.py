@@ -167,6 +167,38 @@ def test_a_process_that_starts_late_has_the_same_share(first: int, monkeypatch: 
     assert run_jobs([tmp_path / "in"], tmp_path / "out", lambda: work, overwrite=False, png=False) == BAD_INPUT  # they exist
 
 
+def test_several_processes_do_not_write_into_the_folder_that_they_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="choose another --output"):
+        run_jobs([tmp_path], tmp_path / "." / "", lambda: pytest.fail("nothing is loaded"), overwrite=True, png=True)
+
+
+def test_the_first_process_counts_the_inputs_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, status in ((0, BAD_INPUT), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run_jobs([tmp_path / "none.png"], tmp_path / "out", pytest.fail, overwrite=False, png=False) == status
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "0"},
+        {"RANK": "x"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="the environment has .*(RANK|WORLD_SIZE).*; start several processes with accelerate"):
+        Share.of_environment()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", [False, True])
 def test_two_processes_denoise_each_image_once(launched: bool, tiny_checkpoint: Path, tmp_path: Path):

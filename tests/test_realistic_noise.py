@@ -238,6 +238,9 @@ def test_developing_a_flat_mosaic_gives_the_flat_colour_back():
         {"full_size_zoom": 2.0},
         {"jpeg_quality": 80},
         {"jpeg_quality": (30, 60, 90)},
+        {"jpeg_quality": (5.5, 92.5)},
+        {"jpeg_quality": (True, 90)},
+        {"full_size_zoom": ("x", 2.0)},
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict):

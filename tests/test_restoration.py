@@ -157,7 +157,9 @@ def test_copies_of_tiles_that_are_no_squares_come_back_in_place() -> None:
     prior = Prior(IdentityDenoiser(), tile_size=16, moving=True, turning=True, region=~holes().known[0, 0])
     for step in range(8):
         torch.testing.assert_close(prior.denoise(x, step).image, x, atol=1e-6, rtol=0)
-        torch.testing.assert_close(prior.fill(x.clone(), step).image, x, atol=1e-6, rtol=0)
+        noise = 0.2 * image(37, 45, seed=1) - 0.1
+        expected = torch.where(prior.region, (x + noise).clamp(0, 1), x)
+        torch.testing.assert_close(prior.fill(x.clone(), step, noise).image, expected, atol=1e-6, rtol=0)
 
 
 def test_the_seed_chooses_the_first_copy() -> None:

@@ -115,13 +115,23 @@ def test_classical_rows_of_an_earlier_run_are_taken_if_they_are_of_the_same_imag
     first, second = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("first", "second"))
     assert [row["method"] for row in second] == ["bicubic", "back-projection", "identity"]
     assert first[:2] == second[:2]  # the seconds too: they were not measured again
+    about = [json.loads((tmp_path / name / "results.json").read_text())["classical_from"] for name in ("first", "second")]
+    assert about[0] is None and "--classical-from" not in about[1]["command"] and about[1]["commit"]
+    broken = json.loads(earlier.read_text())
+    for number, change in enumerate(({"psnrs": None}, {"psnrs": [1.0, 2.0]}, {"method": "other"})):
+        (tmp_path / f"{number}.json").write_text(json.dumps(broken | {"rows": [broken["rows"][0] | change, broken["rows"][1]]}))
     assert second[2]["against"] == "back-projection" and second[2]["gain"] == first[2]["gain"]
     for arguments, said in (
         (("b", "third", "--classical-from", str(earlier)), "is of other images"),
         (("a", "third", "--classical-from", str(earlier), "--seed", "1"), "has seed=0, and this run 1"),
-        (("a", "third", "--classical-from", str(earlier), "--tasks", "jpeg"), "has no classical rows of jpeg"),
+        (("a", "third", "--classical-from", str(earlier), "--tasks", "jpeg"), "has no row start of jpeg"),
         (("a", "third", "--classical-from", str(tmp_path / "a" / "0.png")), "is no results.json of this program"),
-        (("a", "third", "--classical-from", str(tmp_path / "none.json")), "No such file"),
+        (("a", "third", "--classical-from", str(tmp_path / "none.json")), "choose another --classical-from"),
+        (("a", "third", "--classical-from", str(tmp_path)), "choose another --classical-from"),
+        (("a", "third", "--classical-from", str(tmp_path / "0.json")), "is of other images"),
+        (("a", "third", "--classical-from", str(tmp_path / "1.json")), "is of other images"),
+        (("a", "third", "--classical-from", str(tmp_path / "2.json")), "has no row bicubic of upscale2"),
+        (("a", "third", "--classical-from", str(earlier), "--choose-on", str(tmp_path / "a")), "leave out one"),
     ):
         assert run(*arguments) == 2 and said in capsys.readouterr().err
 

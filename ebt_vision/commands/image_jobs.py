@@ -28,8 +28,12 @@ def run_jobs(inputs: Sequence[Path], output: Path, prepare: Callable[[], Work], 
     from ebt_vision.core.sharing import Share
 
     share = Share.of_environment()
+    if share.count > 1 and any(path.is_dir() and path.resolve() == output.resolve() for path in inputs):
+        raise ValueError(f"{output} has the images and would get the results, which needs one process; choose another --output")
     planned, problems = _plan(inputs, output, png)
-    for problem in problems if share.index == 0 else ():
+    if share.index > 0:
+        problems = []  # the first process reports and counts them
+    for problem in problems:
         say(problem)
     jobs = []
     for job in share.of(planned):  # before any look at results: the other processes may have written theirs already

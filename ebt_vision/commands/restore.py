@@ -67,7 +67,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME_OR_PATH", type=name, help="a shipped name, a folder or hub:OWNER/NAME")
     parser.add_argument("--solver", choices=SOLVERS, help="default: the one that suits the damage")
     parser.add_argument("--steps", metavar="N", type=count, help="steps of the solver (default: as suits the damage)")
-    parser.add_argument("--seed", metavar="S", type=whole_number, default=0, help="seed of all noise (default 0)")
+    parser.add_argument(
+        "--seed",
+        metavar="S",
+        type=whole_number,
+        default=0,
+        help="seed of the noise, and of the first mirrored copy (default 0)",
+    )
     parser.add_argument(
         "--runs",
         metavar="N",

@@ -20,6 +20,9 @@ CLAIMS = ".claims"
 """Folder of lock files inside an output folder; it is removed at the end."""
 
 
+_LAUNCHERS = "start several processes with accelerate launch or torchrun, or unset these variables"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
     """The rank of this process among all processes, and on this machine."""
@@ -30,9 +33,20 @@ class Share:
 
     @classmethod
     def of_environment(cls) -> Share:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, which accelerate launch and torchrun set; without them there is one process."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, which accelerate launch and torchrun set; without them there is one process.
+
+        Raises ValueError for values that do not fit together.
+        """
         names = {"index": "RANK", "count": "WORLD_SIZE", "local_index": "LOCAL_RANK"}
-        return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+        given = {field: os.environ[name] for field, name in names.items() if name in os.environ}
+        for field, text in given.items():
+            if not text.isdecimal():
+                raise ValueError(f"the environment has {names[field]}={text}, which is no rank; {_LAUNCHERS}")
+        share = cls(**{field: int(text) for field, text in given.items()})
+        if share.index >= share.count or (share.count > 1 and "index" not in given):
+            rank = given.get("index", "not set")
+            raise ValueError(f"the environment has RANK {rank} and WORLD_SIZE {share.count}; {_LAUNCHERS}")
+        return share
 
     def of(self, parts: Sequence[Part]) -> list[Part]:
         """Return the parts of this process: every count-th part."""

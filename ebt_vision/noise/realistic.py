@@ -81,10 +81,12 @@ class RealisticNoiseConfig:
         for name in [field.name for field in fields(self) if field.name.endswith("_share")]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
-        for name in ("jpeg_quality", "full_size_zoom"):
+        for name, allowed in (("jpeg_quality", int), ("full_size_zoom", (int, float))):
             value = getattr(self, name)
-            if not isinstance(value, (tuple, list)) or len(value) != 2:
-                raise ValueError(f"{name}={value!r} is not a range; write [lowest, highest]")
+            is_pair = isinstance(value, tuple | list) and len(value) == 2
+            if not is_pair or not all(isinstance(end, allowed) and not isinstance(end, bool) for end in value):
+                kind = "whole numbers" if allowed is int else "numbers"
+                raise ValueError(f"{name}={value!r} is not a range of {kind}; write [lowest, highest]")
         low, high = self.jpeg_quality
         if not 1 <= low <= high <= 100:
             raise ValueError(f"jpeg_quality=[{low}, {high}] is not a range in 1..100")

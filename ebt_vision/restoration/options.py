@@ -34,7 +34,8 @@ class RestoreOptions:
     """Move the grid of tiles from step to step. Without it seams can be visible. None: as suits the damage; not for JPEG, whose
     blocks the network recognises best in line with its patches."""
     turning_tiles: bool = True
-    """Denoise another mirrored or rotated copy of the tiles in each step; their errors average out. Not for the descent."""
+    """Denoise another mirrored or rotated copy of the tiles in each step; their errors average out. Not for the descent. The
+    blocks of a JPEG stay in line with the patches of the network if the sides of the image are multiples of 8."""
     seed: int = 0
     """Seed of the noise of renoising; it also selects the first copy of turning_tiles."""
     num_runs: int | None = None
