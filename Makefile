@@ -23,7 +23,7 @@ demo: .venv/ready-demo
 	@.venv/bin/python apps/denoise.py $(ARGS)
 
 test: check
-	@.venv/bin/python -m pytest -n 2 --dist loadscope $(ARGS)
+	@.venv/bin/python -m pytest -n 2 $(ARGS)
 
 check: .venv/ready-dev
 	@.venv/bin/ruff check .

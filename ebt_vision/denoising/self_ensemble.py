@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.denoising.options import SELF_ENSEMBLES, DenoiseOptions
 from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep
 
-NUM_COPIES = 8
+NUM_COPIES = SELF_ENSEMBLES[-1]
 """Number of mirrored and rotated copies of an image, the image itself among them."""
 DenoiseOne = Callable[[Tensor, DenoiseOptions, list[int], Callback], DenoiseResult]
 """Denoises one padded batch, as Denoiser._denoise."""

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebt_vision.core.checks import check_number, check_whole
 from ebt_vision.noise.processes import add_jpeg, to_8_bit
 
 _FROM_LUMA_CHROMA = torch.tensor([[1.0, 0.0, 1.0], [1.0, -0.194, -0.509], [1.0, 1.0, 0.0]])
@@ -81,12 +82,12 @@ class RealisticNoiseConfig:
         for name in [field.name for field in fields(self) if field.name.endswith("_share")]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
-        for name, allowed in (("jpeg_quality", int), ("full_size_zoom", (int, float))):
-            value = getattr(self, name)
-            is_pair = isinstance(value, tuple | list) and len(value) == 2
-            if not is_pair or not all(isinstance(end, allowed) and not isinstance(end, bool) for end in value):
-                kind = "whole numbers" if allowed is int else "numbers"
-                raise ValueError(f"{name}={value!r} is not a range of {kind}; write [lowest, highest]")
+        for name, check_end in (("jpeg_quality", check_whole), ("full_size_zoom", check_number)):
+            ends = getattr(self, name)
+            if not isinstance(ends, tuple | list) or len(ends) != 2:
+                raise ValueError(f"{name}={ends!r} is not a range; write [lowest, highest]")
+            for end in ends:
+                check_end(name, end)
         low, high = self.jpeg_quality
         if not 1 <= low <= high <= 100:
             raise ValueError(f"jpeg_quality=[{low}, {high}] is not a range in 1..100")
