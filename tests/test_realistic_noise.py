@@ -120,9 +120,9 @@ def test_every_field_has_the_strength_asked_for(field: str):
 
 def test_processed_noise_has_the_strength_asked_for_on_images_of_any_size():
     for seed, size in enumerate([(3, 64, 64), (3, 8, 40), (3, 33, 5)]):
-        noise = realistic._processed_noise(torch.full(size, 0.5), 10 / 255, make_generator(seed))
+        noise = realistic._processed_noise(torch.full(size, 0.5), 10 / 255, (0.25, 1.0), make_generator(seed))
         assert noise.shape == size and noise.std().item() * 255 == pytest.approx(10.0, rel=1e-4)
-    assert realistic._processed_noise(torch.full((3, 1, 40), 0.5), 0.0, make_generator(0)).abs().max() == 0
+    assert realistic._processed_noise(torch.full((3, 1, 40), 0.5), 0.0, (0.25, 1.0), make_generator(0)).abs().max() == 0
 
 
 def test_each_kind_of_noise_has_its_own_maximum():

@@ -18,7 +18,9 @@ is the clean image, so a network learns to remove JPEG artefacts as well as nois
 
 Photographs at the full size of a camera are smooth: lens and demosaicing leave little detail of one pixel. A network can
 therefore remove coarse noise there more strongly than in a photograph that was made smaller. `full_size_share` pairs the two
-in training: that fraction of the realistic draws enlarges its clean image first.
+in training: that fraction of the realistic draws enlarges its clean image first. The grain of the given image is enlarged too,
+and looks like coarse noise that belongs to the clean image; `full_size_smoothing` removes it first. `full_size_sharpening`
+gives the enlarged image sharp edges again, as cameras do.
 """
 
 import math
@@ -72,17 +74,29 @@ class RealisticNoiseConfig:
     for `realistic_pairs`."""
     full_size_zoom: tuple[float, float] = (1.5, 3.0)
     """Smallest and largest factor of this enlargement, log-uniform."""
+    full_size_smoothing: float = 0.0
+    """Maximum standard deviation in colour, 0..255 units, uniform, of a bilateral filter (Tomasi and Manduchi 1998) before this
+    enlargement; weaker texture is removed, edges stay. 0: no filter."""
+    full_size_sharpening: float = 0.0
+    """Maximum amount of unsharp masking after this enlargement, uniform. 0: none."""
+    processed_luma_blur: tuple[float, float] = (0.25, 1.0)
+    """Smallest and largest standard deviation, px, of the blur of the luminance of processed noise, uniform."""
 
     def __post_init__(self) -> None:
         for name in ("max_sigma", "max_realistic_sigma", "max_processed_sigma"):
             if not 0 <= getattr(self, name) <= 255:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in 0..255")
+        if not 0 <= self.full_size_smoothing <= 255:
+            raise ValueError(f"full_size_smoothing={self.full_size_smoothing:g} is not in 0..255")
+        if not 0 <= self.full_size_sharpening <= 4:
+            raise ValueError(f"full_size_sharpening={self.full_size_sharpening:g} is not in 0..4")
         if self.sigma_power <= 0:
             raise ValueError(f"sigma_power={self.sigma_power:g} must be positive; 1 draws strengths uniformly")
         for name in [field.name for field in fields(self) if field.name.endswith("_share")]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
-        for name, check_end in (("jpeg_quality", check_whole), ("full_size_zoom", check_number)):
+        ranges = {"jpeg_quality": check_whole, "full_size_zoom": check_number, "processed_luma_blur": check_number}
+        for name, check_end in ranges.items():
             ends = getattr(self, name)
             if not isinstance(ends, tuple | list) or len(ends) != 2:
                 raise ValueError(f"{name}={ends!r} is not a range; write [lowest, highest]")
@@ -94,6 +108,9 @@ class RealisticNoiseConfig:
         small, large = self.full_size_zoom
         if not 1 <= small <= large <= 8:
             raise ValueError(f"full_size_zoom=[{small:g}, {large:g}] is not a range in 1..8")
+        fine, coarse = self.processed_luma_blur
+        if not 0.1 <= fine <= coarse <= 8:
+            raise ValueError(f"processed_luma_blur=[{fine:g}, {coarse:g}] is not a range in 0.1..8")
 
 
 def add_realistic_noise(clean: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]) -> Tensor:
@@ -138,7 +155,7 @@ def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator
         return clean, _jpeg(clean, config, generator)
     image = _jpeg(clean, config, generator) if draw[3] < 0.2 else clean
     if draw[7] < config.processed_share:
-        image = image + _processed_noise(image, config.max_processed_sigma * strength, generator)
+        image = image + _processed_noise(image, config.max_processed_sigma * strength, config.processed_luma_blur, generator)
     else:
         field = _FIELDS[int(draw[4] * len(_FIELDS))]
         correlation = _random_correlation(generator) if draw[5] < config.correlated_share else None
@@ -153,11 +170,25 @@ def _full_size(image: Tensor, config: RealisticNoiseConfig, generator: torch.Gen
     chosen, amount = torch.rand(2, generator=generator).tolist()
     if chosen >= config.full_size_share:
         return image
-    small, large = config.full_size_zoom
-    size = [max(1, round(side / (small * (large / small) ** amount))) for side in image.shape[-2:]]
+    least, most = config.full_size_zoom
+    size = [max(1, round(side / (least * (most / least) ** amount))) for side in image.shape[-2:]]
     top, left = ((side - part) // 2 for side, part in zip(image.shape[-2:], size, strict=True))
     part = image[None, :, top : top + size[0], left : left + size[1]]
-    return F.interpolate(part, size=image.shape[-2:], mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    if config.full_size_smoothing:
+        part = _smoothed(part, config.full_size_smoothing / 255.0 * float(torch.rand((), generator=generator)))
+    large = F.interpolate(part, size=image.shape[-2:], mode="bicubic", align_corners=False)[0]
+    if config.full_size_sharpening:
+        amount = config.full_size_sharpening * float(torch.rand((), generator=generator))
+        large = large + amount * (large - _blurred(large, _gaussian(1.2)))
+    return large.clamp(0, 1)
+
+
+def _smoothed(images: Tensor, std: float) -> Tensor:
+    """Bilateral filter of (B, C, H, W) with a standard deviation of `std` in colour and 2 px in space."""
+    from kornia.filters import bilateral_blur
+
+    reach = min(4, min(images.shape[-2:]) - 1)  # reflected borders need larger images
+    return bilateral_blur(images, 2 * reach + 1, max(std, 1e-3), (2.0, 2.0), color_distance_type="l2")
 
 
 _Correlation = Callable[[Tensor], Tensor]
@@ -188,13 +219,14 @@ def _coloured_noise(clean: Tensor, sigma: float, correlation: _Correlation | Non
     return field * (sigma / field.std().clamp(min=1e-6))
 
 
-def _processed_noise(clean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+def _processed_noise(clean: Tensor, sigma: float, luma_blur: tuple[float, float], generator: torch.Generator) -> Tensor:
     """Noise after the processing in a camera: luminance and colour with their own correlation and strength; mean std `sigma`.
 
     The strength depends on the brightness, as photon noise does after a tone curve: it changes with a random power of it.
     """
     fine, sharpening, coarse, ratio, power = torch.rand(5, generator=generator).tolist()
-    luma = _blurred(torch.randn((1, *clean.shape[1:]), generator=generator), _gaussian(0.25 + 0.75 * fine))
+    low, high = luma_blur
+    luma = _blurred(torch.randn((1, *clean.shape[1:]), generator=generator), _gaussian(low + (high - low) * fine))
     luma = luma + max(0.0, 0.8 * sharpening - 0.3) * (luma - _blurred(luma, _gaussian(1.2)))
     chroma = _blurred(torch.randn((2, *clean.shape[1:]), generator=generator), _gaussian(0.4 + 2.0 * coarse))
     chroma = _unit_std(chroma) * (0.3 * 8.0**ratio) * (0.5 + torch.rand(2, 1, 1, generator=generator))
