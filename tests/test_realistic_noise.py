@@ -75,6 +75,56 @@ def test_a_full_size_draw_enlarges_the_middle_of_its_image():
     torch.testing.assert_close(noisy[~jpeg_first], expected[~jpeg_first], rtol=0, atol=0.51 / 255)
 
 
+def _full_size_of(image: torch.Tensor, seed: int, **changes) -> torch.Tensor:
+    config = RealisticNoiseConfig(full_size_share=1.0, full_size_zoom=(2.0, 2.0), **changes)
+    return realistic._full_size(image, config, make_generator(seed))
+
+
+def test_smoothing_removes_grain_and_keeps_edges_of_full_size_images():
+    edge = torch.full((3, 48, 48), 0.3)
+    edge[:, :, 24:] = 0.7
+    grainy = edge + 0.02 * torch.randn(edge.shape, generator=make_generator(0))
+    smooth = realistic._smoothed(grainy[None], 0.1)[0]
+    assert smooth[:, :, :20].std() < 0.3 * grainy[:, :, :20].std()
+    assert smooth[:, :, 24].mean() - smooth[:, :, 23].mean() > 0.38
+    for size in ((3, 2, 9), (3, 1, 1)):
+        assert realistic._smoothed(torch.rand(1, *size), 0.1).shape == (1, *size)
+    plain = [_full_size_of(grainy, seed)[:, :, :16].std() for seed in range(8)]
+    drawn = [_full_size_of(grainy, seed, full_size_smoothing=60.0)[:, :, :16].std() for seed in range(8)]
+    shares = sorted(float(a / b) for a, b in zip(drawn, plain, strict=True))
+    assert shares[0] < 0.3 and shares[-1] > shares[0] + 0.2  # the amount is drawn
+
+
+def test_sharpening_makes_the_edges_of_full_size_images_steeper():
+    edge = torch.full((3, 48, 48), 0.3)
+    edge[:, :, 24:] = 0.7
+    plain = _full_size_of(edge, 0)
+    sharp = [_full_size_of(edge, seed, full_size_sharpening=2.0) for seed in range(8)]
+    steepest = sorted(float(image.diff(dim=2).max() / plain.diff(dim=2).max()) for image in sharp)
+    assert steepest[0] >= 1 and steepest[-1] > 1.3 and steepest[-1] > steepest[0] + 0.1  # the amount is drawn
+    for image in sharp:
+        torch.testing.assert_close(image[:, :, :8], plain[:, :, :8])
+
+
+def test_the_clean_image_of_a_smoothed_and_sharpened_draw_is_the_target():
+    """The noise is added to the sharpened image, so that without noise both are the same up to 8 bits."""
+    config = RealisticNoiseConfig(
+        gaussian_share=0.0,
+        clean_share=0.0,
+        max_realistic_sigma=0.0,
+        max_processed_sigma=0.0,
+        jpeg_share=0.0,
+        full_size_share=1.0,
+        full_size_smoothing=30.0,
+        full_size_sharpening=1.0,
+    )
+    images = torch.rand(6, 3, 32, 32, generator=make_generator(0))
+    clean, noisy = realistic_pairs(images, config, sample_generators(0, range(6)))
+    jpeg_first = torch.tensor([draw[3] < 0.2 for draw in _first_draws(0, 6)])
+    assert clean.min() >= 0 and clean.max() <= 1 and not jpeg_first.all()
+    torch.testing.assert_close(noisy[~jpeg_first], clean[~jpeg_first], rtol=0, atol=0.51 / 255)
+
+
 def test_full_size_goes_with_realistic_noise_only():
     images = torch.rand(24, 3, 16, 16, generator=make_generator(1))
     config = RealisticNoiseConfig(gaussian_share=0.5, full_size_share=1.0)
@@ -142,11 +192,22 @@ def test_processed_noise_is_fine_in_luminance_and_coarse_in_colour():
     clean, weights = torch.full((3, 96, 96), 0.5), torch.tensor([0.299, 0.587, 0.114])
     luma, colour = [], []
     for seed in range(40):
-        noise = realistic._processed_noise(clean, 10 / 255, make_generator(seed))
+        noise = realistic._processed_noise(clean, 10 / 255, (0.25, 1.0), make_generator(seed))
         y = torch.einsum("c,chw->hw", weights, noise)
         luma.append(neighbour_correlation(y))
         colour.append(neighbour_correlation(noise[0] - y))
     assert 0.25 < sum(luma) / 40 < 0.5 and 0.65 < sum(colour) / 40 < 0.85
+
+
+def test_the_blur_of_the_luminance_has_the_range_asked_for():
+    """A blur of s px: neighbours have a correlation of exp(-1 / (4 s^2)), less after sharpening."""
+    clean, weights = torch.full((3, 96, 96), 0.5), torch.tensor([0.299, 0.587, 0.114])
+
+    def strongest(luma_blur: tuple[float, float]) -> float:
+        fields = [realistic._processed_noise(clean, 10 / 255, luma_blur, make_generator(seed)) for seed in range(12)]
+        return max(neighbour_correlation(torch.einsum("c,chw->hw", weights, field)) for field in fields)
+
+    assert strongest((1.4, 1.4)) == pytest.approx(0.88, abs=0.03) and strongest((0.3, 0.3)) < 0.15
 
 
 def test_the_share_of_processed_noise_is_kept():
@@ -236,6 +297,12 @@ def test_developing_a_flat_mosaic_gives_the_flat_colour_back():
         {"full_size_zoom": (0.5, 2.0)},
         {"full_size_zoom": (3.0, 2.0)},
         {"full_size_zoom": 2.0},
+        {"full_size_smoothing": -1.0},
+        {"full_size_smoothing": float("nan")},
+        {"full_size_sharpening": 5.0},
+        {"processed_luma_blur": (0.0, 1.0)},
+        {"processed_luma_blur": (2.0, 1.0)},
+        {"processed_luma_blur": 1.0},
         {"jpeg_quality": 80},
         {"jpeg_quality": (30, 60, 90)},
         {"jpeg_quality": (5.5, 92.5)},
