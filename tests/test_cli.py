@@ -463,6 +463,26 @@ def test_options_that_a_model_has_no_use_for(good: Path, tmp_path: Path, capsys,
     assert cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), "--model", "nlm"]) == 0
 
 
+@pytest.mark.parametrize(
+    "words", [["--langevin", "0.1"], ["--step-size-scale", "2"], ["--step-rule", "momentum"], ["--likelihood-weight", "0.1"]]
+)
+def test_options_of_steps_need_a_step_after_the_proposal(good: Path, tmp_path: Path, capsys, words: list[str]) -> None:
+    """photographs_ebt suggests its proposal alone."""
+    command = ["denoise", str(good), "--output", str(tmp_path / "out")]
+    assert cli.main([*command, *words]) == 2
+    expected = f"{words[0]} has no effect on the proposal, the one step of photographs_ebt; add --steps 2 or more"
+    assert expected in capsys.readouterr().err
+    assert cli.main([*command, *words, "--steps", "2"]) == 0
+    assert cli.main([*command, *words, "--start", "observation", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("strength", ["-1", "1.6", "nan"])
+def test_a_strength_out_of_range_is_one_line(good: Path, tmp_path: Path, capsys, strength: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["denoise", str(good), "--output", str(tmp_path / "out"), f"--strength={strength}"])
+    assert stopped.value.code == 2 and "use a number from 0 to 1.5" in capsys.readouterr().err
+
+
 # --- train
 
 

@@ -100,6 +100,7 @@ def test_the_command_exports_a_regressor(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["--output", "model.txt"], "must end with .onnx or .pt2"),
         (["--output", "no/model.pt2"], "is not a folder"),
+        (["--output", "folder.pt2", "--overwrite"], "folder.pt2 is a folder; choose another --output"),
         (["--output", "model.pt2", "--part", "step"], "set height and width"),
         (["--output", "model.pt2", "--part", "step", "--size", "9x16"], "9x16 is not a multiple of patch_size=8"),
         (["--output", "model.pt2", "--size", "16x16"], "--size is only for --part step"),
@@ -109,9 +110,35 @@ def test_a_wrong_request_is_one_line(
     arguments: list[str], answer: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.pt2").mkdir()
     assert main(["export", str(tiny_checkpoint), *arguments]) == 2
     error = capsys.readouterr().err
     assert answer in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_disk_that_is_full_leaves_the_old_file(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(tiny_ebt(energy_head="quadratic"), path)
+    assert path.read_bytes() == b"old" and [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_step_as_a_torch_program_takes_the_step_of_the_network(tmp_path: Path):
+    model = tiny_ebt()
+    export_model(model, tmp_path / "step.pt2", part="step", size=(8, 12))
+    images = inputs_of(model, 1, 3, 8, 12)
+    found = torch.export.load(tmp_path / "step.pt2").module()(*images)
+    for each, expected in zip(found, Step(model)(*images), strict=True):
+        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_models_without_the_part_are_refused(tmp_path: Path):

@@ -297,6 +297,7 @@ def test_developing_a_flat_mosaic_gives_the_flat_colour_back():
         {"full_size_zoom": (0.5, 2.0)},
         {"full_size_zoom": (3.0, 2.0)},
         {"full_size_zoom": 2.0},
+        {"sigma_power": float("nan")},
         {"full_size_smoothing": -1.0},
         {"full_size_smoothing": float("nan")},
         {"full_size_sharpening": 5.0},

@@ -68,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength",
         metavar="S",
-        type=not_negative,
+        type=number(float, 0, 1.5),
         default=1.0,
-        help="0 to 1.5: a value below 1 keeps grain (0 returns the input unchanged), a value above 1 removes more noise",
+        help="0 to 1.5: a value below 1 keeps grain (0 keeps every pixel), a value above 1 removes more noise",
     )
     parser.add_argument(
         "--self-ensemble",
@@ -166,6 +166,10 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
     return adapt_to_noise(denoiser, noise), options
 
 
+_OF_STEPS = ("langevin_std", "step_size_scale", "step_rule", "likelihood_weight")
+"""Options of the steps that follow a proposal."""
+
+
 def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
     """Raise ValueError for an option that the model does not use."""
     given = {"--steps": ("num_steps", args.steps), "--tolerance": ("tolerance", args.tolerance)}
@@ -175,9 +179,13 @@ def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
     given |= {"--likelihood-weight": ("likelihood_weight", args.likelihood_weight)}
     if args.tolerance is not None and args.steps is None and denoiser.suggested_steps == 1:
         raise ValueError(f"--tolerance has no effect on the one step that {denoiser.name} suggests; add --steps")
+    from_proposal = args.start == "proposal" or (args.start is None and denoiser.starts_from_proposal)
+    only_proposal = from_proposal and (args.steps or denoiser.suggested_steps) == 1
     for option, (field, value) in given.items():
         if value and field not in denoiser.options_used:
             raise ValueError(f"{option} has no effect on {denoiser.name}; leave it out")
+        if value and only_proposal and field in _OF_STEPS:
+            raise ValueError(f"{option} has no effect on the proposal, the one step of {denoiser.name}; add --steps 2 or more")
 
 
 def _denoise(

@@ -37,6 +37,8 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.size is not None and args.part == "proposal":
         raise ValueError("--size is only for --part step; a proposal accepts images of any size")
+    if args.output.is_dir():
+        raise ValueError(f"{args.output} is a folder; choose another --output")
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists; choose another --output, or add --overwrite to replace it")
     if not args.output.parent.is_dir():

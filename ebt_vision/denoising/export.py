@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ebt_vision.core.atomic_files import write_atomically
 from ebt_vision.core.checks import MissingExtraError
 from ebt_vision.denoising.network import signal_scale_of
 from ebt_vision.models.patch_ebt import PatchEBT, patch_energy_mean
@@ -77,7 +78,8 @@ def export_model(
 
     `size` (height, width) and `batch_size` are for a step, which has fixed shapes. A proposal accepts any size in multiples of
     the patch size. Raises ValueError for a part that the model does not have, a size that does not fit and an unknown suffix,
-    MissingExtraError for ONNX without the package onnxscript.
+    MissingExtraError for ONNX without the package onnxscript, OSError if the file cannot be written. A file is complete or
+    unchanged.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"output {path} must end with {' or '.join(SUFFIXES)}: ONNX, or a torch.export program")
@@ -98,7 +100,7 @@ def export_model(
         automatic = torch.export.Dim.AUTO
         program = torch.export.export(module, (example,), dynamic_shapes=({0: automatic, 2: automatic, 3: automatic},))
     if path.suffix == ".pt2":
-        torch.export.save(program, path)
+        write_atomically(path, lambda file: torch.export.save(program, file))  # type: ignore[arg-type]
         return
     inputs, outputs = ["images"], ["denoised"]
     if part == "step":
@@ -108,7 +110,8 @@ def export_model(
     onnx_program.model.metadata_props.update(
         {"source": f"ebt_vision {model.model_type}", "part": part, "patch_size": str(patch_size), "range": "[0, 1], RGB"}
     )
-    onnx_program.save(path)
+    model_bytes = onnx_program.model_proto.SerializeToString()
+    write_atomically(path, lambda file: file.write(model_bytes))
 
 
 def check_onnx() -> None:

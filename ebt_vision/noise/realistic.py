@@ -64,7 +64,8 @@ class RealisticNoiseConfig:
     processed_share: float = 0.5
     """Fraction of the realistic draws with processed noise, in [0, 1]; the others have one of the other fields."""
     jpeg_share: float = 0.4
-    """Fraction of the realistic draws that pass through a JPEG after the noise, in [0, 1]; a fifth of these also before it."""
+    """Fraction of the realistic draws that pass through a JPEG after the noise, in [0, 1]. Independent of it, a fifth of the
+    realistic draws pass through a JPEG before the noise."""
     jpeg_quality: tuple[int, int] = (30, 95)
     """Lowest and highest quality."""
     jpeg_only_share: float = 0.0
@@ -90,7 +91,7 @@ class RealisticNoiseConfig:
             raise ValueError(f"full_size_smoothing={self.full_size_smoothing:g} is not in 0..255")
         if not 0 <= self.full_size_sharpening <= 4:
             raise ValueError(f"full_size_sharpening={self.full_size_sharpening:g} is not in 0..4")
-        if self.sigma_power <= 0:
+        if not 0 < self.sigma_power < math.inf:
             raise ValueError(f"sigma_power={self.sigma_power:g} must be positive; 1 draws strengths uniformly")
         for name in [field.name for field in fields(self) if field.name.endswith("_share")]:
             if not 0 <= getattr(self, name) <= 1:
