@@ -20,7 +20,7 @@ def test_the_mean_is_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[
         PatchRegressor(config).save_pretrained(tmp_path / str(seed))
     words = [str(tmp_path / "0"), str(tmp_path / "1"), "--share", "0.25", "--output", str(tmp_path / "mean")]
     assert mix_weights.main(words) == 0
-    first, second, mean = (load_pretrained(tmp_path / name).state_dict() for name in ("0", "1", "mean"))
+    first, second, mean = (load_pretrained(str(tmp_path / name)).state_dict() for name in ("0", "1", "mean"))
     for name in mean:
         torch.testing.assert_close(mean[name], 0.75 * first[name] + 0.25 * second[name])
     assert mix_weights.main(words) == 2
