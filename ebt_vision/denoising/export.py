@@ -100,7 +100,7 @@ def export_model(
         automatic = torch.export.Dim.AUTO
         program = torch.export.export(module, (example,), dynamic_shapes=({0: automatic, 2: automatic, 3: automatic},))
     if path.suffix == ".pt2":
-        write_atomically(path, lambda file: torch.export.save(program, file))  # type: ignore[arg-type]
+        write_atomically(path, lambda file: torch.export.save(program, file))
         return
     inputs, outputs = ["images"], ["denoised"]
     if part == "step":
