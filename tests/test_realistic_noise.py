@@ -11,6 +11,16 @@ from ebt_vision.noise import realistic
 from ebt_vision.noise.processes import add_jpeg
 from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise, realistic_pairs
 
+FULL_SIZE_WITHOUT_NOISE = RealisticNoiseConfig(
+    gaussian_share=0.0,
+    clean_share=0.0,
+    max_realistic_sigma=0.0,
+    max_processed_sigma=0.0,
+    jpeg_share=0.0,
+    full_size_share=1.0,
+)
+"""Enlarges every image; a fifth of the draws still has a JPEG before the noise."""
+
 
 def clean_images(count: int = 6, height: int = 37, width: int = 31) -> torch.Tensor:
     rows = torch.linspace(0.2, 0.8, height)[:, None].expand(height, width)
@@ -56,17 +66,8 @@ def test_realistic_draws_are_8_bit_values():
 
 def test_a_full_size_draw_enlarges_the_middle_of_its_image():
     images = torch.rand(3, 3, 40, 24, generator=make_generator(0))
-    config = RealisticNoiseConfig(
-        gaussian_share=0.0,
-        clean_share=0.0,
-        max_realistic_sigma=0.0,
-        max_processed_sigma=0.0,
-        jpeg_share=0.0,
-        full_size_share=1.0,
-    )
-    clean, noisy = realistic_pairs(
-        images, dataclasses.replace(config, full_size_zoom=(2.0, 2.0)), sample_generators(0, range(3))
-    )
+    config = dataclasses.replace(FULL_SIZE_WITHOUT_NOISE, full_size_zoom=(2.0, 2.0))
+    clean, noisy = realistic_pairs(images, config, sample_generators(0, range(3)))
     middle = images[..., 10:30, 6:18]
     expected = F.interpolate(middle, size=(40, 24), mode="bicubic", align_corners=False).clamp(0, 1)
     jpeg_first = torch.stack([torch.rand(8, generator=g)[3] < 0.2 for g in sample_generators(0, range(3))])
@@ -108,16 +109,7 @@ def test_sharpening_makes_the_edges_of_full_size_images_steeper():
 
 def test_the_clean_image_of_a_smoothed_and_sharpened_draw_is_the_target():
     """The noise is added to the sharpened image, so that without noise both are the same up to 8 bits."""
-    config = RealisticNoiseConfig(
-        gaussian_share=0.0,
-        clean_share=0.0,
-        max_realistic_sigma=0.0,
-        max_processed_sigma=0.0,
-        jpeg_share=0.0,
-        full_size_share=1.0,
-        full_size_smoothing=30.0,
-        full_size_sharpening=1.0,
-    )
+    config = dataclasses.replace(FULL_SIZE_WITHOUT_NOISE, full_size_smoothing=30.0, full_size_sharpening=1.0)
     images = torch.rand(6, 3, 32, 32, generator=make_generator(0))
     clean, noisy = realistic_pairs(images, config, sample_generators(0, range(6)))
     jpeg_first = torch.tensor([draw[3] < 0.2 for draw in _first_draws(0, 6)])

@@ -84,11 +84,9 @@ class RealisticNoiseConfig:
     """Smallest and largest standard deviation, px, of the blur of the luminance of processed noise, uniform."""
 
     def __post_init__(self) -> None:
-        for name in ("max_sigma", "max_realistic_sigma", "max_processed_sigma"):
+        for name in ("max_sigma", "max_realistic_sigma", "max_processed_sigma", "full_size_smoothing"):
             if not 0 <= getattr(self, name) <= 255:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in 0..255")
-        if not 0 <= self.full_size_smoothing <= 255:
-            raise ValueError(f"full_size_smoothing={self.full_size_smoothing:g} is not in 0..255")
         if not 0 <= self.full_size_sharpening <= 4:
             raise ValueError(f"full_size_sharpening={self.full_size_sharpening:g} is not in 0..4")
         if not 0 < self.sigma_power < math.inf:
@@ -96,22 +94,19 @@ class RealisticNoiseConfig:
         for name in [field.name for field in fields(self) if field.name.endswith("_share")]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is not in [0, 1]")
-        ranges = {"jpeg_quality": check_whole, "full_size_zoom": check_number, "processed_luma_blur": check_number}
-        for name, check_end in ranges.items():
+        for name, check_end, lowest, highest in (
+            ("jpeg_quality", check_whole, 1, 100),
+            ("full_size_zoom", check_number, 1, 8),
+            ("processed_luma_blur", check_number, 0.1, 8),
+        ):
             ends = getattr(self, name)
             if not isinstance(ends, tuple | list) or len(ends) != 2:
                 raise ValueError(f"{name}={ends!r} is not a range; write [lowest, highest]")
             for end in ends:
                 check_end(name, end)
-        low, high = self.jpeg_quality
-        if not 1 <= low <= high <= 100:
-            raise ValueError(f"jpeg_quality=[{low}, {high}] is not a range in 1..100")
-        small, large = self.full_size_zoom
-        if not 1 <= small <= large <= 8:
-            raise ValueError(f"full_size_zoom=[{small:g}, {large:g}] is not a range in 1..8")
-        fine, coarse = self.processed_luma_blur
-        if not 0.1 <= fine <= coarse <= 8:
-            raise ValueError(f"processed_luma_blur=[{fine:g}, {coarse:g}] is not a range in 0.1..8")
+            low, high = ends
+            if not lowest <= low <= high <= highest:
+                raise ValueError(f"{name}=[{low:g}, {high:g}] is not a range in {lowest:g}..{highest:g}")
 
 
 def add_realistic_noise(clean: Tensor, config: RealisticNoiseConfig, generators: list[torch.Generator]) -> Tensor:
