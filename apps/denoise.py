@@ -44,6 +44,7 @@ KIND_TITLES = {
     "paper": "VP noise, as in the paper",
     "poisson": "Poisson (photons)",
     "salt-and-pepper": "Salt and pepper",
+    "camera": "Camera noise (coarse in colour)",
     "jpeg": "JPEG",
 }
 
@@ -60,7 +61,8 @@ path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", a
 methods = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/compare")
 ```
 `steps` is a whole number; the default is the number that the model suggests.
-`noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper` or `jpeg`. `strength` is 0 to 1.5: values below 1 keep
+`noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper`, `camera` or `jpeg`.
+`strength` is 0 to 1.5: values below 1 keep
 grain, values above 1 remove more noise. `self_ensemble` is 1, 2, 4 or 8: the result is the mean over this many mirrored copies.
 `/denoise` returns a PNG file and a dictionary with the energies, PSNRs, steps and seconds.
 `/compare` returns a list with the name, PSNR, forward passes and seconds of each method."""

@@ -61,6 +61,8 @@ def facts(answer: Answer) -> str:
     parts.append(f"{answer.seconds:.1f} s")
     if answer.stopped:
         parts.insert(0, "**Stopped early**")
+    elif answer.energies and answer.num_steps == 0:
+        parts.insert(0, "**Already clean**: every pixel is kept")
     return " · ".join(parts) + (f"\n\n{answer.note}" if answer.note else "")
 
 

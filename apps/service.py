@@ -57,7 +57,7 @@ class Service:
         """Yield values for the outputs of the page; see `_live` and `_final`."""
         request, label = read_controls(path, values)
         denoiser = self.denoiser(label)
-        request = request.without_unused(denoiser.options_used)
+        request = request.without_unused(denoiser.options_in_effect(request.num_steps))
         with tempfile.TemporaryDirectory() as folder:
             for news in self.guarded(think_aloud(request, denoiser, self.stop_of(visitor)), path):
                 if isinstance(news, Update):

@@ -122,7 +122,7 @@ def _bench(settings: argparse.Namespace, device: str, processes: Processes) -> B
         raise ValueError(
             f"--img-size {settings.img_size} cannot be combined with --protocol real, which uses whole photographs"
         )
-    whole = settings.img_size == "whole" or (settings.img_size is None and settings.protocol in ("awgn", "real"))
+    whole = settings.img_size == "whole" or (settings.img_size is None and settings.protocol in ("awgn", "camera", "real"))
     img_size = None if whole else (settings.img_size or 64)
     try:
         lpips = metrics.PerceptualDistance(settings.lpips_backbone, net=settings.lpips_net, device=device)

@@ -1,14 +1,22 @@
-"""Choose the stopping rule of a photograph EBT: PSNR after each step, and where a tolerance of the observation would stop.
+"""Choose the stopping rule of a photograph EBT: PSNR after each step, and where the energy would stop.
 
     python eval/stopping.py --model runs/photographs_ebt/model --data data/imagenet-photos --split train
 
-Use training images, not those of a benchmark. Every photograph is used at each sigma, and once with realistic noise. The table
-has a row for each noise: the PSNR in dB after 1..N steps, and for each tolerance the PSNR and the mean number of steps. The
-last lines show the worst loss of each tolerance against the best number of steps for each noise.
+Use training images, not those of a benchmark. Every photograph is used at each sigma, and with each kind of realistic noise.
+The table has a row for each noise: the PSNR in dB after 0..N steps, and the PSNR and the mean number of steps of two rules. An
+image has 99 dB at most.
+
+    tolerance     of the observation: stop when the energy falls below a fraction of the energy of the noisy image
+    clean below   no step if the energy of the noisy image shows noise below a standard deviation, in 0..255 units; otherwise
+                  the suggested number of steps
+
+The last lines show the worst loss of each rule against the best number of steps for each noise. A loss without noise (sigma 0)
+does not count: every step is a loss there.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,12 +26,13 @@ from ebt_vision.core.arguments import number
 from ebt_vision.core.metrics import psnr
 from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.denoising.base import Denoiser
+from ebt_vision.denoising.base import Denoiser, energy_from_noise
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.checkpoint import program_device
-from ebt_vision.noise.realistic import RealisticNoiseConfig, add_realistic_noise
+from ebt_vision.noise.realistic import RealisticNoiseConfig, realistic_pairs
 
+CLEAN_BELOW = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5)
 TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 1.0)
 
 
@@ -46,28 +55,38 @@ def stops(energies: Tensor, tolerance: float) -> Tensor:
     return ended
 
 
+def clean_steps(energies: Tensor, denoiser: Denoiser, clean_below: float) -> Tensor:
+    """Return the steps of samples whose observations have the energies (B,), int64 (B,): 0 below the noise `clean_below`,
+    otherwise the suggested number."""
+    return torch.where(energies <= energy_from_noise(clean_below, denoiser.patch_size), 0, denoiser.suggested_steps)
+
+
 def measure(denoiser: Denoiser, clean: Tensor, noisy: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Return PSNR after each of 1..num_steps steps, (num_steps, B), and energies (num_steps + 1, B), of images of one size."""
-    options = DenoiseOptions(num_steps=num_steps, keep_trajectory=True)
+    """Return PSNR after each of 0..num_steps steps and the energies, both (num_steps + 1, B), of images of one size."""
+    options = DenoiseOptions(num_steps=num_steps, keep_trajectory=True, clean_below=0.0)
     psnrs, energies = [], []
     for one, clear in zip(noisy.split(8), clean.split(8), strict=True):
         result = denoiser.denoise_whole(one, options)
         assert result.trajectory is not None and result.energies is not None
-        psnrs.append(torch.stack([psnr(image, clear, data_range=1.0) for image in result.trajectory[1:]]))
+        images = [image.clamp(0, 1) for image in result.trajectory]
+        psnrs.append(torch.stack([psnr(image, clear, data_range=1.0).clamp(max=99.0) for image in images]))
         energies.append(result.energies)
     return torch.cat(psnrs, 1), torch.cat(energies, 1)
 
 
-def conditions(clean: Tensor, sigmas: Sequence[float], seed: int) -> dict[str, Tensor]:
-    """Return noisy versions of the images: white Gaussian noise of each sigma, and realistic noise."""
-    noisy = {}
+def conditions(clean: Tensor, sigmas: Sequence[float], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return clean and noisy images by name: white Gaussian noise of each sigma, and the kinds of realistic noise."""
+    pairs = {}
     for sigma in sigmas:
         generators = sample_generators(seed, range(len(clean)), round(sigma))
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators])
-        noisy[f"sigma {sigma:g}"] = clean + sigma / 255.0 * noise
-    config = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0)
-    noisy["realistic"] = add_realistic_noise(clean, config, sample_generators(seed, range(len(clean)), 1000))
-    return noisy
+        pairs[f"sigma {sigma:g}"] = (clean, clean + sigma / 255.0 * noise)
+    realistic = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0)
+    processed = replace(realistic, processed_share=1.0, jpeg_share=1.0, jpeg_quality=(80, 95))
+    kinds = {"realistic": realistic, "processed": processed, "full size": replace(processed, full_size_share=1.0)}
+    for stream, (name, config) in enumerate(kinds.items(), 1000):
+        pairs[name] = realistic_pairs(clean, config, sample_generators(seed, range(len(clean)), stream))
+    return pairs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,24 +102,32 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopping: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     clean = images.images(range(len(images))).float() / 255.0
-    losses = torch.zeros(len(TOLERANCES))
+    losses, clean_losses = torch.zeros(len(TOLERANCES)), torch.zeros(len(CLEAN_BELOW))
     fixed = torch.zeros(settings.steps)
-    for name, noisy in conditions(clean, settings.sigmas, settings.seed).items():
-        psnrs, energies = measure(denoiser, clean, noisy, settings.steps)
+    for name, (clear, noisy) in conditions(clean, settings.sigmas, settings.seed).items():
+        psnrs, energies = measure(denoiser, clear, noisy, settings.steps)
         means = psnrs.mean(1)
-        print(f"{name}: after 1..{settings.steps} steps {' '.join(f'{value:.2f}' for value in means)}")
+        print(f"{name}: after 0..{settings.steps} steps {' '.join(f'{value:.2f}' for value in means)}")
         shares = energies[1:].mean(1) / energies[0].mean()
         print(f"  energies relative to the noisy image: {' '.join(f'{value:.4f}' for value in shares)}")
-        fixed = torch.maximum(fixed, means.max() - means)
+        counts = name != "sigma 0"
+        fixed = torch.maximum(fixed, counts * (means.max() - means[1:]))
         for i, tolerance in enumerate(TOLERANCES):
             ended = stops(energies, tolerance)
-            value = psnrs.gather(0, ended[None] - 1).mean()
-            losses[i] = torch.maximum(losses[i], means.max() - value)
+            value = psnrs.gather(0, ended[None]).mean()
+            losses[i] = torch.maximum(losses[i], counts * (means.max() - value))
             print(f"  tolerance {tolerance:g}: {value:.2f} dB, {ended.float().mean():.2f} steps")
+        for i, sigma in enumerate(CLEAN_BELOW):
+            taken = clean_steps(energies[0], denoiser, sigma)
+            value = psnrs.gather(0, taken[None]).mean()
+            clean_losses[i] = torch.maximum(clean_losses[i], counts * (means.max() - value))
+            print(f"  clean below {sigma:g}: {value:.2f} dB, {taken.float().mean():.2f} steps")
     for steps, loss in enumerate(fixed.tolist(), 1):
         print(f"{steps} steps for all: at most {loss:.3f} dB behind the best number of each noise")
     for tolerance, loss in zip(TOLERANCES, losses.tolist(), strict=True):
         print(f"tolerance {tolerance:g}: at most {loss:.3f} dB behind")
+    for sigma, loss in zip(CLEAN_BELOW, clean_losses.tolist(), strict=True):
+        print(f"clean below {sigma:g}: at most {loss:.3f} dB behind")
     return 0
 
 
@@ -113,7 +140,7 @@ def _parser() -> OneLineParser:
     add("--img-size", type=number(int, 16), default=160)
     add("--limit", type=number(int, 1), default=48, help="number of images, spread over the set")
     add("--steps", type=number(int, 1), default=5)
-    add("--sigmas", type=number(float, 0), nargs="+", default=[5.0, 15.0, 25.0, 50.0, 75.0])
+    add("--sigmas", type=number(float, 0), nargs="+", default=[0.0, 2.55, 5.0, 15.0, 25.0, 50.0, 75.0])
     add("--seed", type=number(int, 0), default=0)
     add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest available)")
     return parser

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gradio as gr
@@ -24,6 +24,7 @@ from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.models.dit import DiT
 from ebt_vision.models.dit_config import DiTConfig
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.noise.named import NOISE_KINDS
 
@@ -156,6 +157,10 @@ def test_controls_that_a_method_has_no_use_for_are_not_in_its_command() -> None:
     words = recipes.command(request.without_unused(DiTDenoiser.options_used), "m", "cpu").split()
     assert "--steps" in words and not {"--candidates", "--tolerance", "--step-size-scale", "--langevin"} & set(words)
     assert service.read_controls("a.png", controls(of="previous"))[0].options().tolerance is None
+    proposing = EBTDenoiser(PatchEBT(PatchEBTConfig(img_size=16, embed_dim=48, depth=1, suggested_start="proposal")))
+    for steps, expected in ((1, 0.0), (2, 0.1)):  # a proposal alone has no Langevin noise
+        asked = replace(request, num_steps=steps, num_candidates=1)
+        assert asked.without_unused(proposing.options_in_effect(steps)).langevin_std == expected
 
 
 def test_errors_do_not_name_the_servers_folders(tmp_path: Path) -> None:

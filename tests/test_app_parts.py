@@ -23,6 +23,7 @@ from ebt_vision.denoising.base import Denoiser, IdentityDenoiser, for_photograph
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.tiling import tile_grid
+from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.registry import config_class, model_class
 from ebt_vision.noise.named import Noise
 
@@ -68,6 +69,16 @@ def test_a_photo_that_is_noisy_already_has_no_psnr(tiny: Denoiser, photo: str) -
     _, answer = run(Request(path=photo, num_steps=2), tiny)
     assert answer.psnrs == answer.steps.psnrs == [] and "PSNR" not in figures.facts(answer)
     assert (answer.before == np.asarray(Image.open(photo))).all()
+
+
+def test_the_page_says_that_a_photo_is_clean_already(photo: str) -> None:
+    config = PatchEBTConfig(
+        img_size=16, embed_dim=48, depth=1, num_heads=2, suggested_start="proposal", suggested_clean_below=255.0
+    )
+    updates, answer = run(Request(path=photo, num_steps=1), EBTDenoiser(PatchEBT(config)))
+    assert (answer.after == np.asarray(Image.open(photo))).all() and answer.num_steps == 0 and len(answer.energies) == 1
+    assert "**Already clean**: every pixel is kept" in figures.facts(answer)
+    assert (updates[-1].after == answer.after).all() and len(answer.steps.frames) == 1
 
 
 def test_a_model_without_an_energy_has_neither_curve_nor_map(photo: str) -> None:

@@ -74,6 +74,21 @@ def test_a_models_own_stopping_rule_holds_where_nobody_asks_for_steps(good: Path
     assert steps("--tolerance", "0", "--tolerance-of", "first", "--step-size-scale", "0.5") == "5"
 
 
+def test_a_photo_that_is_clean_by_its_energy_keeps_every_pixel(good: Path, tmp_path: Path, capsys) -> None:
+    config = PatchEBTConfig(img_size=16, embed_dim=48, depth=1, num_heads=2, suggested_start="proposal", suggested_steps=1)
+    PatchEBT(config).save_pretrained(tmp_path / "model")
+    command = ["denoise", str(good), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--overwrite"]
+    assert cli.main([*command, "--clean-below", "255"]) == 0
+    assert "0 steps (already clean)" in capsys.readouterr().out
+    assert (np.asarray(Image.open(tmp_path / "out" / "good.png")) == np.asarray(Image.open(good))).all()
+    assert cli.main([*command, "--clean-below", "0"]) == 0
+    assert "1 step," in capsys.readouterr().out
+    assert cli.main([*command, "--clean-below", "3", "--start", "observation"]) == 2
+    assert "--clean-below has no effect where model does not start from its proposal" in capsys.readouterr().err
+    assert cli.main([*command, "--model", "nlm", "--clean-below", "3"]) == 2
+    assert "--clean-below has no effect on nlm" in capsys.readouterr().err
+
+
 def test_noise_of_a_file_does_not_depend_on_the_others(run, good: Path, tmp_path: Path) -> None:
     other = photo(tmp_path / "a.png", 40, 40)
     run(good, "--add-noise", "25", output=tmp_path / "alone")

@@ -257,6 +257,14 @@ def test_tiles_in_batches_are_those_one_by_one_and_those_of_the_cpu(device: str)
     assert all(image.device.type == device for image in images)
     assert_near(images[0], images[1], 1e-4)
     assert_near(images[0], expected, 1e-3)
+    stem = randomised(PatchEBT(PatchEBTConfig(**SIZE, stem_widths=(8, 16), suggested_start="proposal")))
+    proposal = DenoiseOptions(num_steps=1, final_energy=False)
+    slow, fast = (EBTDenoiser(stem.to(device), precision=precision) for precision in ("float32", "bfloat16"))  # type: ignore[arg-type]
+    precise = denoise_tiled(slow, noisy.to(device), proposal).image
+    rough = [denoise_tiled(fast, noisy.to(device), proposal, batch_size=size).image for size in (1, 5)]
+    assert not torch.equal(rough[0], precise)
+    assert_near(rough[0], rough[1], 0.02)
+    assert_near(rough[0], precise, 0.05)
     jittered = DenoiseOptions(num_steps=2, num_candidates=2, langevin_std=0.02, seed=5)
     one, five = (denoise_tiled(denoiser, noisy.to(device), jittered, batch_size=size).image for size in (1, 5))
     assert_near(one, five, 1e-3)

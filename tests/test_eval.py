@@ -14,6 +14,7 @@ from PIL import Image
 
 from ebt_vision.benchmark import parts
 from ebt_vision.benchmark.flops import CostMeter
+from ebt_vision.benchmark.protocols import Condition
 from ebt_vision.core import metrics
 from ebt_vision.denoising.base import for_photographs
 from ebt_vision.denoising.load import load_denoiser
@@ -322,6 +323,20 @@ def test_every_corruption_runs(photos: Path, tmp_path: Path, baselines: list[str
     noisy = {row["condition"]: row["psnr_image"] for row in rows(tmp_path) if row["method"] == "noisy input"}
     assert list(noisy) == ["salt-and-pepper 0.05", "poisson 30", "speckle 0.2", "jpeg 10", "motion-blur 9"]
     assert all(5 < psnr < 30 for psnr in noisy.values())
+
+
+def test_the_camera_protocol_has_noise_of_its_strengths_and_tells_nobody(photos: Path, tmp_path: Path):
+    command = ["--protocol", "camera", "--camera-sigmas", "5", "20", "--limit", "2"]
+    assert denoising.main(arguments(photos, tmp_path, ["identity", "nlm"], *command)) == 0
+    found = {(row["condition"], row["method"]): row["psnr_image"] for row in rows(tmp_path)}
+    noisy = [found[f"camera {sigma}", "noisy input"] for sigma in (5, 20)]
+    for sigma, psnr in zip((5, 20), noisy, strict=True):
+        assert psnr == pytest.approx(20 * np.log10(255 / sigma), abs=1.0)  # clipping and rounding change it a little
+    assert ("camera 5", "sigma estimated") in found and ("camera 5", "told sigma") not in found
+    condition = Condition(protocol="camera", kind="camera", strength=20.0)
+    clean = torch.randint(0, 256, (2, 3, 16, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(condition.observe(clean, [3, 4])[1:], condition.observe(clean[1:], [4]))
+    assert condition.sigma is None and condition.timestep is None
 
 
 def test_seeds_and_checkpoints_combine(photos: Path, tmp_path: Path, baselines: list[str]):

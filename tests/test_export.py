@@ -102,7 +102,14 @@ def test_the_command_exports_a_regressor(tmp_path: Path, capsys: pytest.CaptureF
         (["--output", "no/model.pt2"], "is not a folder"),
         (["--output", "folder.pt2", "--overwrite"], "folder.pt2 is a folder; choose another --output"),
         (["--output", "model.pt2", "--part", "step"], "set height and width"),
-        (["--output", "model.pt2", "--part", "step", "--size", "9x16"], "9x16 is not a multiple of patch_size=8"),
+        (
+            ["--output", "model.pt2", "--part", "step", "--size", "9x16"],
+            "size=9x16 does not fit; both sides must be multiples of 8",
+        ),
+        (
+            ["--output", "model.pt2", "--part", "step", "--size", "0x16"],
+            "size=0x16 does not fit; both sides must be multiples of 8",
+        ),
         (["--output", "model.pt2", "--size", "16x16"], "--size is only for --part step"),
     ],
 )

@@ -11,6 +11,7 @@ from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.noise.named import NOISE_KINDS, Noise
 from ebt_vision.noise.processes import add_gaussian_noise, signal_and_noise_scale
+from ebt_vision.noise.realistic import add_camera_noise
 
 
 @pytest.mark.parametrize("kind", NOISE_KINDS)
@@ -22,6 +23,27 @@ def test_the_seed_decides_the_noise(kind: str) -> None:
     assert torch.equal(first, again) and torch.equal(clean, kept) and not torch.equal(first, clean)
     assert torch.equal(first, other) == (kind == "jpeg")  # the one without a random draw
     assert Noise.parse(str(noise)) == noise
+
+
+def test_camera_noise_has_its_strength_and_8_bits() -> None:
+    clean = torch.full((4, 3, 64, 64), 0.5)
+    generators = [make_generator(0, i) for i in range(4)]
+    noisy = add_camera_noise(clean, 12.0, generators)
+    levels = 255.0 * noisy
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    torch.testing.assert_close((levels - 127.5).flatten(1).std(1), torch.full((4,), 12.0), rtol=0.02, atol=0.1)
+    torch.testing.assert_close(add_camera_noise(clean[1:2], 12.0, [make_generator(0, 1)])[0], noisy[1])  # whatever the batch
+    grey = noisy.mean(1)
+    colour = noisy[:, 0] - noisy[:, 2]
+    near = [((a - a.mean())[:, :, 1:] * (a - a.mean())[:, :, :-1]).mean() / a.var() for a in (grey, colour)]
+    assert near[1] > near[0] + 0.1  # colour is coarser than luminance
+    assert torch.equal(add_camera_noise(clean, 0.0, make_generator(0)), (255 * clean).round() / 255)
+    with pytest.raises(ValueError, match="sigma=-1"):
+        add_camera_noise(clean, -1.0, make_generator(0))
+    with pytest.raises(ValueError, match="3 generators for 4 images"):
+        add_camera_noise(clean, 1.0, generators[:3])
+    with pytest.raises(ValueError, match="give RGB images"):
+        add_camera_noise(clean[:, :1], 1.0, generators)
 
 
 def test_a_number_is_gaussian_noise() -> None:

@@ -63,6 +63,9 @@ def test_a_cpu_is_fast_with_either_instruction_set(avx512: bool, amx: bool, monk
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # a torch without the probe
     assert has_fast_bfloat16("cpu") is amx
     assert has_fast_bfloat16("mps") is False
+    for capability, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert has_fast_bfloat16("cuda") is fast
 
 
 def test_autocast_is_bfloat16_or_nothing():

@@ -1,13 +1,16 @@
 """Thinking from the network's proposal, and the strength of denoising."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ebt_vision.core.thinking import think
-from ebt_vision.denoising.base import IdentityDenoiser, noise_from_energy
+from ebt_vision.denoising.base import IdentityDenoiser, energy_from_noise, noise_from_energy
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import DenoiseStep
+from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.noise.processes import to_image_range, to_model_range
 from ebt_vision.objectives.image import EBTObjective
@@ -130,7 +133,8 @@ def test_tiles_keep_the_strength():
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(strength=-0.1), dict(strength=1.6), dict(start="middle"), dict(strength=float("nan"))]
+    "changes",
+    [dict(strength=-0.1), dict(strength=1.6), dict(start="middle"), dict(strength=float("nan")), dict(clean_below=256.0)],
 )
 def test_options_out_of_range_are_refused(changes: dict):
     with pytest.raises(ValueError, match=next(iter(changes))):
@@ -150,6 +154,76 @@ def test_the_first_energy_gives_the_noise_in_8_bit_units():
     assert noise_from_energy(0.0, 8) == 0.0 and noise_from_energy(0.5 * 3 * 64, 8) == pytest.approx(127.5)
     with pytest.raises(ValueError, match="energy=-1"):
         noise_from_energy(-1.0, 8)
+    assert noise_from_energy(energy_from_noise(7.5, 8), 8) == pytest.approx(7.5)
+
+
+# --- Images that are already clean
+
+
+def two_noises() -> tuple[EBTDenoiser, torch.Tensor, float]:
+    """Return a denoiser, two images, and a standard deviation between the noise that it sees in the first and in the second."""
+    denoiser = tiny_denoiser(suggested_start="proposal")
+    noisy = noisy_images() * torch.tensor([0.1, 1.0]).reshape(2, 1, 1, 1)
+    noisy[0] += 0.45
+    energies = denoiser.denoise(noisy, DenoiseOptions(num_steps=1)).energies
+    assert energies is not None
+    first, second = (noise_from_energy(float(energy), 4) for energy in energies[0])
+    assert first < 0.9 * second
+    return denoiser, noisy, (first + second) / 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("final_energy", [True, False])
+def test_a_clean_image_takes_no_step_and_keeps_every_pixel(num_steps: int, final_energy: bool):
+    denoiser, noisy, between = two_noises()
+    options = DenoiseOptions(num_steps=num_steps, final_energy=final_energy, keep_trajectory=num_steps > 1)
+    steps: list[DenoiseStep] = []
+    plain = denoiser.denoise(noisy, options)
+    kept = denoiser.denoise(noisy, replace(options, clean_below=between), callback=steps.append)
+    assert kept.num_steps.tolist() == [0, num_steps] and torch.equal(kept.num_forward, plain.num_forward)
+    assert torch.equal(kept.image[0], noisy[0]) and torch.equal(kept.image[1], plain.image[1])
+    assert not torch.equal(plain.image[0], noisy[0])
+    assert plain.energies is not None and kept.energies is not None
+    assert torch.equal(kept.energies[:, 1], plain.energies[:, 1])
+    assert torch.equal(kept.energies[:, 0], plain.energies[0, 0].expand(len(plain.energies)))
+    for image in [*(kept.trajectory or ()), *(step.image for step in steps)]:
+        assert torch.equal(image[0], noisy[0])
+    assert torch.equal(denoiser.denoise(noisy, replace(options, clean_below=0.0)).image, plain.image)
+
+
+def test_each_tile_is_judged_for_itself():
+    denoiser, noisy, between = two_noises()
+    wide = torch.cat([noisy[:1], noisy[1:]], dim=3)  # the halves of one image
+    wide = torch.cat([wide[..., :12].repeat(1, 1, 1, 2)[..., :16], wide[..., 12:].repeat(1, 1, 1, 2)[..., :16]], dim=3)
+    options = DenoiseOptions(num_steps=1, clean_below=between)
+    result = denoise_tiled(denoiser, wide, options, tile_size=16, overlap=0)
+    assert torch.equal(result.image[..., :16], wide[..., :16]) and not torch.equal(result.image[..., 16:], wide[..., 16:])
+    assert result.num_steps.tolist() == [1]
+
+
+def test_the_model_suggests_when_an_image_is_clean():
+    denoiser, noisy, between = two_noises()
+    suggesting = tiny_denoiser(suggested_start="proposal", suggested_clean_below=between)
+    options = DenoiseOptions(num_steps=1, clean_below=between)
+    assert torch.equal(suggesting.denoise(noisy, DenoiseOptions(num_steps=1)).image, denoiser.denoise(noisy, options).image)
+    assert suggesting.denoise(noisy, DenoiseOptions(num_steps=1)).num_steps.tolist() == [0, 1]
+    assert suggesting.denoise(noisy, DenoiseOptions(num_steps=1, start="observation")).num_steps.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="clean_below=3 needs a start from the proposal"):
+        suggesting.denoise(noisy, DenoiseOptions(num_steps=1, start="observation", clean_below=3.0))
+    with pytest.raises(ValueError, match="suggested_clean_below needs suggested_start='proposal'"):
+        tiny_denoiser(suggested_clean_below=1.0)
+    with pytest.raises(ValueError, match="suggested_clean_below=-1 is not in 0..255"):
+        tiny_denoiser(suggested_start="proposal", suggested_clean_below=-1.0)
+
+
+def test_candidates_of_a_clean_image_are_the_image():
+    denoiser, noisy, between = two_noises()
+    options = DenoiseOptions(num_steps=2, num_candidates=3, clean_below=between, keep_candidates=True)
+    result = denoiser.denoise(noisy, options)
+    assert result.candidate_images is not None and result.candidate_energies is not None and result.energies is not None
+    assert torch.equal(result.candidate_images[:, 0], noisy[:1].expand(3, -1, -1, -1))
+    assert torch.equal(result.candidate_energies[:, 0], result.energies[:1, 0].expand(3))
+    assert not torch.equal(result.candidate_images[0, 1], result.candidate_images[1, 1])
 
 
 def test_stopping_a_strong_run_does_not_begin_the_second():

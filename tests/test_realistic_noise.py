@@ -236,6 +236,13 @@ def test_the_noise_of_a_sensor_depends_on_the_signal():
     assert noise[:, :, :60].std() > 1.5 * noise[:, :, 68:].std()
 
 
+def test_shot_noise_grows_with_the_light_and_read_noise_does_not():
+    raw = torch.tensor([[[0.1, 0.4, 0.7]]])
+    shot, read = (realistic._sensor_variance(raw, torch.tensor([share])) - 1e-4 for share in (1.0, 0.0))
+    torch.testing.assert_close(shot, raw)  # Poisson: the variance is the mean
+    torch.testing.assert_close(read, torch.full_like(raw, 0.4))
+
+
 def test_the_correlation_is_there_and_keeps_the_strength():
     for seed in range(8):
         noise = torch.randn(3, 64, 64, generator=make_generator(seed))

@@ -12,13 +12,14 @@ from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.thinking_config import ToleranceOf
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-Protocol = Literal["paper", "awgn", "ood", "real"]
+Protocol = Literal["paper", "awgn", "camera", "ood", "real"]
 MODELS = "shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity, spandrel:FILE, deepinv:NAME[:FILE]"
 OPTIONS_OF = {
     "levels": ("paper",),
     "sweep": ("paper",),
     "sweep_limit": ("paper",),
     "sigmas": ("awgn",),
+    "camera_sigmas": ("camera",),
     "corruptions": ("ood",),
 }
 """The protocols in which an option has an effect; a Condition checks --clipped itself."""
@@ -37,7 +38,7 @@ def denoising_parser() -> OneLineParser:
     add("--pairs", metavar="NOISY:CLEAN", help='real: patterns of the file names, such as "*_noisy*:*_clean*"')
     add("--output", type=named_path, default=Path("results"), help="folder of all results")
     add("--limit", type=number(int, 1), help="number of images, spread evenly over the set")
-    add("--img-size", type=_whole_or_pixels, help="side of centre squares, or whole (default 64; awgn: whole)")
+    add("--img-size", type=_whole_or_pixels, help="side of centre squares, or whole (default 64; awgn, camera: whole)")
     add("--group", nargs="*", default=[], metavar="NAME=A,B", help="checkpoints to combine into mean and spread")
     _add_noise(parser)
     _add_rows(parser)
@@ -64,6 +65,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     level = number(float, 1e-3, 1)
     add("--levels", type=level, nargs="+", default=[0.1, 0.2], help="paper: VP noise levels")
     add("--sigmas", type=number(float, 0, 255), nargs="+", default=[15.0, 25.0, 50.0], help="awgn: 0..255 units")
+    add("--camera-sigmas", type=number(float, 0, 255), nargs="+", default=[5.0, 10.0, 20.0], help="camera: 0..255 units")
     add("--corruptions", nargs="+", default=list(OOD_STRENGTHS), help=f"ood: some of {', '.join(OOD_STRENGTHS)}")
     switch = argparse.BooleanOptionalAction
     add("--clipped", action=switch, default=False, help="awgn, ood: clip the noisy input and round it to 8 bits")
@@ -90,6 +92,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--candidate-steps", type=count, nargs="*", default=[], help="EBT: steps of best-of-N (default: 1 and --steps)")
     add("--candidate-noise", type=amount, default=0.1, help="EBT: noise on the candidates' starts, on [-1, 1]")
     add("--langevin", type=amount, default=0.0, help="EBT: noise before each gradient of a candidate, on [-1, 1]")
+    add("--clean-below", type=number(float, 0, 255), help="EBT: as in ebt-vision denoise (default: from each model)")
     add("--passes", type=count, nargs="*", default=[1, 2, 5, 10, 25, 50, 100], help="DiT: passes of DDIM")
     add("--loops", type=number(int, 0), default=3, help="DiT: loops of the recursion; 0 disables it")
     add("--self-ensemble", type=count, nargs="*", default=[], help="numbers of mirrored copies whose mean is measured: 2, 4, 8")
@@ -119,6 +122,7 @@ def conditions_of(settings: argparse.Namespace) -> tuple[list[Condition], list[C
     kinds: list[tuple[str, float]] = {
         "paper": [("level", level) for level in settings.levels],
         "awgn": [("sigma", sigma) for sigma in settings.sigmas],
+        "camera": [("camera", sigma) for sigma in settings.camera_sigmas],
         "ood": [(kind, OOD_STRENGTHS.get(kind, 0.0)) for kind in settings.corruptions],
         "real": [("pairs", 0.0)],
     }[settings.protocol]
@@ -143,6 +147,7 @@ def row_settings(settings: argparse.Namespace) -> RowSettings:
         candidate_steps=tuple(settings.candidate_steps),
         candidate_noise=settings.candidate_noise,
         langevin=settings.langevin,
+        clean_below=settings.clean_below,
         passes=tuple(sorted(set(settings.passes))),
         loops=settings.loops,
         self_ensembles=tuple(sorted(set(settings.self_ensemble))),

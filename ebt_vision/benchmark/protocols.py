@@ -3,6 +3,8 @@
 paper   the VP process on [-1, 1] at a noise level; outputs clamped, not rounded (Gladstone et al. 2025, code).
 awgn    y = x + N(0, sigma / 255), drawn as in the restoration papers; outputs clamped and rounded to 8 bits.
 real    pairs of a noisy and a clean photograph (see pairs.py); no noise is added, outputs are clamped and rounded to 8 bits.
+camera  noise as the noise reduction of a camera leaves it (noise/realistic.py); the input has 8 bits, outputs are clamped and
+        rounded to 8 bits.
 ood     corruptions on which no model was trained, with one fixed strength each; outputs clamped and rounded to 8 bits.
 
 `clipped` is a separate track of awgn and ood: the noisy image is clipped and rounded to 8 bits, as in a camera or a file. Its
@@ -20,11 +22,13 @@ from torch import Tensor
 from ebt_vision.core.metrics import psnr
 from ebt_vision.core.rng import Generators, sample_generators
 from ebt_vision.noise import processes
+from ebt_vision.noise.realistic import add_camera_noise
 
 _VP_STREAM = 21
 _OOD_STREAM = 22
+_CAMERA_STREAM = 23
 
-PROTOCOLS = ("paper", "awgn", "ood", "real")
+PROTOCOLS = ("paper", "awgn", "camera", "ood", "real")
 OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "speckle": 0.2, "jpeg": 10.0, "motion-blur": 9.0}
 """Fraction of pixels, photons at white, standard deviation, JPEG quality, pixels of the path (at 45 degrees)."""
 
@@ -33,9 +37,9 @@ OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "sp
 class Condition:
     """One kind of noise for all models, with its own table."""
 
-    protocol: Literal["paper", "awgn", "ood", "real"]
+    protocol: Literal["paper", "awgn", "camera", "ood", "real"]
     kind: str
-    """"level", "sigma", a key of OOD_STRENGTHS, or "pairs"."""
+    """"level", "sigma", "camera", a key of OOD_STRENGTHS, or "pairs"."""
     strength: float
     seed: int = 0
     clipped: bool = False
@@ -47,6 +51,10 @@ class Condition:
                 raise ValueError("--clipped is a track of awgn and ood; the paper's noise is never clipped")
         if self.protocol == "real" and self.clipped:
             raise ValueError("--clipped is a track of awgn and ood; the noisy images of pairs are 8-bit files")
+        if self.protocol == "camera" and self.clipped:
+            raise ValueError("--clipped is a track of awgn and ood; camera noise always has 8 bits")
+        if self.protocol == "camera" and not 0 <= self.strength <= 255:
+            raise ValueError(f"sigma={self.strength:g} of camera noise is out of range; use 0..255, photographs have up to 20")
         if self.protocol == "awgn" and not 0 <= self.strength <= 255:
             raise ValueError(f"sigma={self.strength:g} is out of range; use 0..255, the papers' are 15, 25 and 50")
         if self.protocol == "ood" and self.kind not in OOD_STRENGTHS:
@@ -88,6 +96,8 @@ class Condition:
             generators = sample_generators(self.seed, indices, _VP_STREAM, processes.level_to_timestep(self.strength))
             noisy = processes.add_vp_noise(processes.to_model_range(images), self.strength, generators)
             return processes.to_image_range(noisy)
+        if self.protocol == "camera":
+            return add_camera_noise(images, self.strength, sample_generators(self.seed, indices, _CAMERA_STREAM))
         if self.protocol == "awgn":
             noisy = processes.add_restoration_noise(images, self.strength, self.seed)
         else:

@@ -7,6 +7,7 @@ from ebt_vision.benchmark.tables import Column, markdown, row_columns, spread_co
 MEASURES = {
     "paper": "VP noise on [-1, 1], linear betas 1e-4..0.02; outputs clamped to 0..255, not rounded.",
     "awgn": "y = x + N(0, sigma/255), numpy's RandomState(seed) again for every image; outputs clamped, rounded to 8 bit.",
+    "camera": "Noise as the noise reduction of a camera leaves it, 8-bit input; outputs clamped, rounded to 8 bit.",
     "real": "Photographs with real camera noise, and clean photographs of the same scenes; outputs clamped, rounded to 8 bit.",
     "ood": "One fixed strength per corruption, drawn from (seed, image); outputs clamped, rounded to 8 bit.",
 }

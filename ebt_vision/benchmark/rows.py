@@ -38,6 +38,8 @@ class RowSettings:
     langevin: float = 0.0
     passes: tuple[int, ...] = (1, 2, 5, 10, 25, 50, 100)
     loops: int = 3
+    clean_below: float | None = None
+    """See DenoiseOptions."""
     self_ensembles: tuple[int, ...] = ()
     """Numbers of mirrored copies whose mean is measured, for the first row of each model."""
 
@@ -76,6 +78,7 @@ class Row:
     num_candidates: int = 1
     candidate_noise: float = 0.0
     langevin: float = 0.0
+    clean_below: float | None = None
     self_ensemble: int = 1
 
     @property
@@ -143,7 +146,14 @@ _TOLERANCE_OF: dict[ToleranceOf, str] = {
 
 def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
     steps = settings.steps
-    plain = Row(model=name, kind="ebt", method="thinking", num_steps=steps, reported=tuple(range(1, steps + 1)))
+    plain = Row(
+        model=name,
+        kind="ebt",
+        method="thinking",
+        num_steps=steps,
+        reported=tuple(range(1, steps + 1)),
+        clean_below=settings.clean_below,
+    )
     yield plain
     for tolerance in settings.tolerances:
         method = f"thinking, tolerance {tolerance:g}{_TOLERANCE_OF[settings.tolerance_of]}"
@@ -161,6 +171,7 @@ def _ebt_rows(name: str, settings: RowSettings) -> Iterator[Row]:
                 num_candidates=settings.candidates,
                 candidate_noise=settings.candidate_noise,
                 langevin=settings.langevin,
+                clean_below=settings.clean_below,
             )
 
 
@@ -211,6 +222,7 @@ def prepare(denoiser: Denoiser, row: Row, condition: Condition, noisy: Tensor) -
         num_candidates=row.num_candidates,
         candidate_noise_std=row.candidate_noise,
         langevin_std=row.langevin,
+        clean_below=row.clean_below,
         self_ensemble=row.self_ensemble,
         seed=condition.seed,
         keep_trajectory=row.reported != (row.num_steps,),

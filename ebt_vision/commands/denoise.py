@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--add-noise",
         metavar="SIGMA",
         type=_noise,
-        help="add Gaussian noise first, in 0..255 units; or KIND:AMOUNT of gaussian, paper, poisson, salt-and-pepper, jpeg",
+        help="add Gaussian noise first, in 0..255 units; or KIND:AMOUNT of gaussian, paper, poisson, salt-and-pepper, camera, "
+        "jpeg",
     )
     parser.add_argument(
         "--strength",
@@ -78,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=1,
         help="mean over 2, 4 or 8 mirrored and rotated copies: less error for N times the time (default 1: off)",
+    )
+    parser.add_argument(
+        "--clean-below",
+        metavar="SIGMA",
+        type=number(float, 0, 255),
+        help="tiles whose energy shows noise below this standard deviation, in 0..255 units, are clean and take no step "
+        "(default: from the model; 0: never)",
     )
     parser.add_argument(
         "--start", choices=("observation", "proposal"), help="start thinking from the noisy image or the network's proposal"
@@ -159,15 +167,12 @@ def _load(args: argparse.Namespace) -> tuple[Denoiser, DenoiseOptions]:
         self_ensemble=args.self_ensemble,
         likelihood_weight=args.likelihood_weight,
         start=args.start,
+        clean_below=args.clean_below,
         seed=args.seed,
         sigma=noise and noise.sigma,
         noise_level=noise and noise.noise_level,
     )
     return adapt_to_noise(denoiser, noise), options
-
-
-_OF_STEPS = ("langevin_std", "step_size_scale", "step_rule", "likelihood_weight")
-"""Options of the steps that follow a proposal."""
 
 
 def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
@@ -177,14 +182,16 @@ def _check_options(denoiser: Denoiser, args: argparse.Namespace) -> None:
     given |= {"--step-size-scale": ("step_size_scale", args.step_size_scale - 1)}
     given |= {"--step-rule": ("step_rule", args.step_rule != "fixed")}
     given |= {"--likelihood-weight": ("likelihood_weight", args.likelihood_weight)}
+    given |= {"--clean-below": ("clean_below", args.clean_below)}
     if args.tolerance is not None and args.steps is None and denoiser.suggested_steps == 1:
         raise ValueError(f"--tolerance has no effect on the one step that {denoiser.name} suggests; add --steps")
-    from_proposal = args.start == "proposal" or (args.start is None and denoiser.starts_from_proposal)
-    only_proposal = from_proposal and (args.steps or denoiser.suggested_steps) == 1
+    in_effect = denoiser.options_in_effect(args.steps or denoiser.suggested_steps, args.start)
     for option, (field, value) in given.items():
         if value and field not in denoiser.options_used:
             raise ValueError(f"{option} has no effect on {denoiser.name}; leave it out")
-        if value and only_proposal and field in _OF_STEPS:
+        if value and field not in in_effect:
+            if field == "clean_below":
+                raise ValueError(f"{option} has no effect where {denoiser.name} does not start from its proposal; leave it out")
             raise ValueError(f"{option} has no effect on the proposal, the one step of {denoiser.name}; add --steps 2 or more")
 
 
@@ -219,4 +226,4 @@ def _energies(result: DenoiseResult) -> str:
 
 def _steps(result: DenoiseResult) -> str:
     steps = int(result.num_steps[0])
-    return f"{steps} step" + "s" * (steps != 1)
+    return f"{steps} step" + "s" * (steps != 1) + " (already clean)" * (steps == 0)

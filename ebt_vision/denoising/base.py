@@ -34,6 +34,9 @@ from ebt_vision.denoising.tiling import denoise_each_tiled
 from ebt_vision.noise.named import Noise
 from ebt_vision.noise.processes import signal_and_noise_scale
 
+OF_STEPS = frozenset(("langevin_std", "step_size_scale", "step_rule", "likelihood_weight"))
+"""Fields of DenoiseOptions for the steps that follow a proposal."""
+
 
 class Denoiser(nn.Module, ABC):
     """Noisy images in, clean images out. The result for an image does not depend on the other images in its batch.
@@ -167,6 +170,14 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(f"options is a {type(options).__name__}; give DenoiseOptions(num_steps=..., ...) or None")
         return options
 
+    def options_in_effect(self, num_steps: int, start: str | None = None) -> frozenset[str]:
+        """Return the fields of `options_used` that have an effect with this number of steps from this start (None: the model's
+        own). A single proposal has no steps after it, and only an energy of a proposal shows noise."""
+        from_proposal = start == "proposal" or (start is None and self.starts_from_proposal)
+        if not from_proposal:
+            return self.options_used - {"clean_below"}
+        return self.options_used - OF_STEPS if num_steps == 1 else self.options_used
+
     def scale_for(self, options: DenoiseOptions) -> float:
         """Return the factor on the image, in -1..1, before the network.
 
@@ -225,6 +236,11 @@ def noise_from_energy(energy: float, patch_size: int) -> float:
     check(energy >= 0, "energy", energy, "use the first energy of a quadratic head, which is 0 or more")
     check(patch_size >= 1, "patch_size", patch_size, "use 1 or more")
     return math.sqrt(2.0 * energy / (3 * patch_size**2)) * 127.5
+
+
+def energy_from_noise(sigma: float, patch_size: int) -> float:
+    """Inverse of `noise_from_energy`: the energy, mean over patches, of an image with noise of `sigma` in 0..255 units."""
+    return 0.5 * 3 * patch_size**2 * (sigma / 127.5) ** 2
 
 
 TRAINING_LEVEL = 0.1

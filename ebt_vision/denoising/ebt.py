@@ -1,6 +1,7 @@
 """The EBT as a denoiser: thinking from the noisy image or its proposal, with one or more candidates."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from ebt_vision.core.energies import auto_likelihood_weight, gaussian_likelihood
 from ebt_vision.core.precision import Precision
 from ebt_vision.core.rng import randn_like, sample_generators
 from ebt_vision.core.thinking_results import ThinkingResult, ThinkingStep
+from ebt_vision.denoising.base import energy_from_noise
 from ebt_vision.denoising.network import ModelDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import Callback, DenoiseResult, DenoiseStep, repeat_last
@@ -24,7 +26,8 @@ class EBTDenoiser(ModelDenoiser):
     """PatchEBT: descend the energy from the noisy image or its proposal; keep the candidate of lowest energy.
 
     With num_candidates above 1 the first candidate starts there, and the others start there plus noise. A proposal N(x) counts
-    as the first step: it needs one forward pass, which also gives the energy of x.
+    as the first step: it needs one forward pass, which also gives the energy of x. An image that is already clean by its energy
+    takes no step (DenoiseOptions.clean_below).
     """
 
     model: PatchEBT
@@ -39,6 +42,7 @@ class EBTDenoiser(ModelDenoiser):
             "langevin_std",
             "step_size_scale",
             "likelihood_weight",
+            "clean_below",
         )
     )
 
@@ -55,13 +59,20 @@ class EBTDenoiser(ModelDenoiser):
         x = to_model_range(noisy) * self.scale_for(options)
         context = self.model.context_of(x)
         proposed = None
+        clean = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if (options.start or self.model.config.suggested_start) == "proposal":
             proposed = self.model.propose(x, *context)
+            clean = self._is_clean(proposed[1], x, options)
             if not options.final_energy and options.num_steps == options.num_candidates == 1 and not options.likelihood_weight:
                 one = torch.ones(len(x), dtype=torch.int64)
                 energies = self._mean(proposed[1][None], x)
-                return DenoiseResult(image=to_image_range(proposed[0]), num_steps=one, num_forward=one, energies=energies)
-        watch = _Watch(options, x, self.patch_size, callback, proposed)
+                result = DenoiseResult(image=to_image_range(proposed[0]), num_steps=one, num_forward=one, energies=energies)
+                return _without_steps(result, noisy, clean)
+        elif options.clean_below:
+            raise ValueError(
+                f"clean_below={options.clean_below:g} needs a start from the proposal, whose energy measures noise"
+            )
+        watch = _Watch(options, x, self.patch_size, callback, proposed, noisy, clean)
         likelihood = self._likelihood(x, context, options, proposed)
         result = best_of(
             with_likelihood(self.model, len(context)) if likelihood else self.model,
@@ -79,7 +90,7 @@ class EBTDenoiser(ModelDenoiser):
             energies = torch.cat([proposed[1][None].to(energies), energies])
         model_energy = energies[-1] - gaussian_likelihood(result.final, *likelihood) if likelihood else None
         read_weight = likelihood and options.likelihood_weight == "auto" and proposed is None
-        return DenoiseResult(
+        denoised = DenoiseResult(
             image=image,
             num_steps=_of_chosen([r.num_steps for r in result.results], result.chosen) + watch.num_before,
             num_forward=result.num_forward + watch.num_before + (1 if read_weight else 0),
@@ -90,6 +101,17 @@ class EBTDenoiser(ModelDenoiser):
             candidate_images=to_image_range(result.candidates) if options.keep_candidates else None,
             trajectory=watch.trajectory(result.chosen, image) if options.keep_trajectory else None,
         )
+        return _without_steps(denoised, noisy, clean)
+
+    def _is_clean(self, energies: Tensor, x: Tensor, options: DenoiseOptions) -> Tensor:
+        """Whether the energies (B,) of the observations `x` show no more noise than clean_below, bool (B,)."""
+        below = options.clean_below
+        if below is None:
+            below = self.model.config.suggested_clean_below
+        if not below:
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        limit = energy_from_noise(below * self.scale_for(options), self.patch_size)
+        return patch_energy_mean(energies, x.shape, self.patch_size) <= limit
 
     def _likelihood(
         self, x: Tensor, context: tuple[Tensor, ...], options: DenoiseOptions, proposed: tuple[Tensor, Tensor] | None
@@ -124,7 +146,8 @@ class EBTDenoiser(ModelDenoiser):
 class _Watch:
     """Pass the starts to best_of and receive every step: report it, keep it, and stop if requested.
 
-    `proposed` is the proposal and the energy of the observation `x`, if thinking starts from the proposal.
+    `proposed` is the proposal and the energy of the observation `x`, if thinking starts from the proposal. The images `noisy`
+    that are `clean` stay as they are in every report.
     """
 
     def __init__(
@@ -134,7 +157,10 @@ class _Watch:
         patch_size: int,
         callback: Callback,
         proposed: tuple[Tensor, Tensor] | None,
+        noisy: Tensor,
+        clean: Tensor,
     ):
+        self.noisy, self.clean = noisy, clean
         self.options, self.x, self.patch_size, self.callback, self.proposed = options, x, patch_size, callback, proposed
         self.num_before = 0 if proposed is None else 1  # steps before the first thinking step
         self.candidate, self.stopped = 0, False
@@ -163,6 +189,10 @@ class _Watch:
 
     def _tell(self, index: int, candidate: Tensor, energies: Tensor) -> bool:
         image = to_image_range(candidate)
+        if self.clean.any():
+            assert self.proposed is not None
+            image = torch.where(self.clean[:, None, None, None], self.noisy.to(image), image)
+            energies = torch.where(self.clean, self.proposed[1].to(energies), energies)
         if self.options.keep_trajectory:
             self.images[-1].append(image)
         told = self.callback(
@@ -183,6 +213,31 @@ class _Watch:
         padded = [images + [images[-1]] * (count - len(images)) for images in self.images]
         steps = [_of_chosen([images[i] for images in padded], chosen) for i in range(count)]
         return (*steps[:-1], final)
+
+
+def _without_steps(result: DenoiseResult, noisy: Tensor, clean: Tensor) -> DenoiseResult:
+    """Give the samples that are `clean`, bool (B,), the images `noisy` and no step; all their energies are that of the
+    observation."""
+    if not clean.any():
+        return result
+
+    def keep(images: Tensor) -> Tensor:
+        return torch.where(clean[:, None, None, None].to(images.device), noisy.to(images), images)
+
+    assert result.energies is not None
+    first = result.energies[0]
+    kept = clean.to(first.device)
+    candidates, images = result.candidate_energies, result.candidate_images
+    return replace(
+        result,
+        image=keep(result.image),
+        num_steps=torch.where(clean.to(result.num_steps.device), 0, result.num_steps),
+        energies=torch.where(kept, first, result.energies),
+        model_energy=None if result.model_energy is None else torch.where(kept, first, result.model_energy),
+        candidate_energies=None if candidates is None else torch.where(kept, first, candidates),
+        candidate_images=None if images is None else keep(images),
+        trajectory=result.trajectory and (*result.trajectory[:-1], keep(result.trajectory[-1])),
+    )
 
 
 def _of_chosen(values: list[Tensor], chosen: Tensor) -> Tensor:

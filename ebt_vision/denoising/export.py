@@ -91,7 +91,9 @@ def export_model(
         if size is None:
             raise ValueError("a step has a fixed size; set height and width, for example 256x256")
         if min(size) < patch_size or any(side % patch_size for side in size):
-            raise ValueError(f"size={size[0]}x{size[1]} is not a multiple of patch_size={patch_size}")
+            raise ValueError(
+                f"size={size[0]}x{size[1]} does not fit; both sides must be multiples of {patch_size}, the patch size"
+            )
         num_inputs = 2 if getattr(model.config, "observation_context", False) else 1
         program = _traced(module, tuple(torch.zeros(batch_size, 3, *size) for _ in range(num_inputs)))
     else:

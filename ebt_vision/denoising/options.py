@@ -25,6 +25,10 @@ class DenoiseOptions(ThinkingOptions):
     start: Literal["observation", "proposal"] | None = None
     """EBT: start thinking from the noisy image or from the proposal N(x), which counts as one step; None: as the model
     suggests."""
+    clean_below: float | None = None
+    """EBT that starts from its proposal: an image whose energy shows noise below this standard deviation, in 0..255 units, is
+    already clean and takes no step (base.noise_from_energy). Each tile of a large image is judged for itself. None: as the
+    model suggests; 0: never."""
     strength: float = 1.0
     """How much of the noise is removed, 0..1.5. Below 1 the result is x + strength * (denoised - x), which keeps grain; 0
     returns x. It minimises a quadratic energy around the denoised image plus (1 - strength) / (2 * strength) * |y - x|^2. Above
@@ -57,7 +61,7 @@ class DenoiseOptions(ThinkingOptions):
         ThinkingOptions.__post_init__(self)  # super() does not work in a dataclass with slots
         for name in ("strength", "candidate_noise_std"):
             check_number(name, getattr(self, name))
-        for name in ("noise_level", "sigma"):
+        for name in ("noise_level", "sigma", "clean_below"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
         check(self.start in (None, *STARTS), "start", self.start, f"use one of {STARTS}, or None")
@@ -75,6 +79,8 @@ class DenoiseOptions(ThinkingOptions):
         level = self.noise_level
         check(level is None or 0 < level <= 1, "noise_level", level, "use a number in (0, 1], or None")
         check(self.sigma is None or 0 <= self.sigma <= 255, "sigma", self.sigma, "use 0..255, or None to estimate it")
+        below = self.clean_below
+        check(below is None or 0 <= below <= 255, "clean_below", below, "use 0 (never) to 255, or None for the model's own")
         self._check_tile_size()
 
     def _check_tile_size(self) -> None:

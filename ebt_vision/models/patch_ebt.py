@@ -32,6 +32,9 @@ class PatchEBTConfig(TrunkConfig):
     """Default tolerance together with suggested_steps (see thinking_config.ThinkingConfig); None: no tolerance."""
     suggested_tolerance_of: Literal["training", "observation"] = "training"
     """Reference of suggested_tolerance."""
+    suggested_clean_below: float = 0.0
+    """Default of DenoiseOptions.clean_below, 0..255 units, for a model that starts from its proposal. It is chosen on training
+    images by eval/stopping.py; 0: every image takes its steps."""
     training_gain: float | None = None
     """Mean gain of a first step (decrease of the energy, mean over patches) at the training noise level, measured by
     eval/training_gain.py. Only tolerance_of="training" needs it."""
@@ -47,6 +50,10 @@ class PatchEBTConfig(TrunkConfig):
             raise ValueError("suggested_start='proposal' needs energy_head='quadratic', which has a reconstruction")
         if self.suggested_steps < 1:
             raise ValueError(f"suggested_steps={self.suggested_steps} must be 1 or more")
+        if not 0 <= self.suggested_clean_below <= 255:
+            raise ValueError(f"suggested_clean_below={self.suggested_clean_below:g} is not in 0..255")
+        if self.suggested_clean_below and self.suggested_start != "proposal":
+            raise ValueError("suggested_clean_below needs suggested_start='proposal', whose energy measures noise")
         for name in ("suggested_tolerance", "training_gain"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -69,7 +76,7 @@ class PatchEBTConfig(TrunkConfig):
             )
 
 
-_SUGGESTIONS = ("suggested_start", "suggested_steps", "suggested_tolerance", "suggested_tolerance_of")
+_SUGGESTIONS = ("suggested_start", "suggested_steps", "suggested_tolerance", "suggested_tolerance_of", "suggested_clean_below")
 
 
 class PatchEBT(ImageFeatures, EnergyModel):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ebt_vision.core.rng import make_generator
-from ebt_vision.noise import processes
+from ebt_vision.noise import processes, realistic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,13 @@ NOISE_KINDS: dict[str, NoiseKind] = {
     "paper": NoiseKind(unit="VP noise level; the paper trains at 0.1", low=0.01, high=1, default=0.1, step=0.01),
     "poisson": NoiseKind(unit="photons at white; fewer is noisier", low=1, high=1000, default=30, step=1),
     "salt-and-pepper": NoiseKind(unit="fraction of the pixels", low=0, high=1, default=0.1, step=0.01),
+    "camera": NoiseKind(
+        unit="standard deviation, 0 to 255 units, of noise as a camera leaves it: coarse in colour",
+        low=0,
+        high=50,
+        default=10,
+        step=1,
+    ),
     "jpeg": NoiseKind(unit="JPEG quality; lower is worse", low=1, high=100, default=10, step=1),
 }
 
@@ -72,6 +79,8 @@ class Noise:
                 return processes.add_poisson_noise(clean, self.amount, generator)
             case "salt-and-pepper":
                 return processes.add_salt_and_pepper(clean, self.amount, generator)
+            case "camera":
+                return realistic.add_camera_noise(clean, self.amount, generator)
             case "jpeg":
                 return processes.add_jpeg(clean, round(self.amount))
         raise AssertionError(self.kind)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebt_vision.core.checks import check_number, check_whole
+from ebt_vision.core.rng import Generators
 from ebt_vision.noise.processes import add_jpeg, to_8_bit
 
 _FROM_LUMA_CHROMA = torch.tensor([[1.0, 0.0, 1.0], [1.0, -0.194, -0.509], [1.0, 1.0, 0.0]])
@@ -136,6 +137,26 @@ def realistic_pairs(images: Tensor, config: RealisticNoiseConfig, generators: li
     return torch.stack(clean), torch.stack(noisy)
 
 
+def add_camera_noise(clean: Tensor, sigma: float, generator: Generators) -> Tensor:
+    """Processed noise, as the noise reduction of a camera leaves it, on images (B, 3, H, W) in [0, 1], then 8 bits.
+
+    `sigma` is its standard deviation in 0..255 units, before the values are clipped and rounded. The correlations and the share
+    of colour differ from draw to draw, in the ranges of the default RealisticNoiseConfig. `generator` is one for all images, or
+    a list with one for each. Raises ValueError for a negative sigma and for images that are not RGB.
+    """
+    if sigma < 0:
+        raise ValueError(f"sigma={sigma} is negative; photographs have up to 20")
+    if clean.ndim != 4 or clean.shape[1] != 3:
+        raise ValueError(f"clean has shape {tuple(clean.shape)}; give RGB images, (B, 3, H, W)")
+    draws = [generator] * len(clean) if isinstance(generator, torch.Generator) else list(generator)
+    if len(draws) != len(clean):
+        raise ValueError(f"got {len(draws)} generators for {len(clean)} images; give one per image")
+    blur = RealisticNoiseConfig().processed_luma_blur
+    images = clean.float().cpu()
+    noisy = [image + _processed_noise(image, sigma / 255.0, blur, g) for image, g in zip(images, draws, strict=True)]
+    return (to_8_bit(torch.stack(noisy)) / 255.0).to(clean)
+
+
 def _one(clean: Tensor, config: RealisticNoiseConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(3, H, W) -> clean and noisy image, (3, H, W) each."""
     draw = torch.rand(8, generator=generator).tolist()
@@ -196,14 +217,20 @@ def _sensor_noise(clean: Tensor, sigma: float, correlation: _Correlation | None,
     gains, shot = _uniform(generator, 1.2, 2.4, 3), _uniform(generator, 0.0, 1.0, 1)
     gains[1] = 1.0  # white balance keeps green
     raw = _mosaic(_to_linear(clean.clamp(0, 1)) / gains[:, None, None])  # (1, H, W)
-    # Variance = shot noise, which grows with the signal (Poisson), plus read noise; the gain of the pipeline is removed below.
-    std = (shot * raw + (1.0 - shot) * raw.mean() + 1e-4).sqrt()
-    noise = std * _white((1, *clean.shape[1:]), correlation, generator)
+    noise = _sensor_variance(raw, shot).sqrt() * _white((1, *clean.shape[1:]), correlation, generator)
     scale = sigma / 2.0  # a first estimate; linear light is steeper in shadows
     for _ in range(2):
         field = _develop(raw + scale * noise, gains) - _develop(raw, gains)
         scale *= sigma / max(float(field.std()), 1e-6)
     return field
+
+
+def _sensor_variance(raw: Tensor, shot: Tensor) -> Tensor:
+    """Variance of the linear signal `raw`, like it, up to a factor that the caller sets by the strength.
+
+    `shot` is the share of shot noise, which grows with the signal (Poisson); the rest is read noise.
+    """
+    return shot * raw + (1.0 - shot) * raw.mean() + 1e-4
 
 
 def _coloured_noise(clean: Tensor, sigma: float, correlation: _Correlation | None, generator: torch.Generator) -> Tensor:
