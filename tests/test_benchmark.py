@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from ebt_vision.benchmark.flops import Cost, CostMeter
+from ebt_vision.benchmark.measure import Subject
 from ebt_vision.benchmark.options import OneLineParser, config_to_arguments
 from ebt_vision.benchmark.protocols import OOD_STRENGTHS, Condition, same_shapes
 from ebt_vision.benchmark.rows import Row, RowSettings, prepare, rows_of
@@ -194,6 +195,21 @@ def test_a_tolerance_of_the_previous_step_is_a_row_of_its_own():
     denoiser = EBTDenoiser(PatchEBT(PatchEBTConfig(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)))
     _, _, options = prepare(denoiser, stopping, condition, torch.rand(1, 3, 16, 16))
     assert (options.tolerance, options.tolerance_of) == (0.05, "previous")
+
+
+def test_figures_with_another_limit_for_clean_images_stay_apart():
+    condition = Condition(protocol="awgn", kind="sigma", strength=25.0)
+    keys = []
+    for suggested, given in ((0.0, None), (0.5, None), (0.6, None), (0.5, 0.2), (0.6, 0.2)):
+        config = PatchEBTConfig(
+            img_size=16, embed_dim=48, depth=1, num_heads=2, suggested_start="proposal", suggested_clean_below=suggested
+        )
+        (row,) = rows_of("m", "ebt", condition, RowSettings(steps=1, candidates=0, clean_below=given))
+        denoiser = EBTDenoiser(PatchEBT(config))
+        _, _, options = prepare(denoiser, row, condition, torch.rand(1, 3, 16, 16))
+        assert options.clean_below == given
+        keys.append((row.clean_below, Subject(name="m", denoiser=denoiser, hash="").config_of(row)))
+    assert keys[3] == keys[4] and len({str(key) for key in keys}) == 4
 
 
 def test_the_regressor_is_applied_as_often_as_an_ebt_thinks_and_stopped_by_its_change():

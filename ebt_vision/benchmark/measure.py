@@ -43,6 +43,8 @@ class Subject:
         names = ["suggested_start"]  # rows do not set a start
         if row.tolerance is not None and row.tolerance_of == "training":
             names.append("training_gain")
+        if row.kind == "ebt" and row.clean_below is None and getattr(model.config, "suggested_clean_below", None):
+            names.append("suggested_clean_below")
         return model.network_config | {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
 
     @property

@@ -66,8 +66,8 @@ class EBTDenoiser(ModelDenoiser):
             if not options.final_energy and options.num_steps == options.num_candidates == 1 and not options.likelihood_weight:
                 one = torch.ones(len(x), dtype=torch.int64)
                 energies = self._mean(proposed[1][None], x)
-                result = DenoiseResult(image=to_image_range(proposed[0]), num_steps=one, num_forward=one, energies=energies)
-                return _without_steps(result, noisy, clean)
+                alone = DenoiseResult(image=to_image_range(proposed[0]), num_steps=one, num_forward=one, energies=energies)
+                return _without_steps(alone, noisy, clean)
         elif options.clean_below:
             raise ValueError(
                 f"clean_below={options.clean_below:g} needs a start from the proposal, whose energy measures noise"
