@@ -96,6 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
         denoiser = load_denoiser(settings.model, device=program_device(settings.device))
         if not denoiser.starts_from_proposal:
             raise ValueError(f"{settings.model} does not think from a proposal; use eval/training_gain.py for its rule")
+        if settings.steps < denoiser.suggested_steps:
+            raise ValueError(
+                f"--steps {settings.steps} is below the {denoiser.suggested_steps} steps that {settings.model} suggests"
+            )
         data = DataConfig(path=settings.data, split=settings.split, img_size=settings.img_size, limit=settings.limit)
         images = load_image_set(data)
     except (ValueError, OSError) as error:
@@ -132,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="stopping", description="Compare stopping rules of a photograph EBT.")
+    parser = OneLineParser(prog="stopping", description="Choose the stopping rule of a photograph EBT.")
     add = parser.add_argument
     add("--model", required=True)
     add("--data", required=True, help="images, in the forms of data.path")

@@ -52,7 +52,7 @@ def measure(model: str, data: str, level: float, limit: int, *, batch_size: int 
         raise ValueError(f"{model} is not an EBT for images, so it has no energy")
     images = load_images(data, img_size=denoiser.tile_size, limit=limit)
     condition = Condition(protocol="paper", kind="level", strength=level)
-    row = Row(model=model, kind="ebt", method="thinking", num_steps=1, reported=(1,))
+    row = Row(model=model, kind="ebt", method="thinking", num_steps=1, reported=(1,), clean_below=0.0)
     falls = []
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))

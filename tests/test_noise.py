@@ -38,7 +38,7 @@ def test_camera_noise_has_its_strength_and_8_bits() -> None:
     near = [((a - a.mean())[:, :, 1:] * (a - a.mean())[:, :, :-1]).mean() / a.var() for a in (grey, colour)]
     assert near[1] > near[0] + 0.1  # colour is coarser than luminance
     assert torch.equal(add_camera_noise(clean, 0.0, make_generator(0)), (255 * clean).round() / 255)
-    with pytest.raises(ValueError, match="sigma=-1"):
+    with pytest.raises(ValueError, match="sigma=-1 is out of range"):
         add_camera_noise(clean, -1.0, make_generator(0))
     with pytest.raises(ValueError, match="3 generators for 4 images"):
         add_camera_noise(clean, 1.0, generators[:3])

@@ -10,6 +10,7 @@ from ebt_vision.denoising.base import IdentityDenoiser, energy_from_noise, noise
 from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import DenoiseStep
+from ebt_vision.denoising.self_ensemble import turned
 from ebt_vision.denoising.tiling import denoise_tiled
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.noise.processes import to_image_range, to_model_range
@@ -214,6 +215,30 @@ def test_the_model_suggests_when_an_image_is_clean():
         tiny_denoiser(suggested_clean_below=1.0)
     with pytest.raises(ValueError, match="suggested_clean_below=-1 is not in 0..255"):
         tiny_denoiser(suggested_start="proposal", suggested_clean_below=-1.0)
+
+
+def test_the_copies_of_a_self_ensemble_decide_together_and_keep_the_dtype():
+    denoiser, noisy, between = two_noises()
+    noisy = noisy.double() / 3  # values that float32 cannot hold
+    plain = denoiser.denoise(noisy, DenoiseOptions(num_steps=1, self_ensemble=8))
+    assert plain.energies is not None
+    first, second = plain.energies[0].tolist()
+    each = [denoiser.denoise(turned(noisy, copy), DenoiseOptions(num_steps=1)).energies for copy in range(8)]
+    highest = max(float(energies[0, 0]) for energies in each if energies is not None)
+    assert first < highest < second  # a copy alone would take its step
+    limit = noise_from_energy(first * 1.0001, 4)
+    for strength in (1.0, 1.5):
+        result = denoiser.denoise(noisy, DenoiseOptions(num_steps=1, self_ensemble=8, clean_below=limit, strength=strength))
+        assert torch.equal(result.image[0], noisy[0]) and result.num_steps.tolist() == [0, 1]
+        assert not torch.equal(result.image[1], noisy[1])
+
+
+def test_images_of_the_vp_process_always_take_their_steps():
+    denoiser, noisy, between = two_noises()
+    options = DenoiseOptions(num_steps=1, noise_level=0.1)
+    assert torch.equal(
+        denoiser.denoise(noisy, replace(options, clean_below=255.0)).image, denoiser.denoise(noisy, options).image
+    )
 
 
 def test_candidates_of_a_clean_image_are_the_image():

@@ -21,6 +21,7 @@ from ebt_vision.denoising.inputs import check_images, checked_ids, pad_to_multip
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.denoising.results import (
     Callback,
+    CleanImages,
     DenoiseResult,
     DenoiseStep,
     apply_strength,
@@ -34,7 +35,7 @@ from ebt_vision.denoising.tiling import denoise_each_tiled
 from ebt_vision.noise.named import Noise
 from ebt_vision.noise.processes import signal_and_noise_scale
 
-OF_STEPS = frozenset(("langevin_std", "step_size_scale", "step_rule", "likelihood_weight"))
+OF_STEPS = frozenset(("langevin_std", "step_size_scale", "step_rule", "likelihood_weight", "tolerance", "tolerance_of"))
 """Fields of DenoiseOptions for the steps that follow a proposal."""
 
 
@@ -118,10 +119,14 @@ class Denoiser(nn.Module, ABC):
         size, dtype = noisy.shape[-2:], noisy.dtype
 
         stopped = False
+        keeps = CleanImages(noisy, lambda energies: self.is_clean(energies, options))
 
         def on_step(step: DenoiseStep) -> object:
             nonlocal stopped
-            told = None if callback is None else callback(replace(step, image=crop_and_clamp(step.image, size).to(dtype)))
+            if callback is None:
+                return None
+            shown = replace(step, image=crop_and_clamp(step.image, size).to(dtype))
+            told = callback(keeps.step(shown))
             stopped = stopped or told is True
             return told
 
@@ -130,12 +135,14 @@ class Denoiser(nn.Module, ABC):
             plain = noisy.clone() if noisy.is_inference() else noisy
             padded = self.to_network(pad_to_multiple(working(plain), self.patch_size))
             result = denoise_copies(self._denoise, padded, options, ids, on_step)
-            if options.strength > 1.0 and not stopped:
+            keeps.judge(result.energies)
+            if options.strength > 1.0 and not stopped and not keeps.all:
                 stronger = padded + (options.strength - 1.0) * (padded - result.image.to(padded))
                 first = result.num_forward
                 result = denoise_copies(self._denoise, stronger, options, ids, on_step)
                 result = replace(result, num_forward=result.num_forward + first)
-            return apply_strength(restore_flat_images(finish_result(result, size, plain), plain), plain, options.strength)
+            finished = keeps.result(restore_flat_images(finish_result(result, size, plain), plain))
+            return apply_strength(finished, plain, options.strength)
 
     def forward(self, noisy: Tensor, options: DenoiseOptions | None = None) -> Tensor:
         """Return only the denoised images, (B, 3, H, W) in [0, 1]: `denoise(noisy, options).image`."""
@@ -171,8 +178,13 @@ class Denoiser(nn.Module, ABC):
         return options
 
     def options_in_effect(self, num_steps: int, start: str | None = None) -> frozenset[str]:
-        """Return the fields of `options_used` that have an effect with this number of steps from this start (None: the model's
-        own). A single proposal has no steps after it, and only an energy of a proposal shows noise."""
+        """Return the fields of `options_used` that have an effect with this number of steps from this start.
+
+        None is the start that the model suggests.
+
+        A single proposal has no steps after it, and only the energy of a model that proposes shows noise. The fields that work
+        with every denoiser, such as strength, are not among them.
+        """
         from_proposal = start == "proposal" or (start is None and self.starts_from_proposal)
         if not from_proposal:
             return self.options_used - {"clean_below"}
@@ -192,6 +204,13 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def _denoise(self, noisy: Tensor, options: DenoiseOptions, image_ids: list[int], callback: Callback) -> DenoiseResult:
         """Denoise a checked and padded batch under no_grad; the images of the result need no clamping."""
+
+    def is_clean(self, energies: Tensor, options: DenoiseOptions) -> Tensor | None:
+        """Whether noisy images with these energies, (B,), mean over patches, take no step: bool (B,), or None for never.
+
+        See DenoiseOptions.clean_below.
+        """
+        return None
 
     def to_network(self, noisy: Tensor) -> Tensor:
         """Move images (B, 3, H, W) to the device and dtype of the network; results return to the device of the caller."""

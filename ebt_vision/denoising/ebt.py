@@ -1,7 +1,6 @@
 """The EBT as a denoiser: thinking from the noisy image or its proposal, with one or more candidates."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,20 +58,17 @@ class EBTDenoiser(ModelDenoiser):
         x = to_model_range(noisy) * self.scale_for(options)
         context = self.model.context_of(x)
         proposed = None
-        clean = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if (options.start or self.model.config.suggested_start) == "proposal":
             proposed = self.model.propose(x, *context)
-            clean = self._is_clean(proposed[1], x, options)
             if not options.final_energy and options.num_steps == options.num_candidates == 1 and not options.likelihood_weight:
                 one = torch.ones(len(x), dtype=torch.int64)
                 energies = self._mean(proposed[1][None], x)
-                alone = DenoiseResult(image=to_image_range(proposed[0]), num_steps=one, num_forward=one, energies=energies)
-                return _without_steps(alone, noisy, clean)
+                return DenoiseResult(image=to_image_range(proposed[0]), num_steps=one, num_forward=one, energies=energies)
         elif options.clean_below:
             raise ValueError(
                 f"clean_below={options.clean_below:g} needs a start from the proposal, whose energy measures noise"
             )
-        watch = _Watch(options, x, self.patch_size, callback, proposed, noisy, clean)
+        watch = _Watch(options, x, self.patch_size, callback, proposed)
         likelihood = self._likelihood(x, context, options, proposed)
         result = best_of(
             with_likelihood(self.model, len(context)) if likelihood else self.model,
@@ -90,7 +86,7 @@ class EBTDenoiser(ModelDenoiser):
             energies = torch.cat([proposed[1][None].to(energies), energies])
         model_energy = energies[-1] - gaussian_likelihood(result.final, *likelihood) if likelihood else None
         read_weight = likelihood and options.likelihood_weight == "auto" and proposed is None
-        denoised = DenoiseResult(
+        return DenoiseResult(
             image=image,
             num_steps=_of_chosen([r.num_steps for r in result.results], result.chosen) + watch.num_before,
             num_forward=result.num_forward + watch.num_before + (1 if read_weight else 0),
@@ -101,17 +97,6 @@ class EBTDenoiser(ModelDenoiser):
             candidate_images=to_image_range(result.candidates) if options.keep_candidates else None,
             trajectory=watch.trajectory(result.chosen, image) if options.keep_trajectory else None,
         )
-        return _without_steps(denoised, noisy, clean)
-
-    def _is_clean(self, energies: Tensor, x: Tensor, options: DenoiseOptions) -> Tensor:
-        """Whether the energies (B,) of the observations `x` show no more noise than clean_below, bool (B,)."""
-        below = options.clean_below
-        if below is None:
-            below = self.model.config.suggested_clean_below
-        if not below:
-            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        limit = energy_from_noise(below * self.scale_for(options), self.patch_size)
-        return patch_energy_mean(energies, x.shape, self.patch_size) <= limit
 
     def _likelihood(
         self, x: Tensor, context: tuple[Tensor, ...], options: DenoiseOptions, proposed: tuple[Tensor, Tensor] | None
@@ -134,6 +119,13 @@ class EBTDenoiser(ModelDenoiser):
         gain = self.model.config.training_gain
         return None if gain is None else gain * num_patches(x.shape, self.patch_size)
 
+    def is_clean(self, energies: Tensor, options: DenoiseOptions) -> Tensor | None:
+        below = self.model.config.suggested_clean_below if options.clean_below is None else options.clean_below
+        proposes = (options.start or self.model.config.suggested_start) == "proposal"
+        if not below or not proposes or options.noise_level is not None:  # a step also rescales images of the VP process
+            return None
+        return energies <= energy_from_noise(below * self.scale_for(options), self.patch_size)
+
     def energy_map(self, images: Tensor, noisy: Tensor) -> Tensor:
         x = to_model_range(self.to_network(noisy)) * self.scale_for(DenoiseOptions())
         with torch.no_grad(), self.autocast():
@@ -146,8 +138,7 @@ class EBTDenoiser(ModelDenoiser):
 class _Watch:
     """Pass the starts to best_of and receive every step: report it, keep it, and stop if requested.
 
-    `proposed` is the proposal and the energy of the observation `x`, if thinking starts from the proposal. The images `noisy`
-    that are `clean` stay as they are in every report.
+    `proposed` is the proposal and the energy of the observation `x`, if thinking starts from the proposal.
     """
 
     def __init__(
@@ -157,10 +148,7 @@ class _Watch:
         patch_size: int,
         callback: Callback,
         proposed: tuple[Tensor, Tensor] | None,
-        noisy: Tensor,
-        clean: Tensor,
     ):
-        self.noisy, self.clean = noisy, clean
         self.options, self.x, self.patch_size, self.callback, self.proposed = options, x, patch_size, callback, proposed
         self.num_before = 0 if proposed is None else 1  # steps before the first thinking step
         self.candidate, self.stopped = 0, False
@@ -189,10 +177,6 @@ class _Watch:
 
     def _tell(self, index: int, candidate: Tensor, energies: Tensor) -> bool:
         image = to_image_range(candidate)
-        if self.clean.any():
-            assert self.proposed is not None
-            image = torch.where(self.clean[:, None, None, None], self.noisy.to(image), image)
-            energies = torch.where(self.clean, self.proposed[1].to(energies), energies)
         if self.options.keep_trajectory:
             self.images[-1].append(image)
         told = self.callback(
@@ -213,31 +197,6 @@ class _Watch:
         padded = [images + [images[-1]] * (count - len(images)) for images in self.images]
         steps = [_of_chosen([images[i] for images in padded], chosen) for i in range(count)]
         return (*steps[:-1], final)
-
-
-def _without_steps(result: DenoiseResult, noisy: Tensor, clean: Tensor) -> DenoiseResult:
-    """Give the samples that are `clean`, bool (B,), the images `noisy` and no step; all their energies are that of the
-    observation."""
-    if not clean.any():
-        return result
-
-    def keep(images: Tensor) -> Tensor:
-        return torch.where(clean[:, None, None, None].to(images.device), noisy.to(images), images)
-
-    assert result.energies is not None
-    first = result.energies[0]
-    kept = clean.to(first.device)
-    candidates, images = result.candidate_energies, result.candidate_images
-    return replace(
-        result,
-        image=keep(result.image),
-        num_steps=torch.where(clean.to(result.num_steps.device), 0, result.num_steps),
-        energies=torch.where(kept, first, result.energies),
-        model_energy=None if result.model_energy is None else torch.where(kept, first, result.model_energy),
-        candidate_energies=None if candidates is None else torch.where(kept, first, candidates),
-        candidate_images=None if images is None else keep(images),
-        trajectory=result.trajectory and (*result.trajectory[:-1], keep(result.trajectory[-1])),
-    )
 
 
 def _of_chosen(values: list[Tensor], chosen: Tensor) -> Tensor:

@@ -104,6 +104,60 @@ def restore_flat_images(result: DenoiseResult, noisy: Tensor) -> DenoiseResult:
     return replace(result, image=image, candidate_images=candidates, trajectory=trajectory)
 
 
+class CleanImages:
+    """The images of `noisy` (B, 3, H, W) that are clean by their energy: they take no step and keep every pixel.
+
+    `is_clean` maps the energies (B,) of the noisy images to bool (B,), or to None if none is clean.
+    """
+
+    def __init__(self, noisy: Tensor, is_clean: Callable[[Tensor], Tensor | None]):
+        self.noisy, self.is_clean = noisy, is_clean
+        self.clean: Tensor | None = None
+
+    def judge(self, energies: Tensor | None) -> None:
+        """Decide by the first row of energies (T + 1, B)."""
+        self.clean = None if energies is None else self.is_clean(energies[0])
+
+    @property
+    def all(self) -> bool:
+        return self.clean is not None and bool(self.clean.all())
+
+    def step(self, step: DenoiseStep) -> DenoiseStep:
+        """Put the clean images into a step; the very first call, before the first step, decides which they are."""
+        if step.energies is None:
+            return step
+        if step.index == 0 and self.clean is None:
+            self.judge(step.energies[None])
+            self.first = step.energies
+        if self.clean is None or not self.clean.any():
+            return step
+        return replace(step, image=self._keep(step.image), energies=torch.where(self.clean, self.first, step.energies))
+
+    def result(self, result: DenoiseResult) -> DenoiseResult:
+        """Put the clean images into a result: no step, and all energies those of the noisy image."""
+        if self.clean is None or not self.clean.any():
+            return result
+        assert result.energies is not None
+        first = result.energies[0]
+        clean = self.clean.to(first.device)
+        candidates, model_energy = result.candidate_energies, result.model_energy
+        return replace(
+            result,
+            image=self._keep(result.image),
+            num_steps=torch.where(clean.to(result.num_steps.device), 0, result.num_steps),
+            energies=torch.where(clean, first, result.energies),
+            model_energy=None if model_energy is None else torch.where(clean, first, model_energy),
+            candidate_energies=None if candidates is None else torch.where(clean, first, candidates),
+            candidate_images=None if result.candidate_images is None else self._keep(result.candidate_images),
+            trajectory=result.trajectory and tuple(self._keep(image) for image in result.trajectory),
+        )
+
+    def _keep(self, images: Tensor) -> Tensor:
+        assert self.clean is not None
+        clean = self.clean.to(images.device)[:, None, None, None]
+        return torch.where(clean, self.noisy.clamp(0, 1).to(images), images)
+
+
 def apply_strength(result: DenoiseResult, noisy: Tensor, strength: float) -> DenoiseResult:
     """Apply a strength below 1: move the images of the result back towards the noisy images, (B, 3, H, W)."""
     if strength >= 1.0:

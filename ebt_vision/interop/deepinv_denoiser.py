@@ -24,14 +24,17 @@ _Base: Any = import_deepinv().Denoiser
 class DeepinvDenoiser(_Base):
     """A deepinv.models.Denoiser that uses one of our denoisers: `denoiser(x, sigma)`.
 
-    `options` default to the denoiser's suggested ones. It keeps no graph: the output never gets a gradient, so deepinv can
-    use it in plug-and-play iterations but not train it, nor unfold through it.
+    `options` default to the denoiser's suggested ones, without `clean_below`: clean images take their steps as well. It keeps
+    no graph: the output never gets a gradient, so deepinv can use it in plug-and-play iterations but not train it, nor unfold
+    through it.
     """
 
     def __init__(self, denoiser: Denoiser, options: DenoiseOptions | None = None):
         super().__init__()
         self.denoiser = denoiser
-        self.options = denoiser.options_or_suggested(options)
+        options = denoiser.options_or_suggested(options)
+        # Plug-and-play methods need the network's result for every image.
+        self.options = replace(options, clean_below=0.0) if options.clean_below is None else options
 
     def forward(self, x: Tensor, sigma: float | Tensor | list[float] | None = None, **kwargs: object) -> Tensor:
         """Denoise x (B, 3, H, W), about [0, 1], or (B, 1, H, W), which is denoised as grey RGB and averaged.

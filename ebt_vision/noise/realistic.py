@@ -142,17 +142,18 @@ def add_camera_noise(clean: Tensor, sigma: float, generator: Generators) -> Tens
 
     `sigma` is its standard deviation in 0..255 units, before the values are clipped and rounded. The correlations and the share
     of colour differ from draw to draw, in the ranges of the default RealisticNoiseConfig. `generator` is one for all images, or
-    a list with one for each. Raises ValueError for a negative sigma and for images that are not RGB.
+    a list with one for each. Raises ValueError for a sigma out of 0..255 and for other shapes.
     """
-    if sigma < 0:
-        raise ValueError(f"sigma={sigma} is negative; photographs have up to 20")
-    if clean.ndim != 4 or clean.shape[1] != 3:
-        raise ValueError(f"clean has shape {tuple(clean.shape)}; give RGB images, (B, 3, H, W)")
+    check_number("sigma", sigma)
+    if not 0 <= sigma <= 255:
+        raise ValueError(f"sigma={sigma:g} is out of range; use 0..255, photographs have up to 20")
+    if clean.ndim != 4 or clean.shape[1] != 3 or not len(clean) or min(clean.shape[-2:]) < 2:
+        raise ValueError(f"clean has shape {tuple(clean.shape)}; give RGB images, (B, 3, H, W), with sides of 2 px or more")
     draws = [generator] * len(clean) if isinstance(generator, torch.Generator) else list(generator)
     if len(draws) != len(clean):
         raise ValueError(f"got {len(draws)} generators for {len(clean)} images; give one per image")
     blur = RealisticNoiseConfig().processed_luma_blur
-    images = clean.float().cpu()
+    images = clean.float().cpu().clamp(0, 1)
     noisy = [image + _processed_noise(image, sigma / 255.0, blur, g) for image, g in zip(images, draws, strict=True)]
     return (to_8_bit(torch.stack(noisy)) / 255.0).to(clean)
 
