@@ -24,7 +24,7 @@ TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, stem_
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    ebt = PatchEBT(PatchEBTConfig(**TINY, suggested_start="proposal"))  # type: ignore[arg-type]
+    ebt = PatchEBT(PatchEBTConfig(**TINY, suggested_start="proposal", suggested_steps=2))  # type: ignore[arg-type]
     torch.nn.init.normal_(ebt.head.output.weight, std=0.05)  # type: ignore[union-attr]
     ebt.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -36,6 +36,12 @@ def test_stops_follow_the_rule_by_hand():
     assert stopping.stops(energies, 0.05).tolist() == [1, 3, 1, 3]
     assert stopping.stops(energies, 0.25).tolist() == [1, 2, 1, 3]
     assert stopping.stops(energies, 0.0).tolist() == [3, 3, 1, 3]
+
+
+def test_clean_images_take_no_step_by_hand(model: Path):
+    denoiser = load_denoiser(str(model))  # patches of 4 px: noise of 127.5 has the energy 48 / 2
+    assert stopping.clean_steps(torch.tensor([24.0, 24.1, 5.9, 6.1]), denoiser, 127.5).tolist() == [0, 2, 0, 0]
+    assert stopping.clean_steps(torch.tensor([24.0, 24.1, 5.9, 6.1]), denoiser, 63.75).tolist() == [2, 2, 0, 2]
 
 
 def test_the_rule_is_that_of_thinking(model: Path):
@@ -57,8 +63,11 @@ def test_the_table_of_a_tiny_model(model: Path, tmp_path: Path, capsys: pytest.C
     arguments = ["--data", str(tmp_path / "photos"), "--img-size", "16", "--steps", "3", "--sigmas", "25"]
     assert stopping.main(["--model", str(model), *arguments]) == 0
     told = capsys.readouterr().out
-    assert re.search(r"sigma 25: after 1\.\.3 steps \d+\.\d\d \d+\.\d\d \d+\.\d\d\n", told) and "realistic: after" in told
+    assert re.search(r"sigma 25: after 0\.\.3 steps( \d+\.\d\d){4}\n", told) and "full size: after" in told
+    assert "  clean below 0: " in told and "clean below 0.5: at most" in told
     assert "tolerance 1: at most" in told and "3 steps for all: at most" in told
+    assert stopping.main(["--model", str(model), *arguments[:-4], "--steps", "1"]) == 2
+    assert f"--steps 1 is below the 2 steps that {model} suggests" in capsys.readouterr().err
     assert stopping.main(["--model", "tiny_imagenet_ebt", *arguments]) == 2
     assert "does not think from a proposal" in capsys.readouterr().err
 
