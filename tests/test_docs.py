@@ -57,7 +57,7 @@ WITH_CODE = {
     "docs/scaling.md": 1,
     "docs/how-to/benchmark.md": 2,
     "docs/how-to/data.md": 2,
-    "docs/how-to/export.md": 1,
+    "docs/how-to/export.md": 2,
     "docs/how-to/restore.md": 1,
 }
 
@@ -273,11 +273,15 @@ def test_data_is_laid_out_as_the_page_says(folder: Path):
 
 def test_an_exported_program_runs_without_the_package(folder: Path):
     assert cli.main(["export", "photographs_ebt", "--output", "photographs.pt2"]) == 0
-    (program,) = code_blocks(DOCS / "how-to" / "export.md", "python")
-    assert "ebt_vision" not in program
+    program, with_onnxruntime = code_blocks(DOCS / "how-to" / "export.md", "python")
+    assert "ebt_vision" not in program + with_onnxruntime
     names: dict = {}
     exec(compile(program, "export.md", "exec"), names)
     assert names["clean"].shape == (1, 3, 64, 64) and 0 <= float(names["clean"].min()) <= float(names["clean"].max()) <= 1
+    pytest.importorskip("onnxruntime")
+    assert cli.main(["export", "photographs_ebt", "--output", "photographs.onnx"]) == 0
+    exec(compile(with_onnxruntime, "export.md", "exec"), names)
+    assert Image.open("denoised.png").size == Image.open("photo.jpg").size
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
