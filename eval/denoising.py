@@ -51,7 +51,6 @@ from ebt_vision.core.names import file_name
 from ebt_vision.core.provenance import provenance
 from ebt_vision.core.sharing import Share
 from ebt_vision.denoising.base import Denoiser
-from ebt_vision.denoising.ebt import EBTDenoiser
 from ebt_vision.denoising.load import is_of_library, load_denoiser
 from ebt_vision.models.checkpoint import checkpoint_hash, program_device
 
@@ -109,7 +108,7 @@ def run(settings: argparse.Namespace, processes: Processes) -> None:
 def _subject(model: str, name: str, settings: argparse.Namespace) -> Subject:
     denoiser: Denoiser = load_denoiser(model, device=settings.device, precision=settings.precision)
     denoiser.name = name
-    if settings.clean_below and isinstance(denoiser, EBTDenoiser) and not denoiser.starts_from_proposal:
+    if settings.clean_below and "clean_below" in denoiser.options_used - denoiser.options_in_effect(settings.steps):
         raise ValueError(f"--clean-below has no effect on {name}, which does not start from its proposal; leave it out")
     weights = denoiser.weights_hash
     if denoiser.num_parameters and not is_of_library(model):

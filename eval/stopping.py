@@ -14,11 +14,12 @@ The last lines show the worst loss of each rule against the best number of steps
 does not count: every step is a loss there.
 """
 
+import functools
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
+from held_out import FULL_SIZE, PROCESSED
 from torch import Tensor
 
 from ebt_vision.benchmark.options import OneLineParser
@@ -26,7 +27,7 @@ from ebt_vision.core.arguments import number
 from ebt_vision.core.metrics import psnr
 from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.images import DataConfig, load_image_set
-from ebt_vision.denoising.base import Denoiser, energy_from_noise
+from ebt_vision.denoising.base import Denoiser
 from ebt_vision.denoising.load import load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
 from ebt_vision.models.checkpoint import program_device
@@ -58,7 +59,9 @@ def stops(energies: Tensor, tolerance: float) -> Tensor:
 def clean_steps(energies: Tensor, denoiser: Denoiser, clean_below: float) -> Tensor:
     """Return the steps of samples whose observations have the energies (B,), int64 (B,): 0 below the noise `clean_below`,
     otherwise the suggested number."""
-    return torch.where(energies <= energy_from_noise(clean_below, denoiser.patch_size), 0, denoiser.suggested_steps)
+    steps = torch.full(energies.shape, denoiser.suggested_steps)
+    clean = denoiser.is_clean(energies, DenoiseOptions(clean_below=clean_below))
+    return steps if clean is None else torch.where(clean, 0, steps)
 
 
 def measure(denoiser: Denoiser, clean: Tensor, noisy: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -82,8 +85,7 @@ def conditions(clean: Tensor, sigmas: Sequence[float], seed: int) -> dict[str, t
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators])
         pairs[f"sigma {sigma:g}"] = (clean, clean + sigma / 255.0 * noise)
     realistic = RealisticNoiseConfig(gaussian_share=0.0, clean_share=0.0)
-    processed = replace(realistic, processed_share=1.0, jpeg_share=1.0, jpeg_quality=(80, 95))
-    kinds = {"realistic": realistic, "processed": processed, "full size": replace(processed, full_size_share=1.0)}
+    kinds = {"realistic": realistic, "processed": PROCESSED, "full size": FULL_SIZE}
     for stream, (name, config) in enumerate(kinds.items(), 1000):
         pairs[name] = realistic_pairs(clean, config, sample_generators(seed, range(len(clean)), stream))
     return pairs
@@ -106,7 +108,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopping: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     clean = images.images(range(len(images))).float() / 255.0
-    losses, clean_losses = torch.zeros(len(TOLERANCES)), torch.zeros(len(CLEAN_BELOW))
+
+    def by_noise(energies: Tensor, sigma: float) -> Tensor:
+        return clean_steps(energies[0], denoiser, sigma)
+
+    rules: dict[str, Callable[[Tensor], Tensor]] = {
+        **{f"tolerance {tolerance:g}": functools.partial(stops, tolerance=tolerance) for tolerance in TOLERANCES},
+        **{f"clean below {sigma:g}": functools.partial(by_noise, sigma=sigma) for sigma in CLEAN_BELOW},
+    }
+    losses = dict.fromkeys(rules, 0.0)
     fixed = torch.zeros(settings.steps)
     for name, (clear, noisy) in conditions(clean, settings.sigmas, settings.seed).items():
         psnrs, energies = measure(denoiser, clear, noisy, settings.steps)
@@ -116,22 +126,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  energies relative to the noisy image: {' '.join(f'{value:.4f}' for value in shares)}")
         counts = name != "sigma 0"
         fixed = torch.maximum(fixed, counts * (means.max() - means[1:]))
-        for i, tolerance in enumerate(TOLERANCES):
-            ended = stops(energies, tolerance)
-            value = psnrs.gather(0, ended[None]).mean()
-            losses[i] = torch.maximum(losses[i], counts * (means.max() - value))
-            print(f"  tolerance {tolerance:g}: {value:.2f} dB, {ended.float().mean():.2f} steps")
-        for i, sigma in enumerate(CLEAN_BELOW):
-            taken = clean_steps(energies[0], denoiser, sigma)
+        for rule, steps_of in rules.items():
+            taken = steps_of(energies)
             value = psnrs.gather(0, taken[None]).mean()
-            clean_losses[i] = torch.maximum(clean_losses[i], counts * (means.max() - value))
-            print(f"  clean below {sigma:g}: {value:.2f} dB, {taken.float().mean():.2f} steps")
+            losses[rule] = max(losses[rule], counts * float(means.max() - value))
+            print(f"  {rule}: {value:.2f} dB, {taken.float().mean():.2f} steps")
     for steps, loss in enumerate(fixed.tolist(), 1):
         print(f"{steps} steps for all: at most {loss:.3f} dB behind the best number of each noise")
-    for tolerance, loss in zip(TOLERANCES, losses.tolist(), strict=True):
-        print(f"tolerance {tolerance:g}: at most {loss:.3f} dB behind")
-    for sigma, loss in zip(CLEAN_BELOW, clean_losses.tolist(), strict=True):
-        print(f"clean below {sigma:g}: at most {loss:.3f} dB behind")
+    for rule, loss in losses.items():
+        print(f"{rule}: at most {loss:.3f} dB behind")
     return 0
 
 

@@ -3,16 +3,15 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from ebt_vision.benchmark.options import OneLineParser
-from ebt_vision.benchmark.protocols import OOD_STRENGTHS, PROTOCOLS, Condition
+from ebt_vision.benchmark.protocols import OOD_STRENGTHS, Condition, Protocol
 from ebt_vision.benchmark.rows import RowSettings
 from ebt_vision.core.arguments import named_path, number
 from ebt_vision.core.thinking_config import ToleranceOf
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-Protocol = Literal["paper", "awgn", "camera", "ood", "real"]
 MODELS = "shipped names, folders, hub:OWNER/NAME, bm3d, nlm, identity, spandrel:FILE, deepinv:NAME[:FILE]"
 OPTIONS_OF = {
     "levels": ("paper",),
@@ -34,7 +33,7 @@ def denoising_parser() -> OneLineParser:
     add = parser.add_argument_group("what is measured").add_argument
     add("--models", nargs="+", required=True, help=MODELS)
     add("--data", required=True, help="images: a folder, parquet files or hub:OWNER/NAME")
-    add("--protocol", choices=PROTOCOLS, default="paper")
+    add("--protocol", choices=get_args(Protocol), default="paper")
     add("--pairs", metavar="NOISY:CLEAN", help='real: patterns of the file names, such as "*_noisy*:*_clean*"')
     add("--output", type=named_path, default=Path("results"), help="folder of all results")
     add("--limit", type=number(int, 1), help="number of images, spread evenly over the set")

@@ -28,7 +28,7 @@ _VP_STREAM = 21
 _OOD_STREAM = 22
 _CAMERA_STREAM = 23
 
-PROTOCOLS = ("paper", "awgn", "camera", "ood", "real")
+Protocol = Literal["paper", "awgn", "camera", "ood", "real"]
 OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "speckle": 0.2, "jpeg": 10.0, "motion-blur": 9.0}
 """Fraction of pixels, photons at white, standard deviation, JPEG quality, pixels of the path (at 45 degrees)."""
 
@@ -37,7 +37,7 @@ OOD_STRENGTHS: dict[str, float] = {"salt-and-pepper": 0.05, "poisson": 30.0, "sp
 class Condition:
     """One kind of noise for all models, with its own table."""
 
-    protocol: Literal["paper", "awgn", "camera", "ood", "real"]
+    protocol: Protocol
     kind: str
     """"level", "sigma", "camera", a key of OOD_STRENGTHS, or "pairs"."""
     strength: float

@@ -113,10 +113,13 @@ class CleanImages:
     def __init__(self, noisy: Tensor, is_clean: Callable[[Tensor], Tensor | None]):
         self.noisy, self.is_clean = noisy, is_clean
         self.clean: Tensor | None = None
+        self.first: Tensor | None = None
+        """Energies of the noisy images, (B,)."""
 
     def judge(self, energies: Tensor | None) -> None:
         """Decide by the first row of energies (T + 1, B)."""
-        self.clean = None if energies is None else self.is_clean(energies[0])
+        self.first = None if energies is None else energies[0]
+        self.clean = None if self.first is None else self.is_clean(self.first)
 
     @property
     def all(self) -> bool:
@@ -128,8 +131,7 @@ class CleanImages:
             return step
         if step.index == 0 and self.clean is None:
             self.judge(step.energies[None])
-            self.first = step.energies
-        if self.clean is None or not self.clean.any():
+        if self.clean is None or self.first is None or not self.clean.any():
             return step
         return replace(step, image=self._keep(step.image), energies=torch.where(self.clean, self.first, step.energies))
 

@@ -147,12 +147,15 @@ class _Tile:
     """(h, w), of the pixels inside the image."""
 
 
+_PROPOSAL = DenoiseOptions(num_steps=1, final_energy=False, clean_below=0.0)
+"""The solver needs N(x) of every tile, also of clean ones."""
+
+
 class _Work:
     """One pass of a denoiser over tiles of image + noise."""
 
     def __init__(self, denoiser: Denoiser, image: Tensor, noise: Tensor | None, tiles: list[_Tile], copy: int):
         self.denoiser, self.image, self.noise, self.tiles, self.copy = denoiser, image, noise, tiles, copy
-        self.options = DenoiseOptions(num_steps=1, final_energy=False, clean_below=0.0)  # the solver needs N(x) of every tile
         self.energy: float | None = None
         """Mean over all tiles; known after `outputs`."""
         self.num_forward = 0
@@ -163,7 +166,7 @@ class _Work:
         for start in range(0, len(self.tiles), TILES_AT_ONCE):
             group = self.tiles[start : start + TILES_AT_ONCE]
             shown = turned(torch.cat([self._cut(tile) for tile in group]), self.copy)
-            result = self.denoiser.denoise_whole(shown, self.options)
+            result = self.denoiser.denoise_whole(shown, _PROPOSAL)
             self.num_forward += int(result.num_forward.sum())
             energies += [] if result.energies is None else result.energies[0].tolist()
             for tile, clean in zip(group, turned_back(result.image, self.copy), strict=True):
