@@ -34,6 +34,14 @@ MAX_SEED = 2**53
 """The largest number up to which a browser represents all whole numbers exactly."""
 NOISY_ALREADY, ADD = "My photo is already noisy", "Add noise first"
 OWN_TILES = "Default of the model"
+OF_ENDPOINT = {
+    "step_size_scale": "step_size_scale",
+    "tolerance": "tolerance",
+    "tolerance_of": "tolerance_of",
+    "langevin": "langevin_std",
+    "candidates": "num_candidates",
+}
+"""Options of thinking of the endpoint /denoise, and their fields in a Request."""
 KIND_OF_MODEL = {
     "patch_ebt": "EBT",
     "dit": "DiT",
@@ -92,15 +100,32 @@ class Service:
         """Denoise an image; yield a PNG file and a dictionary of figures."""
         values = (noise, amount, seed, steps, model, step_size_scale, tolerance, langevin, candidates, tile)
         request, label = api_request(image, *values, tolerance_of, strength, self_ensemble)
+        denoiser = self.denoiser(label)
+        request = self._in_effect(request, denoiser)
         folder = Path(tempfile.mkdtemp())
         try:
-            *_, answer = self.guarded(think_aloud(request, self.denoiser(label), threading.Event()), image)
+            *_, answer = self.guarded(think_aloud(request, denoiser, threading.Event()), image)
             target = folder / f"{without_suffix(Path(image)).name}-denoised.png"
             write_image(target, answer.file)
             told = {name: getattr(answer, name) for name in ("energies", "psnrs", "num_steps", "num_forward", "seconds")}
             yield str(target), told  # yield, not return: gradio copies the file before the clean-up below
         finally:
             remove_folder(folder)
+
+    def _in_effect(self, request: Request, denoiser: Denoiser) -> Request:
+        """Return the request of an endpoint without the options that it leaves at their initial values and that have no effect.
+
+        Raises gr.Error for another value of such an option, as the command line does.
+        """
+        used = request.without_unused(denoiser.options_in_effect(request.num_steps))
+        initial = {"tolerance": self.suggested.tolerance, "tolerance_of": self.suggested.tolerance_of}
+        for option, name in OF_ENDPOINT.items():
+            given = getattr(request, name)
+            if given not in (getattr(used, name), initial.get(name)):
+                what = f"the {request.num_steps} step" + "s" * (request.num_steps != 1)
+                message = f"{option} has no effect on {what} of {denoiser.name}; leave it out"
+                raise gr.Error(message, title="Error", print_exception=False)
+        return used
 
     def api_compare(self, image, noise, amount, seed, steps, model, strength=1.0, self_ensemble=1):
         """Compare the methods on an image; return a list of dictionaries."""
@@ -117,11 +142,14 @@ class Service:
         try:
             seen = noise_seen(path, self.load(self.models[label])) if label in self.models else None
             if seen is not None:
-                return f"Noise in this image as the model sees it: about σ = **{seen:.1f}** of 255."
-            return (
-                f"Noise in this image: about σ = **{estimate(path):.1f}** of 255. "
-                "This is an estimate from the finest wavelets, which misses correlated noise."
-            )
+                text = f"Noise in this image as the model sees it: about σ = **{seen:.1f}** of 255."
+            else:
+                text = (
+                    f"Noise in this image: about σ = **{estimate(path):.1f}** of 255. "
+                    "This is an estimate from the finest wavelets, which misses correlated noise."
+                )
+            heic = Path(path).suffix.lower() in (".heic", ".heif")
+            return text + " Some browsers cannot show a HEIC here; they show the result." * heic
         except (ValueError, OSError, ThinkingError, MemoryError):
             return ""  # the Denoise button reports the error
 

@@ -13,7 +13,7 @@ import gradio as gr
 import numpy as np
 import pytest
 from browser import browser, unnamed
-from PIL import Image
+from PIL import Image, features
 
 from apps import denoise as app
 from apps import recipes, service
@@ -181,6 +181,39 @@ def test_a_picture_that_comes_again_is_not_written_again(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["heic", "avif"])
+def test_photographs_of_phones_in_a_browser(address: str, photo: Path, tmp_path: Path, kind: str) -> None:
+    """The page denoises a HEIC or AVIF and shows the result, also in a browser without HEIC. The endpoint has the same
+    pixels."""
+    from gradio_client import Client, handle_file
+
+    if kind == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    elif not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    path = tmp_path / f"IMG_0001.{kind}"
+    Image.open(photo).convert("RGB").save(path, format="HEIF" if kind == "heic" else "AVIF", quality=90)
+    with browser() as chromium:
+        page = chromium.new_page(accept_downloads=True)
+        page.set_default_timeout(LONG)
+        page.goto(address)
+        upload(page, path)
+        wait_for_noise(page, service.NOISY_ALREADY)
+        page.wait_for_function("document.querySelector('#estimate').innerText.includes('Noise in this image')")
+        assert ("cannot show a HEIC" in page.inner_text("#estimate")) == (kind == "heic")
+        page.click("#denoise")
+        page.wait_for_function("[...document.querySelectorAll('#result img')].filter(i => i.naturalWidth == 96).length == 2")
+        tab(page, "Download")
+        with page.expect_download() as loading:
+            page.click("#download")
+        assert loading.value.suggested_filename == "IMG_0001-denoised.png"
+        shown = np.asarray(Image.open(loading.value.path()))
+    client = Client(address, verbose=False, download_files=str(tmp_path / "of-endpoint"))
+    file, _ = client.predict(image=handle_file(str(path)), noise="none", api_name="/denoise")
+    assert shown.shape == (64, 96, 3) and (np.asarray(Image.open(file)) == shown).all()
+
+
+@pytest.mark.slow
 def test_the_endpoints_give_the_pixels_of_the_command_line(
     address: str, photo: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -199,6 +232,9 @@ def test_the_endpoints_give_the_pixels_of_the_command_line(
         client.predict(steps=2.7, **given)
     with pytest.raises(Exception, match="not in the list of choices"):
         client.predict(model="/etc", **given)
+    for option, value in dict(candidates=2, langevin=0.1, step_size_scale=2, tolerance=0.5).items():
+        with pytest.raises(Exception, match=f"{option} has no effect on the 3 steps of "):
+            client.predict(model="tiny-dit", steps=3, **{option: value}, **given)
     # A file of the server, named instead of sent.
     with pytest.raises(Exception):  # noqa: B017 (gradio's own, of whatever kind)
         client.predict(**(given | {"image": {"path": str(ROOT / "README.md"), "meta": {"_type": "gradio.FileData"}}}))

@@ -8,6 +8,7 @@ from ebt_vision.core.precision import autocast, has_fast_bfloat16
 from ebt_vision.denoising import network as network_module
 from ebt_vision.denoising.load import denoiser_for, load_denoiser
 from ebt_vision.denoising.options import DenoiseOptions
+from ebt_vision.models import blocks
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
 from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 
@@ -73,3 +74,17 @@ def test_autocast_is_bfloat16_or_nothing():
     for bfloat16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         with autocast("cpu", bfloat16=bfloat16):
             assert (x @ x).dtype == dtype
+
+
+@pytest.mark.parametrize("tokens", [blocks.PLAIN_TOKENS, blocks.PLAIN_TOKENS + 1])
+def test_attention_in_bfloat16_is_that_of_float32_rounded(tokens: int):
+    """Without a gradient a CPU takes matrix products up to PLAIN_TOKENS; all other calls take PyTorch's kernel."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, tokens, 16, generator=generator).bfloat16()
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    by_kernel = blocks.self_attention(q, k, v)
+    with torch.no_grad():
+        found = blocks.self_attention(q, k, v)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, by_kernel) == (tokens > blocks.PLAIN_TOKENS)
+    for result in (found, by_kernel):
+        torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.01 * float(expected.abs().max()))

@@ -70,16 +70,17 @@ def test_the_own_tiles_of_a_network_with_a_convolutional_stem_fit_the_image():
     sizes = dict(img_size=64, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     conv = RegressorDenoiser(PatchRegressor(PatchRegressorConfig(**sizes, stem_widths=(8, 8), stem_unshuffle=2)))
     plain = RegressorDenoiser(PatchRegressor(PatchRegressorConfig(**sizes)))
-    grid = tile_grid(conv, (100, 150))  # overlap 8: two rows of (100 + 8) / 2, three columns of (150 + 16) / 3
-    assert (grid.tile, grid.overlap, grid.tops, grid.lefts) == ((56, 56), 8, [0, 44], [0, 48, 94])
+    assert (conv.tile_size, plain.tile_size, conv.overlap_for(192), conv.overlap_for(64)) == (96, 64, 16, 8)
+    grid = tile_grid(conv, (100, 150))  # overlap 12: two rows of (100 + 12) / 2, two columns of (150 + 12) / 2
+    assert (grid.tile, grid.overlap, grid.tops, grid.lefts) == ((56, 88), 12, [0, 44], [0, 62])
     assert tile_grid(conv, (100, 150), 64).tile == (64, 64) and tile_grid(plain, (100, 150)).tile == (64, 64)
-    assert tile_grid(conv, (40, 150)).tile == (40, 56) and tile_grid(conv, (100, 150), 0).tile == (100, 150)
+    assert tile_grid(conv, (40, 150)).tile == (40, 88) and tile_grid(conv, (100, 150), 0).tile == (100, 150)
     seen = []
     original = conv.model.forward
     conv.model.forward = lambda x: seen.append(tuple(x.shape[-2:])) or original(x)
     image = torch.rand(1, 3, 100, 150, generator=torch.Generator().manual_seed(0))
     result = conv.denoise(image)
-    assert set(seen) == {(56, 56)} and int(result.num_forward) == 6
+    assert set(seen) == {(56, 88)} and int(result.num_forward) == 4
     assert energy_map_tiled(conv, image, image) is None
 
 

@@ -51,7 +51,8 @@ class Denoiser(nn.Module, ABC):
     weights_hash: str | None = None
     """First 12 hex digits of the SHA-256 of the weights of another library's network."""
     tile_size: int = 512
-    """Side in pixels of the tiles for large images; for a network, its training size."""
+    """Side in pixels of the tiles for large images; for a network, its training size, or 1.5 times that with a convolutional
+    stem."""
     overlap_share: float = 0.25
     """Default overlap of neighbouring tiles, as a fraction of the tile."""
     fits_tiles: bool = False

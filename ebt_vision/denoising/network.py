@@ -38,12 +38,16 @@ class ModelDenoiser(Denoiser):
         self.input_scale = input_scale
         self.signal_scale = signal_scale_of(model)
         self.num_parameters = model.num_parameters
-        self.tile_size = model.config.img_size
-        if getattr(model.config, "stem_widths", ()):
-            self.overlap_share = 0.125  # a convolutional stem sees across patches; a quarter was not better (docs/results)
-            self.fits_tiles = True  # its training has crops of several sizes
         self.patch_size = model.config.patch_size
+        self.tile_size = model.config.img_size
+        if getattr(model.config, "stem_widths", ()):  # its training has crops of several sizes (docs/results/photographs.md)
+            self.tile_size += self.tile_size // 2 // self.patch_size * self.patch_size
+            self.fits_tiles = True
         self.model = model.eval()
+
+    def overlap_for(self, tile_size: int) -> int:
+        # A convolutional stem sees across patches, so that two patches are enough.
+        return min(2 * self.patch_size, tile_size // 8) if self.fits_tiles else super().overlap_for(tile_size)
 
     def to_network(self, noisy: Tensor) -> Tensor:
         weight = next(self.model.parameters())

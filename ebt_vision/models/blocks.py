@@ -18,6 +18,9 @@ from ebt_vision.models.blockwise_attention import blockwise_attention
 
 BLOCKWISE_TOKENS = 2048
 """From this sequence length on, attention with a second derivative runs block by block (docs/results/speed.md)."""
+PLAIN_TOKENS = 1024
+"""Up to this sequence length, attention in bfloat16 on a CPU without gradients is two matrix products and a softmax: PyTorch's
+fused kernel takes 1.5 times as long there (docs/results/speed.md)."""
 
 
 def axial_rope(height: int, width: int, head_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -46,9 +49,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over (B, num_heads, N, head_dim) with PyTorch's kernels, or by blocks (see BLOCKWISE_TOKENS)."""
-    if not torch.compiler.is_compiling() and q.shape[-2] >= BLOCKWISE_TOKENS and _takes_blocks(q):
-        return blockwise_attention(q, k, v)
+    """Attention over (B, num_heads, N, head_dim) with PyTorch's kernels, by blocks (see BLOCKWISE_TOKENS), or plain (see
+    PLAIN_TOKENS)."""
+    if not torch.compiler.is_compiling():
+        if q.shape[-2] >= BLOCKWISE_TOKENS and _takes_blocks(q):
+            return blockwise_attention(q, k, v)
+        if q.shape[-2] <= PLAIN_TOKENS and q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.is_grad_enabled():
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, num_heads, N, N)
+            return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
