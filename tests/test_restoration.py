@@ -15,13 +15,15 @@ from ebt_vision.core.rng import sample_generators
 from ebt_vision.data.decoded import TurnedImage, _orient
 from ebt_vision.denoising.base import IdentityDenoiser, for_photographs
 from ebt_vision.denoising.ebt import EBTDenoiser
+from ebt_vision.denoising.regressor import RegressorDenoiser
 from ebt_vision.denoising.self_ensemble import turned, turned_back
 from ebt_vision.models.patch_ebt import PatchEBT, PatchEBTConfig
+from ebt_vision.models.regressor import PatchRegressor, PatchRegressorConfig
 from ebt_vision.restoration import solvers
 from ebt_vision.restoration.jpeg import JpegIntervals, JpegTables
 from ebt_vision.restoration.likelihoods import Convolution, Downsampling, Mask, UserOperator, gaussian_kernel
 from ebt_vision.restoration.options import RestoreOptions, RestoreStep
-from ebt_vision.restoration.prior import Prior, TiledEnergy
+from ebt_vision.restoration.prior import Prior, TiledEnergy, tile_side
 from ebt_vision.restoration.restore import restore
 from ebt_vision.restoration.solvers import NOISE_STREAM, BlockNoise, complete, noise_levels, start_holes
 
@@ -132,6 +134,18 @@ def test_the_grid_of_tiles_moves_and_leaves_no_seam() -> None:
     for step in range(3):
         torch.testing.assert_close(prior.denoise(x, step).image, x, atol=1e-6, rtol=0)
     assert Prior(denoiser, tile_size=None, moving=False).shift(5, x) == (0, 0)
+
+
+def test_tiles_have_the_training_size_of_a_network() -> None:
+    sizes = dict(img_size=64, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    conv = RegressorDenoiser(PatchRegressor(PatchRegressorConfig(**sizes, stem_widths=(8, 8), stem_unshuffle=2)))
+    assert (conv.tile_size, tile_side(conv, None), tile_side(conv, 96), tile_side(IdentityDenoiser(), None)) == (
+        96,
+        64,
+        96,
+        512,
+    )
+    assert Prior(conv, tile_size=None, moving=False).overlap == 8
 
 
 class RightNeighbour(IdentityDenoiser):

@@ -53,6 +53,9 @@ class Denoiser(nn.Module, ABC):
     tile_size: int = 512
     """Side in pixels of the tiles for large images; for a network, its training size, or 1.5 times that with a convolutional
     stem."""
+    training_size: int | None = None
+    """Side in pixels of a network's training images; None for another method. `restore` takes tiles of this size, because few
+    pixels outside the damage are computed with small tiles."""
     overlap_share: float = 0.25
     """Default overlap of neighbouring tiles, as a fraction of the tile."""
     fits_tiles: bool = False

@@ -39,7 +39,7 @@ class ModelDenoiser(Denoiser):
         self.signal_scale = signal_scale_of(model)
         self.num_parameters = model.num_parameters
         self.patch_size = model.config.patch_size
-        self.tile_size = model.config.img_size
+        self.tile_size = self.training_size = model.config.img_size
         if getattr(model.config, "stem_widths", ()):  # its training has crops of several sizes (docs/results/photographs.md)
             self.tile_size += self.tile_size // 2 // self.patch_size * self.patch_size
             self.fits_tiles = True

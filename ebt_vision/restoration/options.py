@@ -43,7 +43,7 @@ class RestoreOptions:
     one draw from the images that explain the observation, and the mean has a smaller squared error. Renoising only. None: as
     suits the damage, and 1 if `solver` or `num_steps` is given."""
     tile_size: int | None = None
-    """Side of the tiles in pixels; None: the network's own."""
+    """Side of the tiles in pixels; None: the training size of the network."""
     keep_trajectory: bool = False
     """Keep the image after every step."""
 

@@ -39,6 +39,11 @@ class Denoised:
     num_forward: int
 
 
+def tile_side(denoiser: Denoiser, tile_size: int | None) -> int:
+    """Return the given side of the tiles, in pixels, or the training size of the network, or else the denoiser's own side."""
+    return tile_size if tile_size is not None else denoiser.training_size or denoiser.tile_size
+
+
 class Prior:
     """Denoise an image (1, 3, H, W) in tiles. With `region`, bool (H, W), only tiles that touch the region are denoised.
 
@@ -57,7 +62,7 @@ class Prior:
         region: Tensor | None = None,
     ):
         self.denoiser, self.moving, self.turning, self.first_copy = denoiser, moving, turning, first_copy
-        self.tile = denoiser.tile_size if tile_size is None else tile_size
+        self.tile = tile_side(denoiser, tile_size)
         if self.tile < MIN_SIDE:
             raise ValueError(f"tile_size={self.tile} is too small; use {MIN_SIDE} or more")
         self.overlap = denoiser.overlap_for(self.tile)

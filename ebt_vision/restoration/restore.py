@@ -14,7 +14,7 @@ from ebt_vision.denoising.self_ensemble import running_mean
 from ebt_vision.models.checkpoint import default_pretrained
 from ebt_vision.restoration.likelihoods import Likelihood, Mask
 from ebt_vision.restoration.options import Callback, RestoreOptions, RestoreResult, RestoreStep
-from ebt_vision.restoration.prior import Prior
+from ebt_vision.restoration.prior import Prior, tile_side
 from ebt_vision.restoration.solvers import SOLVERS, Record, complete
 
 
@@ -102,7 +102,7 @@ def _restore_holes(
 ) -> RestoreResult:
     """Restore the part of the image around the missing pixels, with a margin of one tile."""
     missing = ~mask.known[0, 0]
-    margin = denoiser.tile_size if options.tile_size is None else options.tile_size
+    margin = tile_side(denoiser, options.tile_size)
     window = tuple(
         slice(max(int(found[0]) - margin, 0), int(found[-1]) + 1 + margin)
         for found in (missing.any(1).nonzero()[:, 0], missing.any(0).nonzero()[:, 0])
