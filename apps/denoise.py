@@ -60,7 +60,8 @@ client = Client("http://localhost:7860")  # this page's address
 path, facts = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/denoise")
 methods = client.predict(image=handle_file("photo.png"), noise="gaussian", amount=25, api_name="/compare")
 ```
-`steps` is a whole number; the default is the number that the model suggests.
+`steps` is a whole number; the default is the number that the first model suggests. `/denoise` refuses options that have no
+effect on the model.
 `noise` is `none`, `gaussian`, `paper`, `poisson`, `salt-and-pepper`, `camera` or `jpeg`.
 `strength` is 0 to 1.5: values below 1 keep
 grain, values above 1 remove more noise. `self_ensemble` is 1, 2, 4 or 8: the result is the mean over this many mirrored copies.

@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -113,18 +114,22 @@ class Service:
             remove_folder(folder)
 
     def _in_effect(self, request: Request, denoiser: Denoiser) -> Request:
-        """Return the request of an endpoint without the options that it leaves at their initial values and that have no effect.
+        """Reset the options without effect to their defaults. Raises gr.Error if the client of the endpoint changed one.
 
-        Raises gr.Error for another value of such an option, as the command line does.
+        A client who leaves the tolerance as it is gets the one that this denoiser suggests.
         """
+        first, own = self.suggested, denoiser.suggested_options
+        if (request.tolerance, request.tolerance_of) == (first.tolerance, first.tolerance_of):
+            request = replace(request, tolerance=own.tolerance, tolerance_of=own.tolerance_of)
         used = request.without_unused(denoiser.options_in_effect(request.num_steps))
-        initial = {"tolerance": self.suggested.tolerance, "tolerance_of": self.suggested.tolerance_of}
+        suggested = {"tolerance": own.tolerance, "tolerance_of": own.tolerance_of}
         for option, name in OF_ENDPOINT.items():
-            given = getattr(request, name)
-            if given not in (getattr(used, name), initial.get(name)):
-                what = f"the {request.num_steps} step" + "s" * (request.num_steps != 1)
-                message = f"{option} has no effect on {what} of {denoiser.name}; leave it out"
-                raise gr.Error(message, title="Error", print_exception=False)
+            if getattr(request, name) in (getattr(used, name), suggested.get(name)):
+                continue
+            message = f"{option} has no effect on {denoiser.name}; leave it out"
+            if name in denoiser.options_used:
+                message = f"{option} has no effect on the proposal, the one step of {denoiser.name}; use steps=2 or more"
+            raise gr.Error(message, title="Error", print_exception=False)
         return used
 
     def api_compare(self, image, noise, amount, seed, steps, model, strength=1.0, self_ensemble=1):

@@ -233,7 +233,7 @@ def test_the_endpoints_give_the_pixels_of_the_command_line(
     with pytest.raises(Exception, match="not in the list of choices"):
         client.predict(model="/etc", **given)
     for option, value in dict(candidates=2, langevin=0.1, step_size_scale=2, tolerance=0.5).items():
-        with pytest.raises(Exception, match=f"{option} has no effect on the 3 steps of "):
+        with pytest.raises(Exception, match=f"{option} has no effect on .*; leave it out"):
             client.predict(model="tiny-dit", steps=3, **{option: value}, **given)
     # A file of the server, named instead of sent.
     with pytest.raises(Exception):  # noqa: B017 (gradio's own, of whatever kind)

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -291,6 +292,27 @@ def test_a_name_keeps_what_is_no_image_s_suffix(tiny: Denoiser, tiny_checkpoint:
     _, answer = run(request, tiny)
     service._final(answer, request, "tiny", named.parent)
     assert (named.parent / "IMG.2024-denoised.png").is_file()
+
+
+def test_the_defaults_of_the_endpoint_suit_every_shipped_model(photo: str) -> None:
+    """Also if the first model, which sets them, suggests a tolerance that others cannot use."""
+    others = [name for name in denoise.find_models(None).values() if name != "tiny_imagenet_ebt"]
+    service = Service({name: name for name in ["tiny_imagenet_ebt", *others]}, load_denoiser, "cpu")
+    tolerance = service.suggested.tolerance
+    assert tolerance and service.suggested.tolerance_of == "training"
+
+    def ask(model: str, scale: float = 1, steps: int = 2) -> dict:
+        values = (scale, tolerance, 0, 1, 64, "training")
+        return next(service.api_denoise(photo, "none", 0, 0, steps, model, *values))[1]
+
+    for model in service.models:
+        assert ask(model)["num_forward"] > 0
+    for model, steps, message in (
+        ("photographs_ebt", 1, "step_size_scale has no effect on the proposal, the one step of .*; use steps=2 or more"),
+        ("tiny_imagenet_dit", 2, "step_size_scale has no effect on tiny_imagenet_dit; leave it out"),
+    ):
+        with pytest.raises(gr.Error, match=message):
+            ask(model, scale=2, steps=steps)
 
 
 def test_bits_profile_and_exif_are_taken_away(tiny: Denoiser, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from ebt_vision.denoising.base import for_vp_images
 from ebt_vision.noise import processes
 
 ebt, dit, folder = sys.argv[1:]
-size = load_denoiser(ebt).tile_size
+size = load_denoiser(ebt).training_size
 images = load_image_set(DataConfig(path=folder, img_size=size, limit=64))
 indices = range(len(images))
 clean = images.images(indices).float() / 255  # (B, 3, size, size) in [0, 1]

@@ -115,7 +115,8 @@ class Bench:
             "format": FORMAT,
         } | ({} if self.overlap is None else {"overlap": self.overlap})
         if self.tile == 0 and subject.denoiser.fits_tiles:
-            key["fitted-tiles"] = True  # parts with the former tiles stay apart
+            own = subject.denoiser.tile_size  # parts with the former tiles stay apart
+            key["fitted-tiles"] = [own, subject.denoiser.overlap_for(own)]
         precision = getattr(subject.denoiser, "precision", "float32")
         if precision != "float32":
             key["precision"] = precision

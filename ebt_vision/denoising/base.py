@@ -54,10 +54,10 @@ class Denoiser(nn.Module, ABC):
     """Side in pixels of the tiles for large images; for a network, its training size, or 1.5 times that with a convolutional
     stem."""
     training_size: int | None = None
-    """Side in pixels of a network's training images; None for another method. `restore` takes tiles of this size, because few
-    pixels outside the damage are computed with small tiles."""
+    """Side in pixels of a network's training images; None for another method. `restore` uses tiles of this size: with smaller
+    tiles it computes fewer pixels outside the damage."""
     overlap_share: float = 0.25
-    """Default overlap of neighbouring tiles, as a fraction of the tile."""
+    """Default overlap of neighbouring tiles, as a fraction of the tile; see overlap_for."""
     fits_tiles: bool = False
     """Whether tiles may be smaller than tile_size where the same number of them covers the image; see tiling.tile_grid."""
     patch_size: int = 1

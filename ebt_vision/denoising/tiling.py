@@ -89,7 +89,7 @@ def denoise_tiled(
     """Denoise one image (3, H, W) or (1, 3, H, W), about [0, 1], in tiles of `tile_size` px that overlap by `overlap` px.
 
     The tile size defaults to the options, or else to the denoiser's own (see tile_grid); 0 means the whole image. The overlap
-    defaults to the denoiser's fraction of the tile, the batch to what fits into `memory_budget` bytes, the options to the
+    defaults to that of the denoiser (overlap_for), the batch to what fits into `memory_budget` bytes, the options to the
     suggested ones. Overlapping tiles are blended with weights that sum to 1 (see tile_weights). The last tile of a row or
     column is moved inside the image. The result does not depend on batch_size: the random numbers of a tile depend only on the
     seed, `image_id` and its position.
@@ -137,7 +137,7 @@ def tile_grid(
 ) -> TileGrid:
     """Return the tiles of `denoise_tiled` for an image of `size` (height, width).
 
-    `tile_size` None is the denoiser's own, and 0 the whole image; `overlap` None is the denoiser's fraction of the tile. For a
+    `tile_size` None is the denoiser's own, and 0 the whole image; `overlap` None is the denoiser's own (overlap_for). For a
     denoiser with `fits_tiles`, its own tiles get as small as possible without more of them. Raises ValueError for a tile below
     8 px and for an overlap that leaves no stride.
     """

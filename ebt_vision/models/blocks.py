@@ -19,8 +19,8 @@ from ebt_vision.models.blockwise_attention import blockwise_attention
 BLOCKWISE_TOKENS = 2048
 """From this sequence length on, attention with a second derivative runs block by block (docs/results/speed.md)."""
 PLAIN_TOKENS = 1024
-"""Up to this sequence length, attention in bfloat16 on a CPU without gradients is two matrix products and a softmax: PyTorch's
-fused kernel takes 1.5 times as long there (docs/results/photographs.md)."""
+"""Up to this sequence length, attention in bfloat16 on a CPU without gradients is two matrix products and a softmax. PyTorch's
+fused kernel takes 1.5 times as long at 529 tokens (docs/results/photographs.md)."""
 
 
 def axial_rope(height: int, width: int, head_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
