@@ -199,8 +199,8 @@ def test_photographs_of_phones_in_a_browser(address: str, photo: Path, tmp_path:
         page.goto(address)
         upload(page, path)
         wait_for_noise(page, service.NOISY_ALREADY)
-        page.wait_for_function("document.querySelector('#estimate').innerText.includes('Noise in this image')")
-        assert ("cannot show a HEIC" in page.inner_text("#estimate")) == (kind == "heic")
+        if kind == "heic":
+            page.wait_for_function("document.querySelector('#estimate').innerText.includes('cannot show a HEIC')")
         page.click("#denoise")
         page.wait_for_function("[...document.querySelectorAll('#result img')].filter(i => i.naturalWidth == 96).length == 2")
         tab(page, "Download")
