@@ -116,7 +116,7 @@ class Bench:
         } | ({} if self.overlap is None else {"overlap": self.overlap})
         if self.tile == 0 and subject.denoiser.fits_tiles:
             own = subject.denoiser.tile_size  # parts with the former tiles stay apart
-            key["fitted-tiles"] = [own, subject.denoiser.overlap_for(own)]
+            key["fitted-tiles"] = f"{own} px, overlap {subject.denoiser.overlap_for(own)} px"
         precision = getattr(subject.denoiser, "precision", "float32")
         if precision != "float32":
             key["precision"] = precision
