@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,11 +53,19 @@ CONTROLS = {"button", "slider", "spinbutton", "textbox", "combobox", "radio", "c
 """Accessibility roles that must have a name."""
 
 
-def unnamed(page) -> list[str]:
-    """Return the HTML of controls and images of a playwright Page that have no name for a screen reader."""
+def unnamed(page, patience: float = 5.0) -> list[str]:
+    """Return the HTML of controls and images of a playwright Page that have no name for a screen reader.
+
+    The page's script names elements after Gradio has made them, so the list is taken again until it is empty or `patience`
+    seconds are over.
+    """
     session = page.context.new_cdp_session(page)
-    found = []
-    for node in session.send("Accessibility.getFullAXTree")["nodes"]:
-        if not node.get("ignored") and node["role"]["value"] in CONTROLS and not node.get("name", {}).get("value"):
-            found.append(session.send("DOM.getOuterHTML", {"backendNodeId": node["backendDOMNodeId"]})["outerHTML"][:200])
-    return found
+    end = time.monotonic() + patience
+    while True:
+        found = []
+        for node in session.send("Accessibility.getFullAXTree")["nodes"]:
+            if not node.get("ignored") and node["role"]["value"] in CONTROLS and not node.get("name", {}).get("value"):
+                found.append(session.send("DOM.getOuterHTML", {"backendNodeId": node["backendDOMNodeId"]})["outerHTML"][:200])
+        if not found or time.monotonic() > end:
+            return found
+        page.wait_for_timeout(200)
