@@ -50,7 +50,7 @@ def measure(model: str, data: str, level: float, limit: int, *, batch_size: int 
     denoiser = load_denoiser(model, device=device)
     if not isinstance(denoiser, EBTDenoiser):
         raise ValueError(f"{model} is not an EBT for images, so it has no energy")
-    images = load_images(data, img_size=denoiser.model.config.img_size, limit=limit)
+    images = load_images(data, img_size=denoiser.training_size, limit=limit)
     condition = Condition(protocol="paper", kind="level", strength=level)
     row = Row(model=model, kind="ebt", method="thinking", num_steps=1, reported=(1,), clean_below=0.0)
     falls = []

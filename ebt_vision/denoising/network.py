@@ -29,6 +29,7 @@ class ModelDenoiser(Denoiser):
     """
 
     model: PretrainedModel
+    training_size: int
 
     def __init__(self, model: PretrainedModel, *, name: str, input_scale: float | None = 1.0, precision: Precision = "float32"):
         super().__init__()
